@@ -1,0 +1,86 @@
+"""One exception family. Every message says what, where, on what evidence, how to mend it and how to silence it."""
+
+from __future__ import annotations
+
+__all__ = [
+    "AuditFailedError",
+    "ConfigError",
+    "DataError",
+    "EditError",
+    "ModelSpecError",
+    "NormkitError",
+    "NormkitWarning",
+    "NothingMatchedError",
+    "TraceError",
+    "nearest",
+]
+
+import difflib
+from collections.abc import Iterable
+
+
+class NormkitError(Exception):
+    """Base of everything this library raises on purpose.
+
+    Args:
+        what: what is wrong, one sentence.
+        where: module path, source line, file or option.
+        evidence: the value that was seen.
+        mend: what to do about it.
+        silence: how to switch the check off, where that is possible.
+    """
+
+    def __init__(self, what: str, *, where: str = "", evidence: str = "", mend: str = "", silence: str = "") -> None:
+        self.what = what
+        self.where = where
+        self.evidence = evidence
+        self.mend = mend
+        self.silence = silence
+        labelled = [("where", where), ("seen", evidence), ("mend", mend), ("silence", silence)]
+        super().__init__("\n".join([what, *(f"  {label}: {text}" for label, text in labelled if text)]))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        state = {"where": self.where, "evidence": self.evidence, "mend": self.mend, "silence": self.silence}
+        return (_rebuild, (type(self), self.what, state))
+
+
+def _rebuild(kind: type[NormkitError], what: str, fields: dict[str, str]) -> NormkitError:
+    return kind(what, **fields)
+
+
+class ConfigError(NormkitError):
+    """An option, rule code, pattern or configuration key that does not exist."""
+
+
+class ModelSpecError(NormkitError):
+    """A model specification that cannot be turned into a module."""
+
+
+class TraceError(NormkitError):
+    """A model that `torch.export` cannot read."""
+
+
+class EditError(NormkitError):
+    """An edit that cannot be made; the model is as it was."""
+
+
+class NothingMatchedError(EditError):
+    """An edit that found nothing to edit."""
+
+
+class DataError(NormkitError):
+    """An image, mask, folder or batch that cannot be used."""
+
+
+class AuditFailedError(NormkitError):
+    """Findings at or above the severity the user asked to stop at."""
+
+
+class NormkitWarning(UserWarning):
+    """Category of every warning this library gives."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A "did you mean" clause for `word`, or the empty string when nothing in `known` is close."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else ""

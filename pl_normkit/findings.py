@@ -1,0 +1,139 @@
+"""What an audit finds: plain data, no behaviour beyond its own fields."""
+
+from __future__ import annotations
+
+__all__ = ["Evidence", "Finding", "FixSafety", "Place", "Severity", "read_baseline", "subtract_baseline", "write_baseline"]
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+
+from pl_normkit.errors import ConfigError
+
+
+class Severity(StrEnum):
+    """How much a finding matters; `note` < `warning` < `error`."""
+
+    NOTE = "note"
+    WARNING = "warning"
+    ERROR = "error"
+
+    @property
+    def rank(self) -> int:
+        return list(Severity).index(self)
+
+
+class FixSafety(StrEnum):
+    """What applying the fix does: `safe` keeps the function now or in eval mode, `unsafe` changes what is trained,
+    `display` means there is advice only."""
+
+    SAFE = "safe"
+    UNSAFE = "unsafe"
+    DISPLAY = "display"
+
+
+@dataclass(frozen=True)
+class Place:
+    """One spot in the user's program.
+
+    Attributes:
+        module: path as in `model.named_modules()`, or a parameter name; "" is the model itself.
+        source: `file.py:line` of the code that runs there, "" where unknown.
+    """
+
+    module: str
+    source: str = ""
+
+    def __str__(self) -> str:
+        name = self.module or "(the model)"
+        return f"{name} ({self.source})" if self.source else name
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A number measured on this very subject.
+
+    Attributes:
+        what: the measured quantity, such as "variance of the input of bn2, eval over train".
+        value: what was measured.
+        expected: what it should be, as a number or a range in words.
+        unit: unit of `value`, "" for ratios and counts.
+    """
+
+    what: str
+    value: float
+    expected: str = ""
+    unit: str = ""
+
+    def __str__(self) -> str:
+        unit = f" {self.unit}" if self.unit else ""
+        expected = f" (should be {self.expected})" if self.expected else ""
+        return f"{self.what}: {self.value:.4g}{unit}{expected}"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One cause, with all the places it shows at.
+
+    `cause` tells two findings of one rule apart when they share their places; it enters the fingerprint.
+    """
+
+    code: str
+    name: str
+    severity: Severity
+    message: str
+    places: tuple[Place, ...]
+    evidence: tuple[Evidence, ...]
+    advice: str
+    fix_safety: FixSafety
+    cause: str = ""
+
+    @property
+    def fingerprint(self) -> str:
+        """Stable over runs, line numbers and library versions: made of the code, the cause and the module paths."""
+        return _digest(self.code, self.cause, *sorted({place.module for place in self.places}))
+
+    @property
+    def silence(self) -> str:
+        return f'ignore=["{self.code}"]'
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()[:20]
+
+
+def _place_key(finding: Finding, place: Place) -> str:
+    return _digest(finding.code, finding.cause, place.module)
+
+
+def write_baseline(path: Path, findings: Iterable[Finding]) -> None:
+    """Accept today's findings: write one key per (rule, cause, module path) to `path` as JSON."""
+    accepted = sorted({_place_key(finding, place) for finding in findings for place in finding.places or (Place(""),)})
+    path.write_text(json.dumps({"version": 1, "accepted": accepted}, indent=1) + "\n")
+
+
+def read_baseline(path: Path) -> frozenset[str]:
+    """Keys accepted in `path`. Raises ConfigError when it is missing or no baseline."""
+    try:
+        document = json.loads(path.read_text())
+        return frozenset(document["accepted"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            "the baseline file cannot be read",
+            where=str(path),
+            evidence=f"{type(error).__name__}: {error}",
+            mend="write one with --write-baseline",
+        ) from error
+
+
+def subtract_baseline(findings: Sequence[Finding], accepted: frozenset[str]) -> list[Finding]:
+    """Findings with the accepted places taken out; a finding with no place left is gone."""
+    remaining = []
+    for finding in findings:
+        places = tuple(place for place in finding.places or (Place(""),) if _place_key(finding, place) not in accepted)
+        if places:
+            remaining.append(replace(finding, places=places if finding.places else ()))
+    return remaining

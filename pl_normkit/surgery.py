@@ -1,0 +1,226 @@
+"""How a model is edited: the only place that mutates a module tree.
+
+A fix builds a list of edits and hands them to `apply_edits`, which checks all of them before it makes the first. Every edit
+keeps the existing state_dict keys and parameter objects, and `Changes.undo()` puts back the very objects that were there.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Change", "Changes", "Edit", "Insert", "Replace", "SetAttributes", "apply_edits", "get_module"]
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from torch import Tensor, nn
+
+from pl_normkit.errors import EditError, nearest
+
+Undo = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One edit that was made: the module path and what happened there."""
+
+    module: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.module or '(the model)'}: {self.what}"
+
+
+@dataclass
+class Changes:
+    """What a fix did.
+
+    Attributes:
+        made: the edits, in the order they were made; empty when the model already was as the fix wants it.
+        skipped: what the fix had to leave alone, and why.
+    """
+
+    made: list[Change] = field(default_factory=list)
+    skipped: list[Change] = field(default_factory=list)
+    _undo: list[Undo] = field(default_factory=list, repr=False)
+
+    def undo(self) -> None:
+        """Give back the original model: the same module objects, hooks and attributes. A second call does nothing."""
+        while self._undo:
+            self._undo.pop()()
+
+    def __bool__(self) -> bool:
+        return bool(self.made)
+
+    def __str__(self) -> str:
+        lines = [*map(str, self.made), *(f"{change} (skipped)" for change in self.skipped)]
+        return "\n".join(lines) or "nothing to change"
+
+
+class Edit(Protocol):
+    """One thing to change. `check` raises EditError and touches nothing; `is_done` says the model already is so."""
+
+    def check(self, model: nn.Module) -> None: ...
+
+    def is_done(self, model: nn.Module) -> bool: ...
+
+    def apply(self, model: nn.Module) -> tuple[Change, Undo]: ...
+
+
+def apply_edits(model: nn.Module, edits: Sequence[Edit], skipped: Sequence[Change] = ()) -> Changes:
+    """Check every edit, then make those that are not made yet.
+
+    Raises EditError before anything is touched when one of them cannot be made; whatever an edit raises while being
+    made, the edits before it are taken back first.
+    """
+    for edit in edits:
+        edit.check(model)
+    changes = Changes(skipped=list(skipped))
+    try:
+        for edit in edits:
+            if not edit.is_done(model):
+                change, undo = edit.apply(model)
+                changes.made.append(change)
+                changes._undo.append(undo)
+    except BaseException:
+        changes.undo()
+        raise
+    return changes
+
+
+def get_module(model: nn.Module, path: str) -> nn.Module:
+    """The submodule at `path`. Raises EditError naming the nearest path."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError as error:
+        names = [name for name, _ in model.named_modules()]
+        raise EditError(f"the model has no module {path!r}", mend=nearest(path, names) or "see model.named_modules()") from error
+
+
+def _paths_of(model: nn.Module, module: nn.Module) -> list[str]:
+    return [name for name, found in model.named_modules(remove_duplicate=False) if found is module]
+
+
+@dataclass(frozen=True)
+class Replace:
+    """Put `new` where the module at `path` stands, everywhere the model holds that module.
+
+    `new` must have the state_dict keys of the old one. Training mode and, for modules without parameters, nothing else is
+    carried over: `new` arrives complete.
+    """
+
+    path: str
+    new: nn.Module
+    what: str
+
+    def check(self, model: nn.Module) -> None:
+        if not self.path:
+            raise EditError("the model itself cannot be replaced", mend="wrap it in a module of your own")
+        old = get_module(model, self.path)
+        missing = set(old.state_dict()) ^ set(self.new.state_dict())
+        if missing and not self.is_done(model):
+            raise EditError("a replacement must keep the state_dict keys", where=self.path, evidence=", ".join(sorted(missing)))
+
+    def is_done(self, model: nn.Module) -> bool:
+        return get_module(model, self.path) is self.new
+
+    def apply(self, model: nn.Module) -> tuple[Change, Undo]:
+        old = get_module(model, self.path)
+        paths = _paths_of(model, old)
+        self.new.train(old.training)
+        _put(model, paths, self.new)
+        return Change(self.path, self.what), lambda: _put(model, paths, old)
+
+
+def _put(model: nn.Module, paths: Sequence[str], module: nn.Module) -> None:
+    for path in paths:
+        parent, _, name = path.rpartition(".")
+        model.get_submodule(parent)._modules[name] = module
+
+
+@dataclass(frozen=True)
+class Insert:
+    """Let `new` act on the first argument (`where="before"`) or on the output (`where="after"`) of the module at `path`.
+
+    `new` becomes the child `name` of that module, so it follows train/eval, device moves, copies and pickling; a child
+    with buffers or parameters adds its keys under `path.name` and no existing key moves.
+    """
+
+    path: str
+    name: str
+    new: nn.Module
+    what: str
+    where: Literal["before", "after"] = "before"
+
+    def check(self, model: nn.Module) -> None:
+        host = get_module(model, self.path)
+        if hasattr(host, self.name) and not self.is_done(model):
+            raise EditError(f"{self.path}.{self.name} exists already", where=self.path, mend="undo the earlier edit first")
+
+    def is_done(self, model: nn.Module) -> bool:
+        return get_module(model, self.path)._modules.get(self.name) is self.new
+
+    def apply(self, model: nn.Module) -> tuple[Change, Undo]:
+        host = get_module(model, self.path)
+        self.new.train(host.training)
+        host.add_module(self.name, self.new)
+        if self.where == "before":
+            handle = host.register_forward_pre_hook(_ActBefore(self.name))
+        else:
+            handle = host.register_forward_hook(_ActAfter(self.name))
+
+        def undo() -> None:
+            handle.remove()
+            del host._modules[self.name]
+
+        return Change(self.path, self.what), undo
+
+
+@dataclass(frozen=True)
+class _ActBefore:
+    """Forward pre-hook that looks its child up by name, so that a deep copy or an unpickled model uses its own child."""
+
+    name: str
+
+    def __call__(self, host: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        child = host.get_submodule(self.name)
+        return (child(arguments[0]), *arguments[1:])
+
+
+@dataclass(frozen=True)
+class _ActAfter:
+    """Forward hook, the counterpart of `_ActBefore`."""
+
+    name: str
+
+    def __call__(self, host: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Any:
+        return host.get_submodule(self.name)(output)
+
+
+@dataclass(frozen=True)
+class SetAttributes:
+    """Set plain attributes (no parameters, buffers or modules) of the module at `path`."""
+
+    path: str
+    values: Mapping[str, Any]
+    what: str
+
+    def check(self, model: nn.Module) -> None:
+        module = get_module(model, self.path)
+        for name in self.values:
+            if name in module._parameters or name in module._buffers or name in module._modules or not hasattr(module, name):
+                raise EditError(f"{name!r} is no plain attribute of {type(module).__name__}", where=self.path)
+
+    def is_done(self, model: nn.Module) -> bool:
+        module = get_module(model, self.path)
+        return all(getattr(module, name) == value for name, value in self.values.items())
+
+    def apply(self, model: nn.Module) -> tuple[Change, Undo]:
+        module = get_module(model, self.path)
+        before = {name: getattr(module, name) for name in self.values}
+
+        def assign(values: Mapping[str, Any]) -> None:
+            for name, value in values.items():
+                setattr(module, name, value)
+
+        assign(self.values)
+        return Change(self.path, self.what), lambda: assign(before)

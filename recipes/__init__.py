@@ -1,0 +1,1 @@
+"""Runnable LightningModules and DataModules."""

@@ -1,0 +1,1 @@
+"""Semantic segmentation: any smp architecture on a folder of images and masks, or on built-in texture photographs."""
