@@ -1,0 +1,23 @@
+"""What the model is: one `torch.export` trace, read as residual branches, fusions, norms, dropouts, heads and attention."""
+
+from __future__ import annotations
+
+__all__ = [
+    "Attention",
+    "Branch",
+    "Dropout",
+    "Fusion",
+    "FusionInput",
+    "Head",
+    "Kind",
+    "ModelGraph",
+    "Node",
+    "Norm",
+    "ResidualAdd",
+    "call_arguments",
+]
+
+from pl_normkit.graph.model import ModelGraph
+from pl_normkit.graph.nodes import Kind, Node
+from pl_normkit.graph.structure import Attention, Branch, Dropout, Fusion, FusionInput, Head, Norm, ResidualAdd
+from pl_normkit.graph.trace import call_arguments

@@ -1,0 +1,190 @@
+"""One operation of the traced model, in the field's words."""
+
+from __future__ import annotations
+
+__all__ = ["Kind", "Node", "kind_of"]
+
+import math
+import re
+import sysconfig
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class Kind(StrEnum):
+    """What an operation does to its input, as far as rules care."""
+
+    INPUT = "input"
+    WEIGHT = "weight"
+    NORM = "norm"
+    DROPOUT = "dropout"
+    ACTIVATION = "activation"
+    ADD = "add"
+    MUL = "mul"
+    CAT = "cat"
+    POOL = "pool"
+    RESIZE = "resize"
+    VIEW = "view"
+    MATMUL = "matmul"
+    SOFTMAX = "softmax"
+    ATTENTION = "attention"
+    OTHER = "other"
+
+
+_CONVOLUTIONS = (
+    "conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d conv_transpose3d "
+    "linear addmm bilinear embedding embedding_bag lstm gru rnn_tanh rnn_relu"
+)
+_ACTIVATIONS = (
+    "relu relu6 gelu silu hardswish hardtanh elu selu celu leaky_relu prelu rrelu mish softplus softsign sigmoid hardsigmoid tanh "
+    "log_sigmoid glu threshold clamp clamp_min clamp_max hardshrink softshrink erf"
+)
+_VIEWS = (
+    "view _unsafe_view reshape flatten unflatten transpose permute movedim t contiguous clone expand expand_as squeeze unsqueeze slice "
+    "select getitem to _to_copy alias detach chunk split split_with_sizes tensor_split unbind narrow roll flip "
+    "type_as float half bfloat16 numpy_T swapaxes lift_fresh_copy constant_pad_nd pad"
+)
+_POOLS = (
+    "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d max_pool1d max_pool2d max_pool3d "
+    "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max_pool2d_with_indices mean lp_pool2d amax"
+)
+_RESIZES = (
+    "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_bicubic2d upsample_linear1d upsample_trilinear3d "
+    "_upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa grid_sampler grid_sampler_2d "
+    "pixel_shuffle max_unpool2d"
+)
+
+KINDS: dict[str, Kind] = {
+    **dict.fromkeys(_CONVOLUTIONS.split(), Kind.WEIGHT),
+    **dict.fromkeys(_ACTIVATIONS.split(), Kind.ACTIVATION),
+    **dict.fromkeys(_VIEWS.split(), Kind.VIEW),
+    **dict.fromkeys(_POOLS.split(), Kind.POOL),
+    **dict.fromkeys(_RESIZES.split(), Kind.RESIZE),
+    **dict.fromkeys("batch_norm layer_norm group_norm instance_norm rms_norm native_layer_norm".split(), Kind.NORM),
+    **dict.fromkeys("dropout feature_dropout alpha_dropout feature_alpha_dropout native_dropout".split(), Kind.DROPOUT),
+    **dict.fromkeys("matmul mm bmm einsum baddbmm".split(), Kind.MATMUL),
+    "softmax": Kind.SOFTMAX,
+    "_softmax": Kind.SOFTMAX,
+    "scaled_dot_product_attention": Kind.ATTENTION,
+    "add": Kind.ADD,
+    "mul": Kind.MUL,
+    "cat": Kind.CAT,
+    "concat": Kind.CAT,
+    "stack": Kind.CAT,
+}
+
+# Their result has the shape of the input but none of its values.
+SHAPE_ONLY = frozenset(
+    "new_empty new_zeros new_ones new_full empty_like zeros_like ones_like full_like rand_like randn_like randint_like sym_size size "
+    "bernoulli_shape new_tensor".split()
+)
+TRANSPOSED = frozenset(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"))
+
+
+def kind_of(op: str, parameters: Iterable[str]) -> Kind:
+    """The kind of the aten operation `op`; a product with a parameter is a weight layer."""
+    kind = KINDS.get(op, Kind.OTHER)
+    return Kind.WEIGHT if kind is Kind.MATMUL and tuple(parameters) else kind
+
+
+@dataclass(eq=False)
+class Node:
+    """One operation that works on values of the model's input.
+
+    Attributes:
+        index: position in execution order.
+        op: the aten operation, without overload and in-place mark ("conv2d", "add", "batch_norm").
+        kind: what the operation does.
+        inputs: operations whose values it consumes, in argument order (never parameters or masks).
+        users: operations that consume its value.
+        parameters: names of the parameters it consumes, as in `model.named_parameters()`.
+        module: path of the innermost module that ran it.
+        shape: shape of the result; () for operations with several results.
+        target: the node of the exported graph.
+    """
+
+    index: int
+    op: str
+    kind: Kind
+    inputs: tuple[Node, ...]
+    parameters: tuple[str, ...]
+    module: str
+    shape: tuple[int, ...]
+    target: torch.fx.Node
+    users: list[Node] = field(default_factory=list, repr=False)
+
+    def __repr__(self) -> str:
+        return f"<{self.index} {self.op} {self.module}>"
+
+    @property
+    def numel(self) -> int:
+        """Number of elements, before any broadcasting `expand`."""
+        if self.op in ("expand", "expand_as") and self.inputs:
+            return self.inputs[0].numel
+        return math.prod(self.shape)
+
+    @property
+    def source(self) -> str:
+        """`package/file.py:line` of the user's or library's line that called the operation, "" where unknown."""
+        return source_of(self.target.meta.get("stack_trace") or "")
+
+    @property
+    def is_transposed_convolution(self) -> bool:
+        if self.op in TRANSPOSED:
+            return True
+        return self.op == "convolution" and bool(self.argument("transposed", 6, False))
+
+    @property
+    def drop_probability(self) -> float:
+        """Probability with which a dropout drops; 0 when it is inactive or this is no dropout."""
+        if self.kind is not Kind.DROPOUT or not self.argument("train", 2, True):
+            return 0.0
+        return float(self.argument("p", 1, 0.5) or 0.0)
+
+    @property
+    def is_global_pool(self) -> bool:
+        """Whether every spatial (or token) position is averaged into one."""
+        if self.kind is not Kind.POOL or not self.inputs or "max" in self.op:
+            return False
+        before = self.inputs[0].shape
+        if self.op == "mean":
+            dims = self.argument("dim", 1, None)
+            dims = [dims] if isinstance(dims, int) else dims
+            if not dims or len(before) < 3:
+                return False
+            reduced = {dim % len(before) for dim in dims}
+            return reduced in (set(range(2, len(before))), set(range(1, len(before) - 1)))
+        spatial = self.shape[2:]
+        return len(before) > 2 and bool(spatial) and all(size == 1 for size in spatial) and math.prod(before[2:]) > 1
+
+    def argument(self, name: str, position: int, default: Any) -> Any:
+        """An argument of the call by keyword name or by position."""
+        if name in self.target.kwargs:
+            return self.target.kwargs[name]
+        return self.target.args[position] if position < len(self.target.args) else default
+
+
+_FRAME = re.compile(r'File "(.+?)", line (\d+), in ')
+_TORCH = str(Path(torch.__file__).parent)
+_LIBRARIES = tuple(sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), str(Path(torch.__file__).parents[1])}))
+
+
+def source_of(stack_trace: str) -> str:
+    """The innermost frame outside torch, as a path relative to the libraries' folder or the working directory."""
+    for file, line in reversed(_FRAME.findall(stack_trace)):
+        if not file.startswith(_TORCH):
+            return f"{shorten(file)}:{line}"
+    return ""
+
+
+def shorten(file: str) -> str:
+    """`file` relative to the folder of installed packages or to the working directory, unchanged elsewhere."""
+    for root in (*_LIBRARIES, str(Path.cwd())):
+        if file.startswith(root + "/"):
+            return file[len(root) + 1 :]
+    return file

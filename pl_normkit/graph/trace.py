@@ -1,0 +1,236 @@
+"""From a module to a list of nodes: one `torch.export` trace, read once, changing nothing."""
+
+from __future__ import annotations
+
+__all__ = ["call_arguments", "trace"]
+
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from pl_normkit.errors import TraceError
+from pl_normkit.graph.nodes import SHAPE_ONLY, Kind, Node, kind_of, shorten
+from pl_normkit.preserve import preserved
+
+
+def call_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """How `example_inputs` is passed: a tuple as positional, a dict as keyword arguments, anything else as the only one."""
+    if isinstance(example_inputs, tuple):
+        return example_inputs, {}
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    return (example_inputs,), {}
+
+
+def trace(model: nn.Module, example_inputs: Any) -> list[Node]:
+    """Operations of one training-mode forward pass, in execution order.
+
+    Raises TraceError, with the user's line, when the model cannot be exported.
+    """
+    return _Reader(model).read(_export(model, example_inputs))
+
+
+def _export(model: nn.Module, example_inputs: Any) -> ExportedProgram:
+    arguments = _place(model, call_arguments(example_inputs))
+    with preserved(model), _plain_sync_norms(model), torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if not model.training:
+            model.train()
+        for args, kwargs in (arguments, _double_batch(arguments)):
+            try:
+                return torch.export.export(model, args, kwargs, strict=False)
+            except Exception as error:
+                needs_two_samples = isinstance(error, ValueError) and "more than 1 value per channel" in str(error)
+                if not needs_two_samples or args is not arguments[0] or not _is_batch_of_one(arguments):
+                    raise _explain(model, error, args, kwargs) from error
+    raise AssertionError("unreachable: the second attempt returns or raises")
+
+
+def _place(model: nn.Module, arguments: Any) -> Any:
+    """Arguments on the model's device; for a model on the meta device that costs no memory."""
+    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), None)
+    if device is None:
+        return arguments
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device), arguments)
+
+
+def _is_batch_of_one(arguments: Any) -> bool:
+    return all(tensor.dim() > 0 and tensor.shape[0] == 1 for tensor in tree_leaves(arguments) if isinstance(tensor, Tensor))
+
+
+def _double_batch(arguments: Any) -> Any:
+    """Batch norm over one value needs two samples: the same arguments with the batch repeated."""
+    return tree_map_only(Tensor, lambda tensor: torch.cat([tensor, tensor]) if tensor.dim() else tensor, arguments)
+
+
+@contextmanager
+def _plain_sync_norms(model: nn.Module) -> Iterator[None]:
+    """Let SyncBatchNorm run as plain batch norm: it refuses tensors that are not on a GPU, and a trace needs no processes."""
+    norms = [module for module in model.modules() if isinstance(module, nn.SyncBatchNorm)]
+    for module in norms:
+        module.forward = _BatchNorm.forward.__get__(module)  # type: ignore[method-assign]
+        module._check_input_dim = _accept_any  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module in norms:
+            del module.forward, module._check_input_dim
+
+
+def _accept_any(_: Tensor) -> None:
+    return
+
+
+def _explain(model: nn.Module, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TraceError:
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename]
+    inner = [frame for frame in frames if "pl_normkit/graph/" not in frame.filename]
+    shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+    message = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return TraceError(
+        f"{type(model).__name__} cannot be read by torch.export with inputs {shapes or 'given'}",
+        where=f"{shorten(inner[-1].filename)}:{inner[-1].lineno}" if inner else "",
+        evidence=f"{type(error).__name__}: {message[:300]}",
+        mend="check the input shapes; data-dependent control flow must be taken out of forward, or audit the submodule that holds the layers",
+    )
+
+
+@dataclass
+class _Value:
+    """What a node of the exported graph stands for: an operation on the input's values, or parameters, or neither."""
+
+    node: Node | None = None
+    parameters: tuple[str, ...] = ()
+
+
+@dataclass
+class _Reader:
+    """Walks the exported graph in order and keeps what depends on the input's values."""
+
+    model: nn.Module
+    nodes: list[Node] = field(default_factory=list)
+    _values: dict[torch.fx.Node, _Value] = field(default_factory=dict)
+    _results: dict[torch.fx.Node, list[_Value]] = field(default_factory=dict)
+
+    def read(self, program: ExportedProgram) -> list[Node]:
+        first_name = self._first_names()
+        specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
+        for target in program.graph.nodes:
+            if target.op == "placeholder":
+                spec = specs.get(target.name)
+                if spec is not None and spec.kind is InputKind.PARAMETER and spec.target is not None:
+                    self._values[target] = _Value(parameters=(first_name.get(spec.target, spec.target),))
+                elif spec is None or spec.kind is InputKind.USER_INPUT:
+                    self._values[target] = _Value(self._append(target, "input", Kind.INPUT, (), ()))
+        self._read_body(program.graph_module)
+        return self.nodes
+
+    def _first_names(self) -> dict[str, str]:
+        """Tied parameters have several names; everything speaks of the first."""
+        first: dict[int, str] = {}
+        return {name: first.setdefault(id(p), name) for name, p in self.model.named_parameters(remove_duplicate=False)}
+
+    def _read_body(self, body: torch.fx.GraphModule) -> list[_Value]:
+        for target in body.graph.nodes:
+            if target.op == "call_function":
+                self._values[target] = self._read_call(target, body)
+            elif target.op == "output":
+                return [self._values.get(leaf, _Value()) for leaf in tree_leaves(target.args) if isinstance(leaf, torch.fx.Node)]
+        return []
+
+    def _read_call(self, target: torch.fx.Node, body: torch.fx.GraphModule) -> _Value:
+        inner = self._inner_body(target, body)
+        if inner is not None:
+            return self._read_inner(target, inner)
+        name = _name_of(target)
+        if name == "getitem" and target.args[0] in self._results:
+            return self._results[target.args[0]][target.args[1]]
+        inputs, parameters = self._gather(target)
+        if name in SHAPE_ONLY:
+            return _Value()
+        if not inputs:
+            return _Value(parameters=parameters)
+        op = name.rstrip("_") if name.endswith("_") and not name.startswith("__") else name
+        node = self._append(target, op, kind_of(op, parameters), inputs, parameters)
+        value = _Value(node)
+        if op != name:
+            self._overwrite(target, value)
+        return value
+
+    def _inner_body(self, target: torch.fx.Node, body: torch.fx.GraphModule) -> torch.fx.GraphModule | None:
+        """The graph that a higher-order call runs (autocast, no_grad and checkpoint regions, the true branch of a cond)."""
+        for argument in target.args:
+            if isinstance(argument, torch.fx.Node) and argument.op == "get_attr":
+                found = getattr(body, str(argument.target), None)
+                if isinstance(found, torch.fx.GraphModule):
+                    return found
+        return None
+
+    def _read_inner(self, target: torch.fx.Node, inner: torch.fx.GraphModule) -> _Value:
+        operands = [leaf for leaf in tree_leaves((target.args, target.kwargs)) if isinstance(leaf, torch.fx.Node) and leaf.op != "get_attr"]
+        entries = [node for node in inner.graph.nodes if node.op == "placeholder"]
+        for entry, operand in zip(entries, operands[len(operands) - len(entries) :], strict=True):
+            self._values[entry] = self._values.get(operand, _Value())
+        results = self._read_body(inner)
+        if len(results) == 1:
+            return results[0]
+        self._results[target] = results
+        return _Value()
+
+    def _gather(self, target: torch.fx.Node) -> tuple[tuple[Node, ...], tuple[str, ...]]:
+        inputs: dict[Node, None] = {}
+        parameters: dict[str, None] = {}
+        for argument in target.all_input_nodes:
+            value = self._values.get(argument)
+            if value is not None:
+                if value.node is not None:
+                    inputs[value.node] = None
+                parameters.update(dict.fromkeys(value.parameters))
+        return tuple(inputs), tuple(parameters)
+
+    def _append(self, target: torch.fx.Node, op: str, kind: Kind, inputs: tuple[Node, ...], parameters: tuple[str, ...]) -> Node:
+        value = target.meta.get("val")
+        node = Node(
+            index=len(self.nodes),
+            op=op,
+            kind=kind,
+            inputs=inputs,
+            parameters=parameters,
+            module=_module_of(target),
+            shape=tuple(value.shape) if isinstance(value, Tensor) else (),
+            target=target,
+        )
+        for source in inputs:
+            source.users.append(node)
+        self.nodes.append(node)
+        return node
+
+    def _overwrite(self, target: torch.fx.Node, value: _Value) -> None:
+        """After an in-place operation its first argument, and what that is a view of, holds the new value."""
+        changed = target.args[0] if target.args else None
+        while isinstance(changed, torch.fx.Node):
+            self._values[changed] = value
+            is_view = changed.op == "call_function" and kind_of(_name_of(changed), ()) is Kind.VIEW
+            changed = changed.args[0] if is_view and changed.args else None
+
+
+def _name_of(target: torch.fx.Node) -> str:
+    called = target.target
+    if isinstance(called, torch._ops.OpOverload):
+        return called._schema.name.rpartition("::")[2]
+    return getattr(called, "__name__", str(called))
+
+
+def _module_of(target: torch.fx.Node) -> str:
+    stack = target.meta.get("nn_module_stack") or {}
+    path: str = next(reversed(stack.values()))[0] if stack else ""
+    return path.partition("@")[0]
