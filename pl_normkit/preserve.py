@@ -57,9 +57,9 @@ def _copies(attributes: dict[str, Any]) -> list[tuple[Any, Any]]:
 def _random_states() -> Callable[[], None]:
     python_state = random.getstate()
     torch_state = torch.get_rng_state()
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
     numpy = sys.modules.get("numpy")
-    numpy_state = numpy.random.get_state() if numpy is not None else None  # noqa: NPY002 - the global state is what users seed
+    numpy_state = numpy.random.get_state() if numpy is not None else None
 
     def restore() -> None:
         random.setstate(python_state)
@@ -67,7 +67,7 @@ def _random_states() -> Callable[[], None]:
         if cuda_states is not None:
             torch.cuda.set_rng_state_all(cuda_states)
         if numpy is not None:
-            numpy.random.set_state(numpy_state)  # noqa: NPY002
+            numpy.random.set_state(numpy_state)
 
     return restore
 

@@ -245,14 +245,13 @@ def _heads_after(pool: Node) -> list[Head]:
 
 
 def _is_attention(softmax: Node) -> bool:
-    pending, seen = [softmax], set()
+    pending, seen = [softmax], {softmax}
     while pending:
         node = pending.pop()
         for user in node.users:
             if user.kind is Kind.MATMUL and len(user.inputs) > 1:
                 return True
-            if user.kind in PASSING or user.kind in (Kind.MUL, Kind.ADD):
-                if user not in seen:
-                    seen.add(user)
-                    pending.append(user)
+            if user.kind in (*PASSING, Kind.MUL, Kind.ADD) and user not in seen:
+                seen.add(user)
+                pending.append(user)
     return False

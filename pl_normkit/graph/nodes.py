@@ -36,53 +36,39 @@ class Kind(StrEnum):
     OTHER = "other"
 
 
-_CONVOLUTIONS = (
-    "conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d conv_transpose3d "
-    "linear addmm bilinear embedding embedding_bag lstm gru rnn_tanh rnn_relu"
-)
-_ACTIVATIONS = (
-    "relu relu6 gelu silu hardswish hardtanh elu selu celu leaky_relu prelu rrelu mish softplus softsign sigmoid hardsigmoid tanh "
-    "log_sigmoid glu threshold clamp clamp_min clamp_max hardshrink softshrink erf"
-)
-_VIEWS = (
-    "view _unsafe_view reshape flatten unflatten transpose permute movedim t contiguous clone expand expand_as squeeze unsqueeze slice "
-    "select getitem to _to_copy alias detach chunk split split_with_sizes tensor_split unbind narrow roll flip "
-    "type_as float half bfloat16 numpy_T swapaxes lift_fresh_copy constant_pad_nd pad"
-)
-_POOLS = (
-    "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d max_pool1d max_pool2d max_pool3d "
-    "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max_pool2d_with_indices mean lp_pool2d amax"
-)
-_RESIZES = (
-    "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_bicubic2d upsample_linear1d upsample_trilinear3d "
-    "_upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa grid_sampler grid_sampler_2d "
-    "pixel_shuffle max_unpool2d"
-)
-
-KINDS: dict[str, Kind] = {
-    **dict.fromkeys(_CONVOLUTIONS.split(), Kind.WEIGHT),
-    **dict.fromkeys(_ACTIVATIONS.split(), Kind.ACTIVATION),
-    **dict.fromkeys(_VIEWS.split(), Kind.VIEW),
-    **dict.fromkeys(_POOLS.split(), Kind.POOL),
-    **dict.fromkeys(_RESIZES.split(), Kind.RESIZE),
-    **dict.fromkeys("batch_norm layer_norm group_norm instance_norm rms_norm native_layer_norm".split(), Kind.NORM),
-    **dict.fromkeys("dropout feature_dropout alpha_dropout feature_alpha_dropout native_dropout".split(), Kind.DROPOUT),
-    **dict.fromkeys("matmul mm bmm einsum baddbmm".split(), Kind.MATMUL),
-    "softmax": Kind.SOFTMAX,
-    "_softmax": Kind.SOFTMAX,
-    "scaled_dot_product_attention": Kind.ATTENTION,
-    "add": Kind.ADD,
-    "mul": Kind.MUL,
-    "cat": Kind.CAT,
-    "concat": Kind.CAT,
-    "stack": Kind.CAT,
+_OPERATIONS = {
+    Kind.WEIGHT: """
+        conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d conv_transpose3d
+        linear addmm bilinear embedding embedding_bag lstm gru rnn_tanh rnn_relu""",
+    Kind.ACTIVATION: """
+        relu relu6 gelu silu hardswish hardtanh elu selu celu leaky_relu prelu rrelu mish softplus softsign sigmoid hardsigmoid
+        tanh log_sigmoid glu threshold clamp clamp_min clamp_max hardshrink softshrink erf""",
+    Kind.VIEW: """
+        view _unsafe_view reshape flatten unflatten transpose permute movedim swapaxes t contiguous clone expand expand_as squeeze
+        unsqueeze slice select getitem to _to_copy alias detach chunk split split_with_sizes tensor_split unbind narrow roll flip
+        type_as float half bfloat16 constant_pad_nd pad""",
+    Kind.POOL: """
+        avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d max_pool1d max_pool2d
+        max_pool3d max_pool2d_with_indices adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d mean amax""",
+    Kind.RESIZE: """
+        upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d
+        upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d _upsample_bilinear2d_aa
+        _upsample_bicubic2d_aa grid_sampler grid_sampler_2d pixel_shuffle max_unpool2d""",
+    Kind.NORM: "batch_norm layer_norm native_layer_norm group_norm instance_norm rms_norm",
+    Kind.DROPOUT: "dropout feature_dropout alpha_dropout feature_alpha_dropout native_dropout",
+    Kind.MATMUL: "matmul mm bmm einsum baddbmm",
+    Kind.SOFTMAX: "softmax _softmax",
+    Kind.ATTENTION: "scaled_dot_product_attention",
+    Kind.ADD: "add",
+    Kind.MUL: "mul",
+    Kind.CAT: "cat concat stack",
 }
+KINDS = {op: kind for kind, ops in _OPERATIONS.items() for op in ops.split()}
 
-# Their result has the shape of the input but none of its values.
-SHAPE_ONLY = frozenset(
-    "new_empty new_zeros new_ones new_full empty_like zeros_like ones_like full_like rand_like randn_like randint_like sym_size size "
-    "bernoulli_shape new_tensor".split()
-)
+_SHAPE_ONLY = """
+    new_empty new_zeros new_ones new_full empty_like zeros_like ones_like full_like rand_like randn_like randint_like sym_size size"""
+SHAPE_ONLY = frozenset(_SHAPE_ONLY.split())
+"""Operations whose result has the shape of the input but none of its values."""
 TRANSPOSED = frozenset(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"))
 
 

@@ -100,7 +100,7 @@ def _explain(model: nn.Module, error: Exception, args: tuple[Any, ...], kwargs: 
         f"{type(model).__name__} cannot be read by torch.export with inputs {shapes or 'given'}",
         where=f"{shorten(inner[-1].filename)}:{inner[-1].lineno}" if inner else "",
         evidence=f"{type(error).__name__}: {message[:300]}",
-        mend="check the input shapes; data-dependent control flow must be taken out of forward, or audit the submodule that holds the layers",
+        mend="check the input shapes; take data-dependent control flow out of forward, or audit the submodule that holds the layers",
     )
 
 
