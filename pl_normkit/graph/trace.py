@@ -79,7 +79,7 @@ def _plain_sync_norms(model: nn.Module) -> Iterator[None]:
     norms = [module for module in model.modules() if isinstance(module, nn.SyncBatchNorm)]
     for module in norms:
         module.forward = _BatchNorm.forward.__get__(module)  # type: ignore[method-assign]
-        module._check_input_dim = _accept_any  # type: ignore[method-assign]
+        module._check_input_dim = _accept_any  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
@@ -152,8 +152,9 @@ class _Reader:
         if inner is not None:
             return self._read_inner(target, inner)
         name = _name_of(target)
-        if name == "getitem" and target.args[0] in self._results:
-            return self._results[target.args[0]][target.args[1]]
+        results = self._results.get(target.all_input_nodes[0]) if name == "getitem" else None
+        if results is not None:
+            return results[int(str(target.args[1]))]
         inputs, parameters = self._gather(target)
         if name in SHAPE_ONLY:
             return _Value()
