@@ -1,0 +1,74 @@
+"""How the result of an audit is shown: terminal, JSON, SARIF, GitHub annotations, HTML."""
+
+from __future__ import annotations
+
+__all__ = ["Report"]
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from pl_normkit.findings import Finding, Severity
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an audit found.
+
+    Attributes:
+        findings: most severe first, then by code.
+        subject: what was audited, such as "ResNet".
+        notes: what the audit could not do and why (a model that cannot be traced, a rule that failed).
+    """
+
+    findings: Sequence[Finding] = field(default_factory=list)
+    subject: str = "model"
+    notes: Sequence[str] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to report."""
+        return bool(self.findings)
+
+    def counts(self) -> dict[Severity, int]:
+        """Number of findings by severity, zeros included."""
+        found = Counter(finding.severity for finding in self.findings)
+        return {severity: found[severity] for severity in Severity}
+
+    def at_least(self, severity: Severity | str) -> list[Finding]:
+        """Findings of this severity or a higher one."""
+        limit = Severity(severity).rank
+        return [finding for finding in self.findings if finding.severity.rank >= limit]
+
+    def to_json(self) -> str:
+        """A JSON object with the keys version, subject, findings and notes; a finding's keys are its attributes' names."""
+        from pl_normkit.report.json_format import to_json
+
+        return to_json(self)
+
+    def to_sarif(self) -> str:
+        """A SARIF 2.1.0 log as JSON text, with the documentation of every rule that fired."""
+        from pl_normkit.report.sarif import to_sarif
+
+        return to_sarif(self)
+
+    def to_github(self) -> str:
+        """Workflow commands, one line a place, that GitHub shows beside the source."""
+        from pl_normkit.report.github import to_github
+
+        return to_github(self)
+
+    def to_html(self) -> str:
+        """The terminal form as a self-contained HTML page."""
+        from pl_normkit.report.terminal import to_html
+
+        return to_html(self)
+
+    def print(self, console: Console | None = None) -> None:
+        """Show the report on a terminal (`rich`)."""
+        from pl_normkit.report.terminal import print_report
+
+        print_report(self, console)

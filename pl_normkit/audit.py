@@ -1,0 +1,106 @@
+"""Runs the selected rules over a subject and returns a report."""
+
+from __future__ import annotations
+
+__all__ = ["audit", "audit_subject"]
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pl_normkit.errors import TraceError
+from pl_normkit.findings import Finding
+from pl_normkit.graph import ModelGraph
+from pl_normkit.report import Report
+from pl_normkit.rules import Needs, Rule, Selection, Subject
+
+
+def audit(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    select: Sequence[str] | None = None,
+    ignore: Sequence[str] | None = None,
+    per_module_ignore: Mapping[str, Sequence[str]] | None = None,
+    optimizers: Optimizer | Sequence[Optimizer] = (),
+    loss: Tensor | None = None,
+    measure: bool = True,
+) -> Report:
+    """Judge a model, and whatever else of its training run is given.
+
+    The model, its buffers, mode, gradients and every RNG are the same afterwards, also when a rule fails. A rule that
+    fails, and a model that cannot be traced, become notes of the report.
+
+    Args:
+        model: any module, on any device; the meta device costs no memory.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments for `model`. Without it only rules
+            that need no trace run.
+        select: codes, prefixes ("NK1") or names of the rules to run instead of the default set; "DEFAULT", "ALL".
+        ignore: rules not to run.
+        per_module_ignore: module-path pattern -> rules silenced there.
+        optimizers: the optimizers of the run.
+        loss: the scalar loss of one real step, before backward.
+        measure: whether rules that fire may run `example_inputs` through the model to measure the harm.
+
+    Raises:
+        ConfigError: for an unknown rule or a pattern that matches no module.
+    """
+    subject = Subject(
+        model=model,
+        example_inputs=example_inputs,
+        optimizers=(optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers),
+        loss=loss,
+        measure=measure and not _is_on_meta(model),
+    )
+    return audit_subject(subject, Selection(select, tuple(ignore or ()), dict(per_module_ignore or {})))
+
+
+def audit_subject(subject: Subject, selection: Selection) -> Report:
+    """Run the selected rules whose needs `subject` meets; traces the model first where a rule needs the graph.
+
+    Raises ConfigError for an unknown rule or a pattern that matches no module.
+    """
+    rules = selection.rules()
+    notes: list[str] = []
+    if any(Needs.GRAPH in rule.needs for rule in rules):
+        _add_graph(subject, notes)
+    findings: list[Finding] = []
+    for rule in rules:
+        if all(subject.has(need) for need in rule.needs):
+            findings += _judge(rule, subject, notes)
+    findings = selection.silence(findings, _names(subject))
+    findings.sort(key=lambda finding: (-finding.severity.rank, finding.code))
+    return Report(findings, type(subject.model).__name__ if subject.model is not None else "loss", notes)
+
+
+def _add_graph(subject: Subject, notes: list[str]) -> None:
+    if subject.graph is not None or subject.model is None or subject.example_inputs is None:
+        return
+    try:
+        subject.graph = ModelGraph.from_model(subject.model, subject.example_inputs)
+    except TraceError as error:
+        notes.append(f"rules that need the traced model did not run: {error}")
+
+
+def _judge(rule: Rule, subject: Subject, notes: list[str]) -> list[Finding]:
+    """Findings of one rule; one that fails must not take the others, or a training run, down with it."""
+    try:
+        return list(rule.judge(subject))
+    except Exception as error:
+        notes.append(
+            f"rule {rule.code} ({rule.name}) failed with {type(error).__name__}: {error}; the other rules ran. "
+            f'Please report it with the model; ignore=["{rule.code}"] silences this note'
+        )
+        return []
+
+
+def _names(subject: Subject) -> list[str]:
+    if subject.model is None:
+        return []
+    return [*(name for name, _ in subject.model.named_modules()), *(name for name, _ in subject.model.named_parameters())]
+
+
+def _is_on_meta(model: nn.Module) -> bool:
+    return any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))

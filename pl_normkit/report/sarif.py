@@ -1,0 +1,78 @@
+"""SARIF 2.1.0, the interchange format of static analysis (OASIS standard)."""
+
+from __future__ import annotations
+
+__all__ = ["to_sarif"]
+
+import json
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from pl_normkit import __version__
+from pl_normkit.findings import Finding, Place
+from pl_normkit.rules import load_rules
+
+if TYPE_CHECKING:
+    from pl_normkit.report import Report
+
+SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
+
+
+def to_sarif(report: Report) -> str:
+    codes = sorted({finding.code for finding in report.findings})
+    driver = {
+        "name": "pl_normkit",
+        "semanticVersion": __version__,
+        "rules": [_rule(code) for code in codes],
+    }
+    run = {
+        "tool": {"driver": driver},
+        "results": [_result(finding, codes.index(finding.code)) for finding in report.findings],
+        "invocations": [
+            {
+                "executionSuccessful": True,
+                "toolExecutionNotifications": [{"level": "warning", "message": {"text": note}} for note in report.notes],
+            }
+        ],
+    }
+    return json.dumps({"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}, indent=2)
+
+
+def _rule(code: str) -> dict[str, Any]:
+    known = load_rules()[code]
+    return {
+        "id": code,
+        "name": known.name,
+        "shortDescription": {"text": known.summary},
+        "fullDescription": {"text": known.sections()["Why it hurts"]},
+        "help": {"text": known.doc},
+        "defaultConfiguration": {"level": known.severity.value},
+        "properties": {"mark": known.mark.value, "source": known.source},
+    }
+
+
+def _result(finding: Finding, index: int) -> dict[str, Any]:
+    evidence = "".join(f" {item}." for item in finding.evidence)
+    return {
+        "ruleId": finding.code,
+        "ruleIndex": index,
+        "level": finding.severity.value,
+        "message": {"text": f"{finding.message}.{evidence} {finding.advice}"},
+        "locations": [_location(place) for place in finding.places],
+        "partialFingerprints": {"normkit/v1": finding.fingerprint},
+        "properties": {"fixSafety": finding.fix_safety.value},
+    }
+
+
+def _location(place: Place) -> dict[str, Any]:
+    location: dict[str, Any] = {"logicalLocations": [{"fullyQualifiedName": place.module or "(the model)", "kind": "module"}]}
+    file, _, line = place.source.rpartition(":")
+    if file and line.isdigit():
+        location["physicalLocation"] = {"artifactLocation": {"uri": _uri(file)}, "region": {"startLine": int(line)}}
+    return location
+
+
+def _uri(file: str) -> str:
+
+    return PurePath(file).as_uri() if PurePath(file).is_absolute() else quote(PurePath(file).as_posix())

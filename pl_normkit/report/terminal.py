@@ -1,0 +1,69 @@
+"""The form people read."""
+
+from __future__ import annotations
+
+__all__ = ["print_report", "to_html"]
+
+import io
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from pl_normkit.findings import Finding, FixSafety, Severity
+
+if TYPE_CHECKING:
+    from pl_normkit.report import Report
+
+_STYLES = {Severity.NOTE: "cyan", Severity.WARNING: "yellow", Severity.ERROR: "bold red"}
+_PLACES_SHOWN = 5
+
+
+def print_report(report: Report, console: Console | None = None) -> None:
+    console = console or Console()
+    if report.findings:
+        table = Table(title=f"pl_normkit: {escape(report.subject)}", title_justify="left", show_lines=True, expand=False)
+        table.add_column("rule", no_wrap=True)
+        table.add_column("finding", overflow="fold")
+        table.add_column("places", overflow="fold")
+        for finding in report.findings:
+            table.add_row(_head(finding), _body(finding), _places(finding))
+        console.print(table)
+        console.print(_summary(report))
+    else:
+        console.print(f"pl_normkit: {escape(report.subject)}: nothing to report")
+    for note in report.notes:
+        console.print(f"[dim]note: {escape(note)}[/dim]")
+
+
+def to_html(report: Report) -> str:
+    console = Console(record=True, file=io.StringIO(), width=140)
+    print_report(report, console)
+    return console.export_html(inline_styles=True)
+
+
+def _head(finding: Finding) -> str:
+    style = _STYLES[finding.severity]
+    return f"[{style}]{finding.code}\n{finding.severity.value}[/{style}]"
+
+
+def _body(finding: Finding) -> str:
+    lines = [escape(finding.message) + "."]
+    lines += [f"[green]measured[/green] {escape(str(item))}" for item in finding.evidence]
+    lines.append(f"[bold]do[/bold] {escape(finding.advice)}")
+    if finding.fix_safety is not FixSafety.DISPLAY:
+        lines.append(f"[bold]fix[/bold] available ({finding.fix_safety.value})")
+    lines.append(f"[dim]{finding.name}; silence: {escape(finding.silence)}[/dim]")
+    return "\n".join(lines)
+
+
+def _places(finding: Finding) -> str:
+    shown = [escape(str(place)) for place in finding.places[:_PLACES_SHOWN]]
+    hidden = len(finding.places) - len(shown)
+    return "\n".join([*shown, *([f"... and {hidden} more"] if hidden > 0 else [])])
+
+
+def _summary(report: Report) -> str:
+    counts = ", ".join(f"{count} {severity.value}{'s' if count != 1 else ''}" for severity, count in report.counts().items() if count)
+    return f"{counts}. `pl-normkit explain {report.findings[0].code}` says why."
