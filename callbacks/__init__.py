@@ -1,1 +1,8 @@
 """Lightning callbacks: thin adapters, one class per file. Each calls a plain function of `pl_normkit` at the right hook."""
+
+from __future__ import annotations
+
+__all__ = ["DropoutPlacement", "ModelAudit"]
+
+from pl_normkit.callbacks.dropout_placement import DropoutPlacement
+from pl_normkit.callbacks.model_audit import ModelAudit

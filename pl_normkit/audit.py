@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-__all__ = ["audit", "audit_subject"]
+__all__ = ["audit", "audit_subject", "fix_findings"]
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pl_normkit.errors import TraceError
-from pl_normkit.findings import Finding
+from pl_normkit.errors import EditError, TraceError
+from pl_normkit.findings import Finding, FixSafety, Place
 from pl_normkit.graph import ModelGraph
 from pl_normkit.report import Report
-from pl_normkit.rules import Needs, Rule, Selection, Subject
+from pl_normkit.rules import Needs, Rule, Selection, Subject, load_rules
+from pl_normkit.surgery import Change, Changes
 
 
 def audit(
@@ -70,9 +72,10 @@ def audit_subject(subject: Subject, selection: Selection) -> Report:
     for rule in rules:
         if all(subject.has(need) for need in rule.needs):
             findings += _judge(rule, subject, notes)
-    findings = selection.silence(findings, _names(subject))
+    findings = selection.silence(_from_root(subject, findings), _names(subject))
     findings.sort(key=lambda finding: (-finding.severity.rank, finding.code))
-    return Report(findings, type(subject.model).__name__ if subject.model is not None else "loss", notes)
+    root = subject.root if subject.root is not None else subject.model
+    return Report(findings, type(root).__name__ if root is not None else "loss", notes)
 
 
 def _add_graph(subject: Subject, notes: list[str]) -> None:
@@ -96,10 +99,49 @@ def _judge(rule: Rule, subject: Subject, notes: list[str]) -> list[Finding]:
         return []
 
 
+def _from_root(subject: Subject, findings: list[Finding]) -> list[Finding]:
+    """The findings with paths as the user's own module names them."""
+    if subject.root is None or subject.root is subject.model:
+        return findings
+    prefix = next((name for name, module in subject.root.named_modules() if module is subject.model), "")
+
+    def move(place: Place) -> Place:
+        return replace(place, module=".".join(part for part in (prefix, place.module) if part))
+
+    return [replace(finding, places=tuple(move(place) for place in finding.places)) for finding in findings]
+
+
 def _names(subject: Subject) -> list[str]:
-    if subject.model is None:
+    root = subject.root if subject.root is not None else subject.model
+    if root is None:
         return []
-    return [*(name for name, _ in subject.model.named_modules()), *(name for name, _ in subject.model.named_parameters())]
+    return [*(name for name, _ in root.named_modules()), *(name for name, _ in root.named_parameters())]
+
+
+def fix_findings(model: nn.Module, example_inputs: Any, findings: Sequence[Finding], *, allow_unsafe: bool = False) -> Changes:
+    """Apply the fix of every rule that fired, each fix once.
+
+    Args:
+        model: the audited module.
+        example_inputs: what it was audited with.
+        findings: as from `audit`.
+        allow_unsafe: also apply fixes that change what is trained.
+
+    Returns:
+        all edits together; their `undo` takes them back in reverse order. A fix that finds nothing it can edit is listed
+        in `skipped`.
+    """
+    allowed = {FixSafety.SAFE, FixSafety.UNSAFE} if allow_unsafe else {FixSafety.SAFE}
+    rules = load_rules()
+    fixes = dict.fromkeys(rules[finding.code].fix for finding in findings if finding.fix_safety in allowed)
+    changes = Changes()
+    for fix in fixes:
+        if fix is not None:
+            try:
+                changes.add(fix(model, example_inputs))
+            except EditError as error:
+                changes.skipped.append(Change("", str(error)))
+    return changes
 
 
 def _is_on_meta(model: nn.Module) -> bool:

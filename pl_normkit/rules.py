@@ -58,6 +58,7 @@ class Subject:
 
     Attributes:
         model: the module, as the user built it.
+        root: the module that reported paths are relative to, where `model` is a part of it (a LightningModule's network).
         example_inputs: what `model` is called with: a tensor, a tuple of positional or a dict of keyword arguments.
         graph: the traced model; None where there was nothing to trace or tracing failed.
         optimizers: the optimizers of the run.
@@ -67,6 +68,7 @@ class Subject:
     """
 
     model: nn.Module | None = None
+    root: nn.Module | None = None
     example_inputs: Any = None
     graph: ModelGraph | None = None
     optimizers: Sequence[Optimizer] = ()

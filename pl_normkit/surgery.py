@@ -43,12 +43,19 @@ class Changes:
     skipped: list[Change] = field(default_factory=list)
     _undo: list[Undo] = field(default_factory=list, repr=False)
 
+    def add(self, later: Changes) -> None:
+        """Take in what was done after this; `undo` then takes both back, the later first."""
+        self.made += later.made
+        self.skipped += later.skipped
+        self._undo.append(later.undo)
+
     def undo(self) -> None:
         """Give back the original model: the same module objects, hooks and attributes. A second call does nothing."""
         while self._undo:
             self._undo.pop()()
 
     def __bool__(self) -> bool:
+        """Whether anything was changed."""
         return bool(self.made)
 
     def __str__(self) -> str:

@@ -156,7 +156,7 @@ class Node:
 
 
 _FRAME = re.compile(r'File "(.+?)", line (\d+), in ')
-_TORCH = str(Path(torch.__file__).parent)
+_TORCH = f"{Path(torch.__file__).parent}/"
 _LIBRARIES = tuple(sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), str(Path(torch.__file__).parents[1])}))
 
 

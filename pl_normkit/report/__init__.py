@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Report"]
+__all__ = ["Report", "merge_reports"]
 
 from collections import Counter
 from collections.abc import Sequence
@@ -23,11 +23,13 @@ class Report:
         findings: most severe first, then by code.
         subject: what was audited, such as "ResNet".
         notes: what the audit could not do and why (a model that cannot be traced, a rule that failed).
+        fixed: what was edited before the findings were taken.
     """
 
     findings: Sequence[Finding] = field(default_factory=list)
     subject: str = "model"
     notes: Sequence[str] = field(default_factory=list)
+    fixed: Sequence[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         """Whether there is anything to report."""
@@ -72,3 +74,13 @@ class Report:
         from pl_normkit.report.terminal import print_report
 
         print_report(self, console)
+
+
+def merge_reports(subject: str, reports: Sequence[Report]) -> Report:
+    """One report of several audits of parts of `subject`."""
+    return Report(
+        [finding for report in reports for finding in report.findings],
+        subject,
+        [note for report in reports for note in report.notes],
+        [change for report in reports for change in report.fixed],
+    )

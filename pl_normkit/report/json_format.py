@@ -21,6 +21,7 @@ def to_json(report: Report) -> str:
         "subject": report.subject,
         "findings": [_finding(finding) for finding in report.findings],
         "notes": list(report.notes),
+        "fixed": list(report.fixed),
     }
     return json.dumps(document, indent=2, allow_nan=False)
 

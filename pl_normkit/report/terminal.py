@@ -33,6 +33,8 @@ def print_report(report: Report, console: Console | None = None) -> None:
         console.print(_summary(report))
     else:
         console.print(f"pl_normkit: {escape(report.subject)}: nothing to report")
+    for change in report.fixed:
+        console.print(f"[green]{escape(change)}[/green]")
     for note in report.notes:
         console.print(f"[dim]note: {escape(note)}[/dim]")
 

@@ -1,0 +1,51 @@
+# Everything runs in .venv, which each target makes and completes as it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PYTHONWARNINGS ?=
+
+.PHONY: demo test lint types zoo bench gpu docs clean
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.demo: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable ".[demo]"
+	touch $@
+
+$(VENV)/.test: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	touch $@ $(VENV)/.demo
+
+demo: $(VENV)/.demo  ## train a segmentation model on real photographs under audit
+	$(BIN)/pl-normkit run segmentation
+
+test: $(VENV)/.test lint types  ## lint, types and the whole test-suite
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not zoo and not gpu"
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.test  ## mypy on the installed package: callbacks and recipes only have their names there
+	rm -rf build
+	$(BIN)/python -m pip install --quiet --no-deps --target build/types .
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --python-executable ../../$(BIN)/python -p pl_normkit
+
+zoo: $(VENV)/.test  ## one model of every timm family, every smp architecture: findings as CSV
+	$(BIN)/python benchmarks/zoo.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m zoo
+
+bench: $(VENV)/.test  ## every benchmark that runs without a GPU
+	for script in benchmarks/[a-z]*.py; do test $$script = benchmarks/zoo.py || $(BIN)/python $$script || exit 1; done
+
+gpu: $(VENV)/.test  ## kernel tests and benchmarks on the GPU of this machine
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python benchmarks/stochastic_pooling.py
+
+docs: $(VENV)/.test  ## rule pages from the rules' own docstrings
+	$(BIN)/python docs/build.py
+
+clean:
+	rm -rf $(VENV) build dist site runs *.egg-info .hypothesis .mypy_cache .ruff_cache

@@ -1,0 +1,154 @@
+"""`ModelAudit`: lint the network of a training run, once, before the first step."""
+
+from __future__ import annotations
+
+__all__ = ["ModelAudit"]
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from torch import nn
+
+from pl_normkit.audit import audit_subject, fix_findings
+from pl_normkit.callbacks._network import InputCapture, after_configure_model
+from pl_normkit.errors import AuditFailedError, NormkitError, NormkitWarning
+from pl_normkit.findings import Severity
+from pl_normkit.report import Report, merge_reports
+from pl_normkit.rules import Selection, Subject
+
+
+class ModelAudit(Callback):
+    """Lints the network when the fit is set up, or on its first training batch; nothing else about the run changes.
+
+    The audit runs in `setup` when inputs are known then: `example_inputs`, else the LightningModule's
+    `example_input_array`. Otherwise the inputs are caught on their way into the network during the first training step
+    (nothing runs twice), and the audit follows before the first backward. Every rank audits, rank zero speaks.
+
+    Args:
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments for the LightningModule's forward.
+        select: rules to run instead of the configured or default set.
+        ignore: rules not to run, besides the configured ones.
+        per_module_ignore: module-path pattern -> rules silenced there; paths are those of the LightningModule.
+        fail_on: severity at which the run is stopped before its first step.
+        fix: "safe" applies fixes that keep the function now or in eval mode, "unsafe" the others too. Fixes are made in
+            `setup`, so they need inputs that are known then.
+        config: whether `[tool.pl-normkit]` of the nearest pyproject.toml applies.
+
+    Attributes:
+        report: the last report, None before the audit.
+
+    Raises:
+        ConfigError: for an unknown rule or pattern.
+        AuditFailedError: when a finding reaches `fail_on`.
+    """
+
+    def __init__(
+        self,
+        example_inputs: Any = None,
+        *,
+        select: Sequence[str] | None = None,
+        ignore: Sequence[str] | None = None,
+        per_module_ignore: Mapping[str, Sequence[str]] | None = None,
+        fail_on: Literal["note", "warning", "error"] | None = None,
+        fix: Literal["none", "safe", "unsafe"] = "none",
+        config: bool = True,
+    ) -> None:
+        self.example_inputs = example_inputs
+        base = Selection.from_pyproject() if config else Selection()
+        self.selection = base.override(select, ignore, per_module_ignore)
+        self.selection.rules()
+        self.fail_on = None if fail_on is None else Severity(fail_on)
+        self.fix = fix
+        self.report: Report | None = None
+        self._capture: InputCapture | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self.report = self._capture = None
+            after_configure_model(pl_module, lambda: self._audit_early(trainer, pl_module))
+
+    def _audit_early(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        inputs = self.example_inputs if self.example_inputs is not None else pl_module.example_input_array
+        if inputs is None:
+            return
+        report = self._judge(pl_module, pl_module, inputs)
+        if self.fix != "none":
+            report = self._mend(pl_module, inputs, report)
+        self._conclude(trainer, report)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.report is not None:
+            _log_counts(trainer, self.report)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        if self.report is None and self._capture is None:
+            self._capture = InputCapture(pl_module, is_wrapped=trainer.strategy.model is not pl_module)
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Any) -> None:
+        self._audit_captured(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._audit_captured(trainer, pl_module)
+
+    def _audit_captured(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.report is not None or self._capture is None:
+            return
+        reports = [self._judge(pl_module, network, inputs) for network, inputs in self._capture.finish()]
+        if not reports:
+            reports.append(Report(notes=["no network ran in the first training step: give ModelAudit(example_inputs=...)"]))
+        elif self.fix != "none" and any(report.findings for report in reports):
+            reports.append(Report(notes=[f"fix={self.fix!r} needs inputs when the fit is set up: give ModelAudit(example_inputs=...)"]))
+        report = merge_reports(type(pl_module).__name__, reports)
+        self._conclude(trainer, report)
+        _log_counts(trainer, report)
+
+    def _judge(self, root: nn.Module, network: nn.Module, inputs: Any) -> Report:
+        """An audit that fails must not end the run: it becomes a note, which is shown as one warning."""
+        subject = Subject(model=network, root=root, example_inputs=inputs, measure=False)
+        try:
+            return audit_subject(subject, self.selection)
+        except NormkitError:
+            raise
+        except Exception as error:
+            return Report(
+                notes=[f"the audit failed with {type(error).__name__}: {error}; training goes on. Please report it with the model"]
+            )
+
+    def _mend(self, network: nn.Module, inputs: Any, before: Report) -> Report:
+        changes = fix_findings(network, inputs, before.findings, allow_unsafe=self.fix == "unsafe")
+        after = self._judge(network, network, inputs) if changes else before
+        made = [f"fixed: {change}" for change in changes.made]
+        skipped = [f"not fixed: {change}" for change in changes.skipped]
+        return Report(after.findings, after.subject, [*after.notes, *skipped], made)
+
+    def _conclude(self, trainer: pl.Trainer, report: Report) -> None:
+        self.report = report
+        if trainer.is_global_zero:
+            report.print()
+            _warn(report)
+        severe = report.at_least(self.fail_on) if self.fail_on is not None else []
+        if severe:
+            raise AuditFailedError(
+                f"the audit found {len(severe)} at or above {self.fail_on!s}: {severe[0].code} {severe[0].message}",
+                where=", ".join(str(place) for place in severe[0].places[:3]),
+                evidence="; ".join(f"{finding.code} {finding.message}" for finding in severe[1:]),
+                mend=severe[0].advice,
+                silence=severe[0].silence,
+            )
+
+
+def _warn(report: Report) -> None:
+    if report.findings:
+        listed = "; ".join(f"{finding.code} {finding.message} ({len(finding.places)} places)" for finding in report.findings)
+        warnings.warn(f"{report.subject}: {listed}. Silence: {report.findings[0].silence}", NormkitWarning, stacklevel=2)
+    for note in report.notes:
+        warnings.warn(f"{report.subject}: {note}", NormkitWarning, stacklevel=2)
+
+
+def _log_counts(trainer: pl.Trainer, report: Report) -> None:
+    counts = {f"normkit/{severity.value}s": float(count) for severity, count in report.counts().items()}
+    for logger in trainer.loggers:
+        logger.log_metrics(counts, step=trainer.global_step)

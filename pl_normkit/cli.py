@@ -1,0 +1,164 @@
+"""`pl-normkit`: lint models, list and explain rules, run recipes. Exit codes: 0 clean, 1 findings, 2 error."""
+
+from __future__ import annotations
+
+__all__ = ["main"]
+
+import argparse
+import importlib
+import pkgutil
+import sys
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+from pl_normkit import __version__
+from pl_normkit.errors import ConfigError, NormkitError, NormkitWarning, nearest
+from pl_normkit.findings import Severity, read_baseline, subtract_baseline, write_baseline
+from pl_normkit.report import Report
+from pl_normkit.rules import Selection, Subject, load_rules
+
+FORMATS = ("text", "json", "sarif", "github", "html")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns the exit code; errors are printed without a traceback unless --debug is given."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    try:
+        if words[:1] == ["run"]:
+            return _run([word for word in words[1:] if word != "--debug"])
+        options = _parser().parse_args(words)
+        return int(options.command(options))
+    except NormkitError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="pl-normkit", description="A linter with a screwdriver for PyTorch training runs.")
+    parser.add_argument("--version", action="version", version=f"pl_normkit {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    lint = commands.add_parser("lint", help="audit a model without training, weights or memory")
+    lint.add_argument("model", help="timm:NAME, smp:ARCHITECTURE, torchvision:NAME or package.module:builder, ?argument=value&...")
+    lint.add_argument("--input", action="append", default=[], metavar="SIZES", help="sizes without the batch: 3,224,224 or 128:int64")
+    lint.add_argument("--real", action="store_true", help="build with real weights, so that findings carry measurements")
+    lint.add_argument("--format", choices=FORMATS, default="text")
+    lint.add_argument("--output", type=Path, metavar="FILE", help="write the report there instead of to standard output")
+    lint.add_argument("--select", type=_words, metavar="RULES", help="comma-separated codes, prefixes or names; DEFAULT, ALL")
+    lint.add_argument("--ignore", type=_words, metavar="RULES")
+    lint.add_argument("--per-module-ignore", action="append", default=[], metavar="PATTERN:RULES", help="silence rules in matching modules")
+    lint.add_argument("--baseline", type=Path, metavar="FILE", help="leave out what this file accepts")
+    lint.add_argument("--write-baseline", type=Path, metavar="FILE", help="accept today's findings in this file")
+    lint.add_argument("--fail-on", choices=[*Severity, "never"], default=Severity.NOTE, help="lowest severity that makes the exit code 1")
+    lint.add_argument("--debug", action="store_true", help="show tracebacks")
+    lint.set_defaults(command=_lint)
+
+    rules = commands.add_parser("rules", help="list all rules")
+    rules.set_defaults(command=_list_rules)
+
+    explain = commands.add_parser("explain", help="show the documentation of a rule")
+    explain.add_argument("rule", help="code or name")
+    explain.set_defaults(command=_explain)
+
+    run = commands.add_parser("run", help="run a recipe: pl-normkit run segmentation --help", add_help=False)
+    run.add_argument("recipe")
+    return parser
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _lint(options: argparse.Namespace) -> int:
+    from pl_normkit.audit import audit_subject
+    from pl_normkit.graph import ModelGraph
+    from pl_normkit.specs import build_model, parse_inputs
+
+    selection = Selection.from_pyproject().override(options.select, options.ignore, _patterns(options.per_module_ignore))
+    accepted = read_baseline(options.baseline) if options.baseline else frozenset()
+    device = "cpu" if options.real else "meta"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("default", NormkitWarning)
+        model = build_model(options.model, device=device)
+        inputs = parse_inputs(options.input, model, device=device)
+        subject = Subject(model=model, example_inputs=inputs, graph=ModelGraph.from_model(model, inputs), measure=options.real)
+        found = audit_subject(subject, selection)
+    report = Report(subtract_baseline(found.findings, accepted), options.model, found.notes)
+    if options.write_baseline:
+        write_baseline(options.write_baseline, found.findings)
+    _show(report, options.format, options.output)
+    if report.notes:
+        return 2
+    return int(options.fail_on != "never" and bool(report.at_least(options.fail_on)))
+
+
+def _patterns(texts: Sequence[str]) -> dict[str, list[str]]:
+    patterns = {}
+    for text in texts:
+        pattern, colon, words = text.rpartition(":")
+        if not colon or not _words(words):
+            raise ConfigError(f"--per-module-ignore {text!r} names no rules", mend="write PATTERN:RULES, such as 'encoder.*:NK101'")
+        patterns[pattern] = _words(words)
+    return patterns
+
+
+def _show(report: Report, form: str, output: Path | None) -> None:
+    from rich.console import Console
+
+    if form == "text":
+        with output.open("w") if output else nullcontext(sys.stdout) as stream:
+            report.print(Console(file=stream, width=None if stream.isatty() else 120))
+        return
+    text = {"json": report.to_json, "sarif": report.to_sarif, "github": report.to_github, "html": report.to_html}[form]()
+    if output:
+        output.write_text(text + "\n")
+    else:
+        print(text)  # noqa: T201
+
+
+def _list_rules(_: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("code", "name", "severity", "mark", "fix", "what it does", box=None)
+    for known in load_rules().values():
+        name = f"{known.name} (preview)" if known.preview else known.name
+        table.add_row(known.code, name, known.severity.value, known.mark.value, known.fix_safety.value, known.summary)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    return 0
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.markup import escape
+
+    rules = load_rules()
+    known = rules.get(options.rule) or next((rule for rule in rules.values() if rule.name == options.rule), None)
+    if known is None:
+        names = [*rules, *(rule.name for rule in rules.values())]
+        raise ConfigError(f"there is no rule {options.rule!r}", mend=nearest(options.rule, names) or "see `pl-normkit rules`")
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    preview = ", preview: off until selected" if known.preview else ""
+    console.print(f"[bold]{known.code} {known.name}[/bold] ({known.severity.value}{preview})")
+    for title, text in known.sections().items():
+        console.print(f"\n[bold]{title}[/bold]\n{escape(text)}")
+    silence = f'ignore=["{known.code}"] on the callback, --ignore {known.code}, or [tool.pl-normkit] in pyproject.toml'
+    console.print(f"\n[bold]Silence[/bold]\n{escape(silence)}")
+    return 0
+
+
+def _run(words: list[str]) -> int:
+    """Hand the rest of the line to the recipe's own LightningCLI."""
+    recipes = importlib.import_module("pl_normkit.recipes")
+    known = [found.name for found in pkgutil.iter_modules(recipes.__path__) if found.ispkg]
+    if not words or words[0] not in known:
+        word = words[0] if words else ""
+        raise ConfigError(f"there is no recipe {word!r}", mend=nearest(word, known) or f"recipes: {', '.join(known)}")
+    recipe = importlib.import_module(f"pl_normkit.recipes.{words[0]}.main")
+    return int(recipe.run(words[1:]))

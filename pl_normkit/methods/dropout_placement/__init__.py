@@ -1,0 +1,16 @@
+"""Where dropout may stand in a residual branch and in a head with batch norm.
+
+Source: "How to Use Dropout Correctly on Residual Networks with Batch Normalization", arXiv 2302.06112. Its abstract
+states the two placements; the graph criteria here are derived from them.
+"""
+
+from __future__ import annotations
+
+__all__ = ["BranchDropout", "measure_variance_shift", "place_dropout", "read_branch_dropouts"]
+
+from pl_normkit.methods.dropout_placement import rules
+from pl_normkit.methods.dropout_placement.fix import place_dropout
+from pl_normkit.methods.dropout_placement.placement import BranchDropout, read_branch_dropouts
+from pl_normkit.methods.dropout_placement.variance_shift import measure_variance_shift
+
+del rules

@@ -1,0 +1,169 @@
+"""The fix: move each dropout to the slot where it shifts no variance inside the branch."""
+
+from __future__ import annotations
+
+__all__ = ["place_dropout"]
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.dropout import _DropoutNd
+
+from pl_normkit.errors import NothingMatchedError
+from pl_normkit.graph import Dropout, ModelGraph, Node
+from pl_normkit.methods.dropout_placement.placement import (
+    BranchDropout,
+    HeadDropout,
+    Verdict,
+    read_branch_dropouts,
+    read_head_dropouts,
+)
+from pl_normkit.surgery import Change, Changes, Edit, Insert, Replace, SetAttributes, apply_edits
+
+SLOT = "placed_dropout"
+"""Name of the child that a moved dropout becomes."""
+
+
+def place_dropout(model: nn.Module, example_inputs: Any) -> Changes:
+    """Move dropouts to where they shift no variance: before the last weight layer of the branch, before pooling in the head.
+
+    Keeps each drop probability and every state_dict key. Of several dropouts in one branch one stays: "one dropout"
+    (arXiv 2302.06112, abstract). The output in eval mode is unchanged. Post-activation branches have no admissible slot
+    and are left alone, as is a dropout that is shared with code outside the plan; both are listed in `Changes.skipped`.
+
+    Args:
+        model: any module that `ModelGraph.from_model` can read.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
+
+    Returns:
+        the edits; empty when every dropout already stands right.
+
+    Raises:
+        NothingMatchedError: when the model has no active dropout.
+        TraceError: when the model cannot be read.
+    """
+    graph = ModelGraph.from_model(model, example_inputs)
+    if not any(dropout.p > 0 for dropout in graph.dropouts):
+        raise NothingMatchedError("the model has no active dropout to place", mend="give its dropouts p > 0, or leave the fix out")
+    plan = _Plan(model, graph, example_inputs)
+    plan.add_branches(read_branch_dropouts(graph))
+    plan.add_heads(read_head_dropouts(graph))
+    return apply_edits(model, plan.edits(), plan.skipped)
+
+
+@dataclass(frozen=True)
+class _Move:
+    """Switch `dropout` off, and put one of its probability where `insert` says (nowhere for a surplus one)."""
+
+    dropout: Dropout
+    insert: Insert | None
+
+
+@dataclass
+class _Plan:
+    model: nn.Module
+    graph: ModelGraph
+    example_inputs: Any
+    moves: list[_Move] = field(default_factory=list)
+    skipped: list[Change] = field(default_factory=list)
+
+    def add_branches(self, placed: Iterable[BranchDropout]) -> None:
+        by_branch: dict[Node, list[BranchDropout]] = defaultdict(list)
+        for found in placed:
+            by_branch[found.branch.end].append(found)
+        for found_in_branch in by_branch.values():
+            self._add_branch(found_in_branch)
+
+    def _add_branch(self, placed: list[BranchDropout]) -> None:
+        kept = next((found for found in placed if found.verdict is Verdict.ADMISSIBLE), None)
+        slot = placed[0].slot
+        insert = self._before_weight(slot, placed[0].dropout) if slot is not None and kept is None else None
+        for found in placed:
+            if found is kept:
+                continue
+            if kept is None and insert is None:
+                self._skip(found.dropout, _why_no_slot(slot))
+            else:
+                self.moves.append(_Move(found.dropout, insert if found is placed[0] else None))
+
+    def add_heads(self, placed: Iterable[HeadDropout]) -> None:
+        for found in placed:
+            insert = self._before_pool(found.head.pool, found.dropout)
+            if insert is None:
+                self._skip(found.dropout, "the pooling is a function call with no module to attach to; move the dropout in the code")
+            else:
+                self.moves.append(_Move(found.dropout, insert))
+
+    def edits(self) -> list[Edit]:
+        """The edits of every move that can be made; the others join `skipped`."""
+        by_path: dict[str, list[_Move]] = defaultdict(list)
+        for move in self.moves:
+            by_path[move.dropout.module].append(move)
+        edits: list[Edit] = []
+        for path, moves in by_path.items():
+            first = moves[0].dropout
+            switch_off = self._switch_off(first)
+            if self.graph.calls[path, first.node.op] != len(moves):
+                self._skip(first, "the same dropout is called in other places too")
+            elif switch_off is None:
+                self._skip(first, "it is a function call and no attribute switches it off; move it in the code")
+            else:
+                edits += [switch_off, *(move.insert for move in moves if move.insert is not None)]
+        return edits
+
+    def _skip(self, dropout: Dropout, why: str) -> None:
+        self.skipped.append(Change(dropout.module, f"dropout at {dropout.node.source or 'an unknown line'} stays: {why}"))
+
+    def _before_weight(self, slot: Node, dropout: Dropout) -> Insert | None:
+        layer = self.model.get_submodule(slot.module)
+        if not isinstance(layer, (_ConvNd, nn.Linear)) or self.graph.calls[slot.module, slot.op] != 1:
+            return None
+        kind = type(self._module_of(dropout) or nn.Dropout())
+        return Insert(slot.module, SLOT, kind(dropout.p), f"{kind.__name__}(p={dropout.p:g}) now acts before this layer")
+
+    def _before_pool(self, pool: Node, dropout: Dropout) -> Insert | None:
+        what = f"Dropout(p={dropout.p:g}) now acts before the pooling"
+        if self._runs_alone(pool):
+            return Insert(pool.module, SLOT, nn.Dropout(dropout.p), what)
+        source = pool.inputs[0]
+        if source.users == [pool] and self._runs_alone(source):
+            return Insert(source.module, SLOT, nn.Dropout(dropout.p), what, where="after")
+        return None
+
+    def _runs_alone(self, node: Node) -> bool:
+        """Whether the operation is all that its module does, once in a forward pass."""
+        inside = [other for other in self.graph.nodes if other.module == node.module or other.module.startswith(f"{node.module}.")]
+        return bool(node.module) and inside == [node]
+
+    def _module_of(self, dropout: Dropout) -> nn.Module | None:
+        module = self.model.get_submodule(dropout.module)
+        return module if isinstance(module, _DropoutNd) else None
+
+    def _switch_off(self, dropout: Dropout) -> Edit | None:
+        if self._module_of(dropout) is not None:
+            return Replace(dropout.module, nn.Identity(), f"Dropout(p={dropout.p:g}) switched off here")
+        owner = self.model.get_submodule(dropout.module)
+        for name in [name for name, value in vars(owner).items() if type(value) is float and value == dropout.p]:
+            edit = SetAttributes(dropout.module, {name: 0.0}, f"{name} set to 0, which switches the dropout at {dropout.node.source} off")
+            if self._silences(edit, dropout):
+                return edit
+        return None
+
+    def _silences(self, edit: Edit, dropout: Dropout) -> bool:
+        """Whether the edit switches the dropouts of this module off: made, seen in a second trace, and taken back."""
+        changes = apply_edits(self.model, [edit])
+        try:
+            traced = ModelGraph.from_model(self.model, self.example_inputs)
+        finally:
+            changes.undo()
+        return not any(other.p > 0 and other.module == dropout.module for other in traced.dropouts)
+
+
+def _why_no_slot(slot: Node | None) -> str:
+    if slot is not None:
+        return f"the layer it belongs before, {slot.module}, is shared or no plain layer; move it in the code"
+    return "the branch has no admissible slot, since no last weight layer follows its last batch norm; remove the dropout"

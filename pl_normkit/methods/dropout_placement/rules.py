@@ -1,0 +1,285 @@
+"""NK1xx: dropout that stands where it shifts the variance a batch norm sees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from pl_normkit.findings import Evidence, FixSafety, Place
+from pl_normkit.graph import ModelGraph, Node, Norm
+from pl_normkit.methods.dropout_placement.fix import place_dropout
+from pl_normkit.methods.dropout_placement.placement import (
+    BranchDropout,
+    Verdict,
+    read_branch_dropouts,
+    read_free_dropouts,
+    read_head_dropouts,
+)
+from pl_normkit.methods.dropout_placement.variance_shift import measure_variance_shift
+from pl_normkit.rules import Mark, Observation, Subject, rule
+
+PAPER = "arXiv 2302.06112, abstract"
+_MOVE = "move it to just before {slot}, the last weight layer of the branch, or call place_dropout(model, example_inputs)"
+_REMOVE = "remove it: the branch has no admissible slot, since no last weight layer follows its last batch norm"
+
+
+def _graph(subject: Subject) -> ModelGraph:
+    assert subject.graph is not None
+    return subject.graph
+
+
+def _branch_dropouts(subject: Subject) -> list[BranchDropout]:
+    return read_branch_dropouts(_graph(subject))
+
+
+def _variance_shift(subject: Subject) -> dict[str, float]:
+    """The measured ratio per norm; empty where the subject holds no real batch of two or more."""
+    tensors = [leaf for leaf in tree_leaves(subject.example_inputs) if isinstance(leaf, Tensor)]
+    if subject.model is None or not subject.measure or any(t.is_meta or t.dim() == 0 or t.shape[0] < 2 for t in tensors):
+        return {}
+    return measure_variance_shift(subject.model, subject.example_inputs)
+
+
+def _evidence(subject: Subject, norms: Sequence[Norm]) -> list[Evidence]:
+    ratios = subject.once(_variance_shift)
+    measured = {norm.module: ratios[norm.module] for norm in norms if norm.module in ratios}
+    if not measured:
+        return []
+    worst = min(measured, key=lambda path: measured[path])
+    return [Evidence(f"variance of the input of {worst}, eval over train", measured[worst], expected="1")]
+
+
+def _place(node: Node) -> Place:
+    return Place(node.module, node.source)
+
+
+def _observe(subject: Subject, found: Sequence[BranchDropout], message: str) -> Iterator[Observation]:
+    """One observation for the dropouts that can be moved, one for those that have nowhere to go."""
+    for has_slot in (True, False):
+        group = [item for item in found if (item.slot is not None) is has_slot]
+        if group:
+            slot = group[0].slot
+            yield Observation(
+                message=message.format(count=_count(group)),
+                places=[_place(item.dropout.node) for item in group],
+                evidence=_evidence(subject, [item.norm_after for item in group if item.norm_after is not None]),
+                advice=_MOVE.format(slot=slot.module) if slot is not None else _REMOVE,
+                fix_safety=None if has_slot else FixSafety.DISPLAY,
+                cause="" if has_slot else "no admissible slot",
+            )
+
+
+def _count(group: Sequence[object]) -> str:
+    return "1 dropout stands" if len(group) == 1 else f"{len(group)} dropouts stand"
+
+
+@rule(
+    "NK101",
+    "dropout-before-batch-norm",
+    mark=Mark.PUBLISHED,
+    source=PAPER,
+    fix=place_dropout,
+    fix_safety=FixSafety.SAFE,
+)
+def dropout_before_batch_norm(subject: Subject) -> Iterator[Observation]:
+    """What it does
+    Finds an active dropout in a residual branch that a batch norm of the same branch reads, directly or through layers.
+
+    Why it hurts
+    Dropout raises the variance of what the batch norm sees in training and not in evaluation, so the running variance
+    is wrong for evaluation. With keep probability 0.5 the variance in evaluation is 0.40 to 0.50 of that in training at
+    the batch norms behind it (derived, checked numerically); after the last batch norm it is 1.
+
+    Evidence
+    The variance of the norm's input in eval over train mode, measured on this model and batch with dropout off and on.
+
+    Example
+    conv1 - Dropout(0.3) - bn2 - relu - conv2 in a WideResNet block.
+
+    Use instead
+    One dropout after the last batch norm and before the last weight layer: conv1 - bn2 - relu - Dropout(0.3) - conv2.
+
+    Fix and its safety
+    place_dropout moves it there and keeps p; safe: the output in eval mode is the same. A branch that ends in a batch
+    norm (post-activation blocks, MBConv) has no admissible slot: the dropout is reported and left alone.
+
+    Source
+    Published: the placement is stated in the abstract of arXiv 2302.06112. Derived: the test on the traced graph, and
+    that a branch ending in a batch norm has no admissible slot.
+    """
+    found = [item for item in subject.once(_branch_dropouts) if item.verdict is Verdict.BEFORE_NORM]
+    yield from _observe(subject, found, "{count} before a batch norm inside a residual branch")
+
+
+@rule(
+    "NK102",
+    "dropout-after-last-weight",
+    mark=Mark.PUBLISHED,
+    source=PAPER,
+    fix=place_dropout,
+    fix_safety=FixSafety.SAFE,
+)
+def dropout_after_last_weight(subject: Subject) -> Iterator[Observation]:
+    """What it does
+    Finds an active dropout at the end of a residual branch with batch norm, after its last weight layer.
+
+    Why it hurts
+    Its noise enters the trunk undamped and the next block's batch norm sees another variance in training than in
+    evaluation. Before the weight layer the shift was smaller or equal in every case we checked: with keep 0.5 and weights
+    of mean +-0.02 the variance ratio eval over train is 0.42 to 0.43 before the layer and 0.25 to 0.27 after it (derived).
+
+    Evidence
+    The place in the traced branch: no weight layer and no batch norm follows the dropout before the addition.
+
+    Example
+    bn1 - relu - conv1 - bn2 - relu - conv2 - Dropout(0.3), then the addition.
+
+    Use instead
+    bn1 - relu - conv1 - bn2 - relu - Dropout(0.3) - conv2.
+
+    Fix and its safety
+    place_dropout moves it before the last weight layer and keeps p; safe: the output in eval mode is the same. Where a
+    batch norm follows the last weight layer there is no admissible slot and the dropout is left alone.
+
+    Source
+    Published: the placement before the last weight layer is stated in the abstract of arXiv 2302.06112. Derived: the
+    test on the traced graph and the numbers above.
+    """
+    found = [item for item in subject.once(_branch_dropouts) if item.verdict is Verdict.AFTER_LAST_WEIGHT]
+    yield from _observe(subject, found, "{count} after the last weight layer of a residual branch")
+
+
+@rule(
+    "NK103",
+    "several-dropouts-in-branch",
+    mark=Mark.PUBLISHED,
+    source=PAPER,
+    fix=place_dropout,
+    fix_safety=FixSafety.SAFE,
+)
+def several_dropouts_in_branch(subject: Subject) -> Iterator[Observation]:
+    """What it does
+    Finds more than one active dropout in one residual branch with batch norm.
+
+    Why it hurts
+    The paper's advice is one dropout in the branch; a second one stands outside the admissible slot or doubles the
+    noise there.
+
+    Evidence
+    The number of active dropouts in the branch.
+
+    Example
+    bn1 - relu - Dropout(0.2) - conv1 - bn2 - relu - Dropout(0.2) - conv2.
+
+    Use instead
+    Keep the one before the last weight layer.
+
+    Fix and its safety
+    place_dropout keeps the one in the admissible slot (or moves the first there) and switches the others off; safe: the
+    output in eval mode is the same.
+
+    Source
+    Published: "one dropout" is stated in the abstract of arXiv 2302.06112. Derived: the count on the traced graph.
+    """
+    by_branch: dict[Node, list[BranchDropout]] = {}
+    for item in subject.once(_branch_dropouts):
+        by_branch.setdefault(item.branch.end, []).append(item)
+    crowded = [group for group in by_branch.values() if len(group) > 1]
+    if crowded:
+        worst = max(len(group) for group in crowded)
+        branches = "1 residual branch holds" if len(crowded) == 1 else f"{len(crowded)} residual branches hold"
+        yield Observation(
+            message=f"{branches} more than one active dropout",
+            places=[_place(item.dropout.node) for group in crowded for item in group],
+            evidence=[Evidence("active dropouts in one branch", worst, expected="1")],
+            advice="keep one, after the last batch norm and before the last weight layer, or call place_dropout(model, example_inputs)",
+        )
+
+
+@rule(
+    "NK104",
+    "dropout-after-global-pooling",
+    mark=Mark.PUBLISHED,
+    source=PAPER,
+    fix=place_dropout,
+    fix_safety=FixSafety.SAFE,
+)
+def dropout_after_global_pooling(subject: Subject) -> Iterator[Observation]:
+    """What it does
+    Finds an active dropout between global pooling and the layer after it, in networks with batch norm before the pooling.
+
+    Why it hurts
+    Dropping a pooled feature removes it for the whole image. The noise after pooling is (1-keep)/keep E[g^2] with g the
+    pooled value, before pooling (1-keep)/keep mean(x^2)/N over N positions, which is never more for x >= 0 (derived;
+    16 times less for N = 49 half-normal features at keep 0.8).
+
+    Evidence
+    The number of positions that the pooling averages.
+
+    Example
+    AdaptiveAvgPool2d(1) - flatten - Dropout(0.2) - Linear, the head of torchvision's EfficientNet.
+
+    Use instead
+    Element-wise Dropout(0.2) - AdaptiveAvgPool2d(1) - flatten - Linear.
+
+    Fix and its safety
+    place_dropout puts an element-wise dropout of the same p before the pooling; safe: the output in eval mode is the same.
+    Pooling written as a function in the middle of a forward method cannot be reached and is listed as skipped.
+
+    Source
+    Published: dropout before global average pooling is stated in the abstract of arXiv 2302.06112; element-wise as in the
+    authors' repository. Derived: the noise formulas. A hidden layer between pooling and dropout is not judged.
+    """
+    found = read_head_dropouts(_graph(subject))
+    if found:
+        pool = found[0].head.pool
+        positions = pool.inputs[0].numel / max(pool.numel, 1)
+        yield Observation(
+            message=f"{_count(found)} after global pooling in the head",
+            places=[_place(item.dropout.node) for item in found],
+            evidence=[Evidence("positions averaged by the pooling", positions)],
+            advice=f"move it before the pooling ({pool.module or pool.source}), element-wise, or call place_dropout(model, example_inputs)",
+        )
+
+
+@rule(
+    "NK105",
+    "dropout-upstream-of-batch-norm",
+    mark=Mark.DERIVED,
+    source="derived from arXiv 2302.06112: the variance argument without a residual branch",
+    preview=True,
+)
+def dropout_upstream_of_batch_norm(subject: Subject) -> Iterator[Observation]:
+    """What it does
+    Finds an active dropout outside residual branches whose output reaches a batch norm.
+
+    Why it hurts
+    The batch norm behind it sees another variance in training than in evaluation, as in NK101; outside a branch no
+    shortcut damps the shift, but layers between may.
+
+    Evidence
+    The variance of the norm's input in eval over train mode, measured on this model and batch.
+
+    Example
+    conv - bn - relu - Dropout(0.3) - conv - bn in a VGG with batch norm; drop_rate in a DenseNet.
+
+    Use instead
+    Dropout after the last batch norm of the network, before the global pooling.
+
+    Fix and its safety
+    Advice only.
+
+    Source
+    Derived: the paper states its advice for residual branches and heads; this rule applies the same variance argument
+    elsewhere, and is off until selected.
+    """
+    found = read_free_dropouts(_graph(subject))
+    if found:
+        yield Observation(
+            message=f"{_count(found)} upstream of a batch norm, outside residual branches",
+            places=[_place(dropout.node) for dropout, _ in found],
+            evidence=_evidence(subject, [norm for _, norm in found]),
+            advice="move it behind the last batch norm, before the global pooling, or remove it",
+        )

@@ -1,0 +1,195 @@
+"""From the words of the command line to objects: models, example inputs, optimizers."""
+
+from __future__ import annotations
+
+__all__ = ["build_model", "import_object", "parse_inputs"]
+
+import ast
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+import torch
+from torch import Tensor, nn
+
+from pl_normkit.errors import ModelSpecError, nearest
+
+BATCH = 2
+"""Samples in the made-up batch: batch norm needs two where it sees one value per channel."""
+
+_FORMS = "timm:NAME, smp:ARCHITECTURE, torchvision:NAME or package.module:BUILDER, each with ?argument=value&..."
+
+
+def build_model(spec: str, *, device: str = "meta") -> nn.Module:
+    """The model that `spec` names, without weights.
+
+    Args:
+        spec: `timm:resnet50`, `smp:Unet?encoder_name=resnet18`, `torchvision:resnet50` or `package.module:builder`, where
+            the builder is a function, a class or a module; `?name=value&...` gives keyword arguments (Python literals).
+        device: where to build it; a model that cannot be built on the meta device is built on the CPU.
+
+    Raises:
+        ModelSpecError: when the spec, the package or the model does not exist, or the builder fails.
+    """
+    head, _, query = spec.partition("?")
+    source, colon, name = head.partition(":")
+    if not colon or not source or not name:
+        raise ModelSpecError(f"{spec!r} is no model specification", mend=f"write {_FORMS}")
+    arguments = {key: _literal(value) for key, value in parse_qsl(query, keep_blank_values=True)}
+    build = _LIBRARIES.get(source, _from_import)
+    construct = build(source, name, arguments)
+    try:
+        model = _construct(construct, device)
+    except ModelSpecError:
+        raise
+    except Exception as error:
+        raise ModelSpecError(
+            f"{spec!r} cannot be built",
+            evidence=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            mend="check the arguments; --debug shows the traceback",
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise ModelSpecError(
+            f"{spec!r} gives no torch.nn.Module", evidence=f"a {type(model).__name__}", mend="name a builder that returns a module"
+        )
+    return model
+
+
+def _construct(construct: Callable[[], Any], device: str) -> Any:
+    try:
+        with torch.device(device):
+            return construct()
+    except (RuntimeError, NotImplementedError) as error:
+        if device != "meta" or "meta" not in str(error).lower():
+            raise
+    with torch.device("cpu"):
+        return construct()
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _from_timm(_: str, name: str, arguments: dict[str, Any]) -> Callable[[], Any]:
+    timm = _import_library("timm", "timm")
+    if not timm.is_model(name):
+        raise ModelSpecError(f"timm has no model {name!r}", mend=nearest(name, timm.list_models()) or "see timm.list_models()")
+    return lambda: timm.create_model(name, **arguments)
+
+
+def _from_smp(_: str, name: str, arguments: dict[str, Any]) -> Callable[[], Any]:
+    smp = _import_library("segmentation_models_pytorch", "segmentation-models-pytorch")
+    architectures = {kind.__name__.lower(): kind.__name__ for kind in smp.MODEL_ARCHITECTURES_MAPPING.values()}
+    if name.lower() not in architectures:
+        raise ModelSpecError(
+            f"segmentation_models_pytorch has no architecture {name!r}",
+            mend=nearest(name, architectures.values()) or ", ".join(architectures.values()),
+        )
+    return lambda: smp.create_model(name.lower(), **{"encoder_weights": None, **arguments})
+
+
+def _from_torchvision(_: str, name: str, arguments: dict[str, Any]) -> Callable[[], Any]:
+    models = _import_library("torchvision.models", "torchvision")
+    if name not in models.list_models():
+        raise ModelSpecError(
+            f"torchvision has no model {name!r}", mend=nearest(name, models.list_models()) or "see torchvision.models.list_models()"
+        )
+    no_weights = {"weights": None}
+    if name.startswith(("deeplab", "fcn", "lraspp")):
+        no_weights["weights_backbone"] = None
+    return lambda: models.get_model(name, **{**no_weights, **arguments})
+
+
+def _from_import(source: str, name: str, arguments: dict[str, Any]) -> Callable[[], Any]:
+    found = import_object(f"{source}:{name}")
+    if isinstance(found, nn.Module):
+        return lambda: found
+    if not callable(found):
+        raise ModelSpecError(
+            f"{source}:{name} is no builder", evidence=f"a {type(found).__name__}", mend="name a function, a class or a module"
+        )
+    return lambda: found(**arguments)
+
+
+_LIBRARIES: dict[str, Callable[[str, str, dict[str, Any]], Callable[[], Any]]] = {
+    "timm": _from_timm,
+    "smp": _from_smp,
+    "torchvision": _from_torchvision,
+}
+
+
+def import_object(spec: str) -> Any:
+    """The object `package.module:name`, looked for in the working directory too. Raises ModelSpecError."""
+    source, _, name = spec.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    module = _import_library(source, source.partition(".")[0])
+    try:
+        found = module
+        for part in name.split("."):
+            found = getattr(found, part)
+    except AttributeError as error:
+        raise ModelSpecError(f"{source} has no {name!r}", mend=nearest(name, dir(module)) or f"see dir({source})") from error
+    return found
+
+
+def _import_library(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        known = "" if error.name == module.partition(".")[0] else f"while importing {module}"
+        raise ModelSpecError(
+            f"there is no module {error.name!r}", where=known, mend=f"pip install {package}, or check the spelling; forms: {_FORMS}"
+        ) from error
+    except (RuntimeError, ImportError) as error:
+        if "torchvision::" not in str(error):
+            raise ModelSpecError(f"{module} cannot be imported", evidence=f"{type(error).__name__}: {error}") from error
+        raise ModelSpecError(
+            "torchvision does not fit the installed torch",
+            evidence=str(error).splitlines()[0],
+            mend="a CPU-only build of torch lacks what torchvision needs: install torch and torchvision together from the package registry",
+        ) from error
+
+
+def parse_inputs(texts: Sequence[str], model: nn.Module, *, device: str = "meta") -> Any:
+    """Example inputs from `--input` options, or the model's own when there is none.
+
+    Args:
+        texts: one text per positional argument: sizes without the batch, "3,224,224", and optionally a dtype,
+            "128:int64" (float32 otherwise).
+        model: asked for `example_input_array` and for timm's `input_size` when `texts` is empty.
+        device: where the tensors are made.
+
+    Raises:
+        ModelSpecError: for a text that is no shape, or when there is nothing to go by.
+    """
+    if texts:
+        return tuple(_parse_input(text, device) for text in texts)
+    own = getattr(model, "example_input_array", None)
+    if own is not None:
+        return own
+    config = getattr(model, "pretrained_cfg", None) or getattr(getattr(model, "encoder", None), "pretrained_cfg", None) or {}
+    size = config.get("input_size") if hasattr(config, "get") else None
+    if size is None:
+        raise ModelSpecError("the input shape of this model is not known", mend="give it, without the batch: --input 3,224,224")
+    return (torch.zeros(BATCH, *size, device=device),)
+
+
+def _parse_input(text: str, device: str) -> Tensor:
+    sizes, _, dtype_name = text.partition(":")
+    dtype = getattr(torch, dtype_name or "float32", None)
+    try:
+        shape = [int(size) for size in sizes.split(",")]
+    except ValueError:
+        shape = []
+    if not shape or min(shape) < 1 or not isinstance(dtype, torch.dtype):
+        raise ModelSpecError(
+            f"--input {text!r} is no shape", mend="write sizes without the batch, and a dtype if not float32: 3,224,224 or 128:int64"
+        )
+    return torch.zeros(BATCH, *shape, dtype=dtype, device=device)
