@@ -103,7 +103,8 @@ def _from_root(subject: Subject, findings: list[Finding]) -> list[Finding]:
     """The findings with paths as the user's own module names them."""
     if subject.root is None or subject.root is subject.model:
         return findings
-    prefix = next((name for name, module in subject.root.named_modules() if module is subject.model), "")
+    traced = getattr(subject.model, "_orig_mod", subject.model)
+    prefix = next((name for name, module in subject.root.named_modules() if module is traced), "")
 
     def move(place: Place) -> Place:
         return replace(place, module=".".join(part for part in (prefix, place.module) if part))

@@ -178,7 +178,10 @@ REAL = [
     (lambda: preact_resnet("before bn2"), {"NK101": 4}),
     (lambda: preact_resnet("before conv3"), {}),
     (lambda: preact_resnet("after conv3"), {"NK102": 4}),
-    (lambda: timm.create_model("efficientformer_l1", proj_drop_rate=0.1), {"NK101": 14, "NK102": 14, "NK103": 28}),  # 15 blocks, the last has layer norm
+    (
+        lambda: timm.create_model("efficientformer_l1", proj_drop_rate=0.1),
+        {"NK101": 14, "NK102": 14, "NK103": 28},
+    ),  # 15 blocks, the last has layer norm
     (lambda: timm.create_model("wide_resnet50_2"), {}),
     (lambda: timm.create_model("resnet18", drop_rate=0.2), {"NK104": 1}),
     (lambda: timm.create_model("mobilenetv3_small_100", drop_rate=0.2), {}),
