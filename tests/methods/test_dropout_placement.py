@@ -186,9 +186,9 @@ REAL = [
     (lambda: timm.create_model("resnet18", drop_rate=0.2), {"NK104": 1}),
     (lambda: timm.create_model("mobilenetv3_small_100", drop_rate=0.2), {}),
     (lambda: timm.create_model("vit_tiny_patch16_224", drop_rate=0.1, proj_drop_rate=0.1, attn_drop_rate=0.1), {}),
-    (lambda: torchvision.models.efficientnet_b0(), {"NK104": 1}),
+    (torchvision.models.efficientnet_b0, {"NK104": 1}),
     (lambda: torchvision.models.densenet121(drop_rate=0.1), {"NK105": 58}),
-    (lambda: torchvision.models.vgg11_bn(), {}),
+    (torchvision.models.vgg11_bn, {}),
     (lambda: timm.create_model("resnet18", drop_path_rate=0.2), {}),
 ]
 
@@ -235,7 +235,7 @@ def test_no_admissible_slot_is_said_and_left_alone() -> None:
     assert finding.fix_safety is FixSafety.DISPLAY
     assert "no admissible slot" in finding.advice
     changes = place_dropout(net, x)
-    assert ([], ["blocks.0.drop3"]) == (changes.made, [change.module for change in changes.skipped])
+    assert (changes.made, [change.module for change in changes.skipped]) == ([], ["blocks.0.drop3"])
 
 
 def test_findings_carry_the_measured_shift() -> None:
