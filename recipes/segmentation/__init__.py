@@ -1,1 +1,27 @@
 """Semantic segmentation: any smp architecture on a folder of images and masks, or on built-in texture photographs."""
+
+from pl_normkit.recipes.segmentation.data import FolderData as FolderData
+from pl_normkit.recipes.segmentation.data import SegmentationData as SegmentationData
+from pl_normkit.recipes.segmentation.data import TextureMosaic as TextureMosaic
+from pl_normkit.recipes.segmentation.losses import LOSSES as LOSSES
+from pl_normkit.recipes.segmentation.losses import SegmentationLoss as SegmentationLoss
+from pl_normkit.recipes.segmentation.main import run as run
+from pl_normkit.recipes.segmentation.model import ClassIoU as ClassIoU
+from pl_normkit.recipes.segmentation.model import SegmentationModule as SegmentationModule
+from pl_normkit.recipes.segmentation.model import poly_factor as poly_factor
+from pl_normkit.recipes.segmentation.mosaic import TEXTURES as TEXTURES
+from pl_normkit.recipes.segmentation.writer import MaskWriter as MaskWriter
+
+__all__ = [
+    "LOSSES",
+    "TEXTURES",
+    "ClassIoU",
+    "FolderData",
+    "MaskWriter",
+    "SegmentationData",
+    "SegmentationLoss",
+    "SegmentationModule",
+    "TextureMosaic",
+    "poly_factor",
+    "run",
+]

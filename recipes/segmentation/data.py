@@ -1,0 +1,269 @@
+"""DataModules: a folder of images and masks, and the built-in texture mosaics."""
+
+from __future__ import annotations
+
+__all__ = ["FolderData", "SegmentationData", "TextureMosaic"]
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from torch.utils.data import DataLoader
+
+from pl_normkit.errors import DataError
+from pl_normkit.recipes.segmentation.folder import FolderSource, SplitBy, check_files, find_predict_images, read_class_names, split_folder
+from pl_normkit.recipes.segmentation.mosaic import TEXTURES, MosaicSource, Part, load_photograph
+from pl_normkit.recipes.segmentation.samples import (
+    STRIDE,
+    Augment,
+    CollateNamed,
+    CollatePairs,
+    PredictDataset,
+    SampleSource,
+    SegmentationDataset,
+)
+
+
+class SegmentationData(L.LightningDataModule):
+    """Loaders over four sources of samples; a subclass says where these come from.
+
+    Batches: (images (N, 3, H, W) normalized, masks (N, H, W) int64), and for prediction (images, names, sizes (N, 2)).
+
+    Args:
+        class_names: one name per class, in the order of the mask values.
+        ignore_index: mask value of pixels that do not count.
+        crop_size: side of the training crop in pixels, a multiple of 32.
+        batch_size: training batch.
+        eval_batch_size: batch for validation, test and prediction.
+        num_workers: processes that read training samples; evaluation uses as many.
+        scale: range of the random zoom.
+        flip: probability of a horizontal flip.
+        jitter: largest relative change of brightness and contrast.
+
+    Raises DataError for a value that cannot be used.
+    """
+
+    def __init__(
+        self,
+        class_names: list[str],
+        *,
+        ignore_index: int,
+        crop_size: int,
+        batch_size: int,
+        eval_batch_size: int,
+        num_workers: int,
+        scale: tuple[float, float],
+        flip: float,
+        jitter: float,
+    ) -> None:
+        super().__init__()
+        _require(crop_size > 0 and crop_size % STRIDE == 0, "crop_size", crop_size, f"take a multiple of {STRIDE}")
+        _require(batch_size > 0, "batch_size", batch_size, "take at least 1")
+        _require(eval_batch_size > 0, "eval_batch_size", eval_batch_size, "take at least 1")
+        _require(num_workers >= 0, "num_workers", num_workers, "take 0 or more")
+        _require(0 < scale[0] <= scale[1], "scale", scale, "give the lower bound first, above 0")
+        _require(0 <= flip <= 1, "flip", flip, "take a probability")
+        _require(0 <= jitter < 1, "jitter", jitter, "take a share below 1")
+        _require(not 0 <= ignore_index < len(class_names), "ignore_index", ignore_index, "take a value that is no class, such as 255")
+        self.class_names = class_names
+        self.ignore_index = ignore_index
+        self.crop_size = crop_size
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.num_workers = num_workers
+        self.augment = Augment(crop_size, scale, flip, jitter, ignore_index)
+        self.sources: dict[Part, SampleSource] = {}
+
+    @abstractmethod
+    def build_sources(self, parts: tuple[Part, ...]) -> dict[Part, SampleSource]:
+        """Find and check the samples of `parts`. Raises DataError."""
+
+    @abstractmethod
+    def build_predict_source(self) -> SampleSource:
+        """The images to predict. Raises DataError."""
+
+    def setup(self, stage: str) -> None:
+        wanted: dict[str, tuple[Part, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+        missing = tuple(part for part in wanted.get(stage, ()) if part not in self.sources)
+        if missing:
+            self.sources.update(self.build_sources(missing))
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        dataset = SegmentationDataset(self.sources["train"], self.augment)
+        return DataLoader(
+            dataset,
+            batch_size=min(self.batch_size, len(dataset)),
+            shuffle=True,
+            drop_last=True,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            collate_fn=CollatePairs(self.ignore_index),
+        )
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self._eval_loader(SegmentationDataset(self.sources["val"]), CollatePairs(self.ignore_index))
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self._eval_loader(SegmentationDataset(self.sources["test"]), CollatePairs(self.ignore_index))
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        return self._eval_loader(PredictDataset(self.build_predict_source()), CollateNamed())
+
+    def _eval_loader(self, dataset: SegmentationDataset | PredictDataset, collate: CollatePairs | CollateNamed) -> DataLoader[Any]:
+        return DataLoader(
+            dataset,
+            batch_size=self.eval_batch_size,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            collate_fn=collate,
+        )
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Raise here, in the main process, the DataError that a loader worker handed over as its batch."""
+        if isinstance(batch, DataError):
+            raise batch
+        return batch
+
+
+def _require(holds: bool, option: str, value: object, mend: str) -> None:
+    if not holds:
+        raise DataError(f"the data option {option} cannot be used", where=f"--data.{option}", evidence=repr(value), mend=mend)
+
+
+class FolderData(SegmentationData):
+    """Images and masks in a folder.
+
+    Layouts, told apart by `split`:
+
+    - "seed": `root/images`, `root/masks`; a share `val_share` drawn by `seed` is for validation.
+    - "files": the same, with `root/train.txt` and `root/val.txt` (and maybe `root/test.txt`): one image name per line, without suffix.
+    - "folders": `root/train/images`, `root/train/masks`, `root/val/images`, `root/val/masks` (and maybe `root/test/...`).
+    - "auto": "folders" if `root/train` is there, "files" if `root/train.txt` is there, else "seed".
+
+    A mask has the name of its image and the suffix .png: one channel, grey or palette, each pixel value a class index.
+    Without samples of their own, tests run on the validation samples.
+
+    Args:
+        root: the folder.
+        classes: the class names, or a text file with one a line; None takes `root/classes.txt`.
+        split: see above.
+        val_share: share of the images for validation, for "seed".
+        seed: of that draw.
+        predict_dir: folder of images for `predict`; None predicts the test (or validation) images.
+        check_masks: decode every mask before the first step; else only the headers are read then, and a wrong value stops the run later.
+        ignore_index, crop_size, batch_size, eval_batch_size, num_workers, scale, flip, jitter: see SegmentationData.
+
+    Raises DataError for everything that is wrong with the folder, before training starts where that is cheap.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        classes: list[str] | str | None = None,
+        split: SplitBy = "auto",
+        val_share: float = 0.2,
+        seed: int = 0,
+        predict_dir: str | None = None,
+        check_masks: bool = True,
+        ignore_index: int = 255,
+        crop_size: int = 256,
+        batch_size: int = 8,
+        eval_batch_size: int = 1,
+        num_workers: int = 2,
+        scale: tuple[float, float] = (0.5, 2.0),
+        flip: float = 0.5,
+        jitter: float = 0.2,
+    ) -> None:
+        self.root = Path(root)
+        super().__init__(
+            read_class_names(self.root, classes),
+            ignore_index=ignore_index,
+            crop_size=crop_size,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            scale=scale,
+            flip=flip,
+            jitter=jitter,
+        )
+        _require(0 < val_share < 1, "val_share", val_share, "take a share between 0 and 1")
+        self.split: SplitBy = split
+        self.val_share = val_share
+        self.seed = seed
+        self.predict_dir = Path(predict_dir) if predict_dir is not None else None
+        self.check_masks = check_masks
+
+    def build_sources(self, parts: tuple[Part, ...]) -> dict[Part, SampleSource]:
+        split = split_folder(self.root, self.split, self.val_share, self.seed)
+        chosen = {part: split.get(part) or split["val"] for part in parts}
+        for part, pairs in chosen.items():
+            check_files(pairs, self.class_names, self.ignore_index, part, decode_masks=self.check_masks)
+        return {part: FolderSource(pairs, self.class_names, self.ignore_index) for part, pairs in chosen.items()}
+
+    def build_predict_source(self) -> SampleSource:
+        if self.predict_dir is not None:
+            pairs = find_predict_images(self.predict_dir)
+        else:
+            split = split_folder(self.root, self.split, self.val_share, self.seed)
+            pairs = split.get("test") or split["val"]
+        return FolderSource(pairs, self.class_names, self.ignore_index)
+
+
+class TextureMosaic(SegmentationData):
+    """Eight texture photographs bundled with scikit-image, tiled by random Voronoi cells; nothing is downloaded.
+
+    Training samples come from the left 60 % of each photograph, validation and test samples from the rest.
+
+    Args:
+        seed: decides every mosaic.
+        image_size: side of a mosaic in pixels.
+        regions: Voronoi cells in a mosaic.
+        train_count, val_count: number of mosaics; tests use `val_count` other mosaics.
+        crop_size, batch_size, eval_batch_size, num_workers, scale, flip, jitter: see SegmentationData.
+
+    Raises DataError without scikit-image.
+    """
+
+    def __init__(
+        self,
+        seed: int = 0,
+        image_size: int = 128,
+        regions: int = 6,
+        train_count: int = 640,
+        val_count: int = 64,
+        crop_size: int = 96,
+        batch_size: int = 16,
+        eval_batch_size: int = 16,
+        num_workers: int = 0,
+        scale: tuple[float, float] = (0.8, 1.25),
+        flip: float = 0.5,
+        jitter: float = 0.2,
+    ) -> None:
+        super().__init__(
+            [texture.name for texture in TEXTURES],
+            ignore_index=255,
+            crop_size=crop_size,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            scale=scale,
+            flip=flip,
+            jitter=jitter,
+        )
+        for option, value in (("image_size", image_size), ("regions", regions), ("train_count", train_count), ("val_count", val_count)):
+            _require(value > 0, option, value, "take at least 1")
+        self.seed = seed
+        self.image_size = image_size
+        self.regions = regions
+        self.counts: dict[Part, int] = {"train": train_count, "val": val_count, "test": val_count}
+
+    def build_sources(self, parts: tuple[Part, ...]) -> dict[Part, SampleSource]:
+        photographs = [load_photograph(texture) for texture in TEXTURES]
+        size, regions, seed = self.image_size, self.regions, self.seed
+        return {
+            part: MosaicSource(photographs, part, count=self.counts[part], size=size, regions=regions, seed=seed) for part in parts
+        }
+
+    def build_predict_source(self) -> SampleSource:
+        return self.build_sources(("test",))["test"]

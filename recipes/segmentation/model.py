@@ -1,0 +1,188 @@
+"""A LightningModule over any architecture and encoder of segmentation-models-pytorch."""
+
+from __future__ import annotations
+
+__all__ = ["ClassIoU", "SegmentationModule", "build_network", "poly_factor"]
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import lightning as L
+import segmentation_models_pytorch as smp
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassJaccardIndex
+
+from pl_normkit.errors import ConfigError, DataError, ModelSpecError, nearest
+from pl_normkit.recipes.segmentation.losses import LossName, SegmentationLoss
+
+Batch = tuple[Tensor, Tensor]
+
+
+def build_network(architecture: str, encoder_name: str, encoder_weights: str | None, num_classes: int, **options: Any) -> nn.Module:
+    """Network of segmentation-models-pytorch from images (N, 3, H, W) to logits (N, num_classes, H, W).
+
+    Raises ModelSpecError for an unknown architecture or encoder, weights that cannot be had, or options it does not take.
+    """
+    known = {name.lower(): name for name in smp.MODEL_ARCHITECTURES_MAPPING}
+    where = f"architecture={architecture}, encoder_name={encoder_name}, encoder_weights={encoder_weights}"
+    if architecture.lower() not in known:
+        hint = nearest(architecture.lower(), known)
+        raise ModelSpecError(
+            f"segmentation-models-pytorch has no architecture {architecture!r}",
+            where=where,
+            mend=f"{hint} One of: {', '.join(sorted(known))}".strip(),
+        )
+    try:
+        return smp.create_model(architecture, encoder_name, encoder_weights, in_channels=3, classes=num_classes, **options)
+    except Exception as error:
+        raise ModelSpecError(
+            f"segmentation-models-pytorch cannot build {architecture} on {encoder_name}",
+            where=where,
+            evidence=f"{type(error).__name__}: {error}",
+            mend=nearest(encoder_name, smp.encoders.get_encoder_names()) or "check encoder, weights and model_options against smp's documentation",
+        ) from error
+
+
+def poly_factor(step: int, total_steps: int, power: float = 0.9, warmup_steps: int = 0) -> float:
+    """Share of the base learning rate at `step`: (1 - step / total_steps) ** power, after a linear warm-up; 0 from `total_steps` on.
+
+    Source: the "poly" policy of W. Liu et al., ParseNet (2015), as used by the DeepLab papers.
+    """
+    rise = min((step + 1) / (warmup_steps + 1), 1.0)
+    return rise * float(max(1 - step / max(total_steps, 1), 0.0)) ** power
+
+
+class ClassIoU(MulticlassJaccardIndex):
+    """torchmetrics' Jaccard index per class, NaN (instead of 0) for a class found in neither truth nor prediction."""
+
+    def __init__(self, num_classes: int, ignore_index: int) -> None:
+        super().__init__(num_classes=num_classes, average="none", ignore_index=ignore_index, validate_args=False)
+
+    def compute(self) -> Tensor:
+        """IoU per class, (num_classes,)."""
+        iou: Tensor = super().compute()
+        unseen = (self.confmat.sum(0) + self.confmat.sum(1)) == 0
+        return iou.masked_fill(unseen, math.nan)
+
+
+class SegmentationModule(L.LightningModule):
+    """Train any smp architecture and encoder for semantic segmentation.
+
+    Args:
+        class_names: one name per class, in the order of the mask values. From the command line it comes from the data.
+        architecture: name of an smp architecture, such as "Unet" or "DeepLabV3Plus".
+        encoder_name: name of an smp encoder, or "tu-" and a timm model.
+        encoder_weights: None starts from random weights; anything else is downloaded by smp.
+        model_options: further arguments of the smp architecture.
+        loss: one of losses.LOSSES, or several joined by "+".
+        ignore_index: mask value that counts neither in loss nor in metrics.
+        optimizer: "adamw", or "sgd" with momentum 0.9.
+        lr: learning rate at the start of the poly schedule.
+        weight_decay: as the optimizer takes it.
+        poly_power: power of the poly schedule, stepped after every optimizer step.
+        warmup_steps: steps of linear warm-up before it.
+        example_size: side in pixels of `example_input_array`, (2, 3, size, size) zeros, by which audits read the network.
+
+    Raises ModelSpecError or ConfigError for arguments that do not make a network.
+    """
+
+    def __init__(
+        self,
+        class_names: Sequence[str],
+        architecture: str = "Unet",
+        encoder_name: str = "resnet18",
+        encoder_weights: str | None = None,
+        model_options: dict[str, Any] | None = None,
+        loss: LossName = "cross_entropy",
+        ignore_index: int = 255,
+        optimizer: Literal["adamw", "sgd"] = "adamw",
+        lr: float = 2e-3,
+        weight_decay: float = 1e-2,
+        poly_power: float = 0.9,
+        warmup_steps: int = 0,
+        example_size: int = 96,
+    ) -> None:
+        super().__init__()
+        self.class_names = list(class_names)
+        self.ignore_index = ignore_index
+        self.optimizer = optimizer
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.poly_power = poly_power
+        self.warmup_steps = warmup_steps
+        self.network = build_network(architecture, encoder_name, encoder_weights, len(self.class_names), **(model_options or {}))
+        self.loss = SegmentationLoss(loss, ignore_index)
+        self.iou = ClassIoU(len(self.class_names), ignore_index)
+        self.example_input_array = torch.zeros(2, 3, example_size, example_size)
+        self.class_iou: dict[str, float] = {}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N, 3, H, W), sides a multiple of 32, to logits (N, classes, H, W)."""
+        logits: Tensor = self.network(images)
+        return logits
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        images, masks = batch
+        loss: Tensor = self.loss(self(images), masks)
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: Batch, stage: str) -> None:
+        images, masks = batch
+        logits = self(images)
+        self.log(f"{stage}_loss", self.loss(logits, masks), batch_size=len(images), sync_dist=True)
+        self.iou.update(logits.argmax(1), masks)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_iou("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_iou("test")
+
+    def _log_iou(self, stage: str) -> None:
+        iou = self.iou.compute()
+        self.iou.reset()
+        self.class_iou = dict(zip(self.class_names, iou.tolist(), strict=True))
+        self.log(f"{stage}_miou", iou.nanmean(), prog_bar=True)
+        self.log_dict({f"{stage}_iou/{name}": value for name, value in self.class_iou.items()})
+
+    def predict_step(self, batch: tuple[Tensor, list[str], Tensor], batch_idx: int) -> Tensor:
+        """Labels (N, H, W), int64, of the padded batch."""
+        labels: Tensor = self(batch[0]).argmax(1)
+        return labels
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        total = self.trainer.estimated_stepping_batches
+        if math.isinf(total):
+            raise ConfigError("the poly schedule needs to know the number of steps", mend="set --trainer.max_epochs or --trainer.max_steps")
+        optimizer = self._build_optimizer()
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: poly_factor(step, int(total), self.poly_power, self.warmup_steps)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"}}
+
+    def _build_optimizer(self) -> torch.optim.Optimizer:
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(self.parameters(), self.lr, momentum=0.9, weight_decay=self.weight_decay)
+        return torch.optim.AdamW(self.parameters(), self.lr, weight_decay=self.weight_decay)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["class_names"] = self.class_names
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get("class_names", self.class_names)
+        if list(saved) != self.class_names:
+            raise DataError(
+                "the checkpoint was trained on other classes than the data has",
+                evidence=f"checkpoint: {list(saved)}; data: {self.class_names}",
+                mend="give the data the class list the checkpoint was trained with",
+            )

@@ -1,0 +1,108 @@
+"""What a run ends with: IoU per class, findings, checkpoint and a sheet of validation images."""
+
+from __future__ import annotations
+
+__all__ = ["print_iou", "summarize_fit"]
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from rich.console import Console
+from rich.table import Table
+
+from pl_normkit.recipes.segmentation.data import SegmentationData
+from pl_normkit.recipes.segmentation.model import SegmentationModule
+from pl_normkit.recipes.segmentation.pictures import draw_sheet
+from pl_normkit.recipes.segmentation.samples import denormalize
+
+_SHEET_ROWS = 6
+
+
+def mean_iou(class_iou: Mapping[str, float]) -> float:
+    """Mean over the classes that occur; NaN when none does."""
+    values = [value for value in class_iou.values() if not math.isnan(value)]
+    return sum(values) / len(values) if values else math.nan
+
+
+def print_iou(console: Console, class_iou: Mapping[str, float], title: str) -> None:
+    """A table of IoU per class and their mean."""
+    console.print(f"{title}:", highlight=False)
+    table = Table()
+    table.add_column("class")
+    table.add_column("IoU", justify="right")
+    for name, value in class_iou.items():
+        table.add_row(name, "does not occur" if math.isnan(value) else f"{value:.3f}")
+    table.add_section()
+    table.add_row("mean (mIoU)", f"{mean_iou(class_iou):.3f}")
+    console.print(table)
+
+
+def summarize_fit(trainer: L.Trainer, module: SegmentationModule, data: SegmentationData, console: Console) -> None:
+    """Print the result of a fit; rank zero prints and draws, the others do nothing."""
+    if not trainer.is_global_zero:
+        return
+    if module.class_iou:
+        print_iou(console, module.class_iou, f"validation after {trainer.global_step} steps")
+    _print_findings(trainer, console)
+    _print_checkpoint(trainer, console)
+    if "val" in data.sources:
+        path = Path(trainer.log_dir or trainer.default_root_dir) / "validation.png"
+        _draw_validation(module, data, path)
+        console.print(f"pictures:   {path}", soft_wrap=True, highlight=False)
+
+
+def _print_findings(trainer: L.Trainer, console: Console) -> None:
+    reports = [report for callback in trainer.callbacks if (report := getattr(callback, "report", None)) is not None]  # type: ignore[attr-defined]
+    findings = [finding for report in reports for finding in report.findings]
+    if not reports:
+        console.print("findings:   no audit in this run", highlight=False)
+        return
+    console.print(f"findings:   {len(findings)}", highlight=False)
+    for finding in findings:
+        first = f" at {finding.places[0]}" if finding.places else ""
+        more = f" and {len(finding.places) - 1} more" if len(finding.places) > 1 else ""
+        text = f"  {finding.code} {finding.name} ({finding.severity}): {finding.message}{first}{more}"
+        console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+def _print_checkpoint(trainer: L.Trainer, console: Console) -> None:
+    checkpoint = trainer.checkpoint_callback
+    if not isinstance(checkpoint, ModelCheckpoint) or not checkpoint.best_model_path:
+        console.print("checkpoint: none was written", highlight=False)
+        return
+    score = "" if checkpoint.best_model_score is None else f" ({checkpoint.monitor} {float(checkpoint.best_model_score):.3f})"
+    console.print(f"checkpoint: {checkpoint.best_model_path}{score}", soft_wrap=True, highlight=False)
+
+
+@torch.no_grad()
+def _draw_validation(module: SegmentationModule, data: SegmentationData, path: Path) -> None:
+    images, truths, predictions = [], [], []
+    training = module.training
+    module.eval()
+    for batch in data.val_dataloader():
+        batch_images, batch_masks = data.on_before_batch_transfer(batch, 0)
+        predicted = module(batch_images.to(module.device)).argmax(1).cpu()
+        images.extend(denormalize(batch_images))
+        truths.extend(batch_masks)
+        predictions.extend(predicted)
+        if len(images) >= _SHEET_ROWS:
+            break
+    module.train(training)
+    rows = range(min(len(images), _SHEET_ROWS))
+    side = [max(image.shape[axis] for image in images) for axis in (-2, -1)]
+    draw_sheet(
+        torch.stack([_fit(images[row], side, 0) for row in rows]),
+        torch.stack([_fit(truths[row], side, -1) for row in rows]),
+        torch.stack([_fit(predictions[row], side, -1) for row in rows]),
+        module.class_names,
+        path,
+    )
+
+
+def _fit(tensor: torch.Tensor, side: list[int], value: int) -> torch.Tensor:
+    height, width = tensor.shape[-2:]
+    return torch.nn.functional.pad(tensor, (0, side[1] - width, 0, side[0] - height), value=value)
