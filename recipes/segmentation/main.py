@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-__all__ = ["DEFAULT_CONFIG", "SegmentationCLI", "run"]
+__all__ = ["DEFAULT_CONFIG", "DEFAULT_DATA", "SegmentationCLI", "run"]
 
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentError
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from rich.console import Console
 
-from pl_normkit.errors import ConfigError, nearest
+from pl_normkit.errors import ConfigError, NormkitError, nearest
 from pl_normkit.recipes.segmentation.data import SegmentationData
 from pl_normkit.recipes.segmentation.model import SegmentationModule
 from pl_normkit.recipes.segmentation.summary import print_iou, summarize_fit
 from pl_normkit.recipes.segmentation.writer import MaskWriter
 
 DEFAULT_CONFIG = Path(__file__).with_name("default.yaml")
+DEFAULT_DATA = Path(__file__).with_name("texture_mosaic.yaml")
 
 _SUBCOMMANDS = ("fit", "validate", "test", "predict")
 
@@ -99,15 +102,38 @@ def _choose_subcommand(args: Sequence[str]) -> list[str]:
     return ["fit", *args]
 
 
+def _names_data(args: Sequence[str]) -> bool:
+    """Whether an argument or a configuration file among `args` names the class of the data."""
+    if any(arg in ("--data", "--data.class_path") or arg.startswith(("--data=", "--data.class_path=")) for arg in args):
+        return True
+    flags = ("--config", "-c")
+    files = [value for flag, value in pairwise(args) if flag in flags]
+    files += [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
+    return any("data" in _read_keys(Path(file)) for file in files)
+
+
+def _read_keys(path: Path) -> set[str]:
+    """Top-level keys of a YAML file; none when it cannot be read, which the parser itself will report."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return set()
+    return set(content) if isinstance(content, dict) else set()
+
+
 def run(args: list[str]) -> int:
     """Run the recipe with command line arguments: `[fit|validate|test|predict] [options]`, "fit" being the default.
 
     Options left out come from `default.yaml` beside this file. Returns 0. Raises NormkitError for bad input.
     """
+    command = _choose_subcommand(args)
+    defaults = [str(DEFAULT_CONFIG)]
+    if not _names_data(command):
+        # Given as a default beside another class, its settings would carry over to that class.
+        defaults.append(str(DEFAULT_DATA))
     parser_kwargs: dict[str, Any] = {"prog": "pl-normkit run segmentation", "exit_on_error": False}
     for subcommand in _SUBCOMMANDS:
-        parser_kwargs[subcommand] = {"default_config_files": [str(DEFAULT_CONFIG)], "exit_on_error": False}
-    command = _choose_subcommand(args)
+        parser_kwargs[subcommand] = {"default_config_files": defaults, "exit_on_error": False}
     with warnings.catch_warnings():
         _silence_lightning()
         try:
@@ -121,16 +147,28 @@ def run(args: list[str]) -> int:
                 parser_kwargs=parser_kwargs,
                 args=command,
             )
-        except ArgumentError as error:
-            raise ConfigError(
-                "the options cannot be used",
-                where=f"pl-normkit run segmentation {command[0]}",
-                evidence=str(error),
-                mend=f"see pl-normkit run segmentation {command[0]} --help",
-            ) from error
+        except (ArgumentError, ValueError) as error:
+            raise _explain_refusal(error, command[0]) from error
         except SystemExit as stop:  # --help and --print_config end that way
             return int(stop.code or 0)
     return 0
+
+
+def _explain_refusal(error: Exception, subcommand: str) -> Exception:
+    """jsonargparse wraps what a constructor raises: give the NormkitError within, or one that quotes a parser's refusal."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, NormkitError):
+            return cause
+        cause = cause.__cause__
+    if not isinstance(error, ArgumentError):
+        return error
+    return ConfigError(
+        "the options cannot be used",
+        where=f"pl-normkit run segmentation {subcommand}",
+        evidence=str(error),
+        mend=f"see pl-normkit run segmentation {subcommand} --help",
+    )
 
 
 def _silence_lightning() -> None:

@@ -1,0 +1,118 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pl_normkit.errors import DataError
+from pl_normkit.recipes.segmentation import TextureMosaic
+from pl_normkit.recipes.segmentation.samples import Augment, CollateNamed, CollatePairs, denormalize, normalize
+
+
+def _coded(height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blocks of 8 x 8 pixels; a label of 0 or 1 and the same value as brightness."""
+    mask = torch.randint(2, (-(-height // 8), -(-width // 8))).repeat_interleave(8, 0).repeat_interleave(8, 1)[:height, :width]
+    return mask.float().expand(3, -1, -1).clone(), mask
+
+
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(height=st.integers(1, 90), width=st.integers(1, 90), flip=st.sampled_from([0.0, 1.0]), seed=st.integers(0, 99))
+def test_augmentation_keeps_image_and_mask_together(height, width, flip, seed):
+    torch.manual_seed(seed)
+    image, mask = _coded(height, width)
+
+    cut, labels = Augment(32, scale=(1.0, 1.0), flip=flip, jitter=0.0)(image, mask)
+
+    assert cut.shape == (3, 32, 32)
+    assert labels.shape == (32, 32)
+    padding = labels == 255
+    assert torch.equal(cut[0][~padding], labels[~padding].float())
+    assert (~padding).sum() == min(height, 32) * min(width, 32)
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_zoom_moves_image_and_mask_alike_and_makes_no_new_labels(factor):
+    torch.manual_seed(0)
+    image, mask = _coded(64, 64)
+
+    cut, labels = Augment(32, scale=(factor, factor), flip=0.0, jitter=0.0)(image, mask)
+
+    assert set(labels.unique().tolist()) <= {0, 1}
+    agreement = ((cut[0] > 0.5).long() == labels).float().mean()
+    assert agreement > 0.97
+
+
+def test_flip_is_the_mirror_image():
+    image, mask = _coded(32, 32)
+
+    flipped, labels = Augment(32, scale=(1.0, 1.0), flip=1.0, jitter=0.0)(image, mask)
+
+    assert torch.equal(flipped, image.flip(-1))
+    assert torch.equal(labels, mask.flip(-1))
+
+
+def test_jitter_changes_the_image_only():
+    torch.manual_seed(0)
+    image, mask = _coded(32, 32)
+    image = image * 0.5 + 0.2
+
+    changed, labels = Augment(32, scale=(1.0, 1.0), flip=0.0, jitter=0.2)(image, mask)
+
+    assert torch.equal(labels, mask)
+    assert not torch.equal(changed, image)
+    assert (changed - image).abs().max() < 0.25
+
+
+def test_normalization_and_back():
+    image = torch.randint(256, (3, 9, 7), dtype=torch.uint8)
+
+    assert torch.equal(denormalize(normalize(image.float() / 255)[None])[0], image)
+
+
+def test_a_batch_of_several_sizes_is_padded_with_ignored_pixels():
+    pairs = [(torch.ones(3, 40, 20), torch.zeros(40, 20, dtype=torch.int64)), (torch.ones(3, 10, 33), torch.ones(10, 33, dtype=torch.int64))]
+
+    images, masks = CollatePairs(9)(pairs)
+
+    assert images.shape == (2, 3, 64, 64)
+    assert masks.shape == (2, 64, 64)
+    assert (masks == 9).sum(dim=(1, 2)).tolist() == [64 * 64 - 40 * 20, 64 * 64 - 10 * 33]
+    assert images.sum(dim=(1, 2, 3)).tolist() == [3 * 40 * 20, 3 * 10 * 33]
+
+
+def test_prediction_batches_keep_names_and_sizes():
+    images, names, sizes = CollateNamed()([(torch.ones(3, 40, 20), "a"), (torch.ones(3, 10, 33), "b/c")])
+
+    assert images.shape == (2, 3, 64, 64)
+    assert names == ["a", "b/c"]
+    assert sizes.tolist() == [[40, 20], [10, 33]]
+
+
+@pytest.mark.parametrize("collate", [CollatePairs(255), CollateNamed()])
+def test_an_error_in_a_worker_travels_as_the_batch(collate):
+    error = DataError("broken")
+
+    assert collate([(torch.ones(3, 1, 1), torch.ones(1, 1)), error]) is error
+    with pytest.raises(DataError, match="broken"):
+        TextureMosaic().on_before_batch_transfer(error, 0)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("crop_size", 50),
+        ("crop_size", 0),
+        ("batch_size", 0),
+        ("eval_batch_size", 0),
+        ("num_workers", -1),
+        ("scale", (2.0, 0.5)),
+        ("scale", (0.0, 1.0)),
+        ("flip", 1.5),
+        ("jitter", 1.0),
+        ("regions", 0),
+        ("train_count", 0),
+    ],
+)
+def test_an_impossible_option_is_named(option, value):
+    with pytest.raises(DataError) as caught:
+        TextureMosaic(**{option: value})
+    assert option in caught.value.where + caught.value.what
+    assert caught.value.mend
