@@ -26,7 +26,7 @@ def _open(path: Path, kind: str) -> Image.Image:
 
 def _unreadable(path: Path, kind: str, error: Exception) -> DataError:
     mend = "put the file there" if isinstance(error, FileNotFoundError) else "replace the file, or take it out of the data set"
-    return DataError(f"a {kind} cannot be read", where=str(path), evidence=f"{type(error).__name__}: {error}", mend=mend)
+    return DataError(f"the {kind} cannot be read", where=str(path), evidence=f"{type(error).__name__}: {error}", mend=mend)
 
 
 def _decode(path: Path, kind: str, mode: str | None) -> Tensor:
