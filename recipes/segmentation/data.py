@@ -261,9 +261,7 @@ class TextureMosaic(SegmentationData):
     def build_sources(self, parts: tuple[Part, ...]) -> dict[Part, SampleSource]:
         photographs = [load_photograph(texture) for texture in TEXTURES]
         size, regions, seed = self.image_size, self.regions, self.seed
-        return {
-            part: MosaicSource(photographs, part, count=self.counts[part], size=size, regions=regions, seed=seed) for part in parts
-        }
+        return {part: MosaicSource(photographs, part, count=self.counts[part], size=size, regions=regions, seed=seed) for part in parts}
 
     def build_predict_source(self) -> SampleSource:
         return self.build_sources(("test",))["test"]

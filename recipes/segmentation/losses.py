@@ -10,9 +10,7 @@ import segmentation_models_pytorch as smp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LossName = Literal[
-    "cross_entropy", "dice", "focal", "lovasz", "cross_entropy+dice", "cross_entropy+lovasz", "focal+dice"
-]
+LossName = Literal["cross_entropy", "dice", "focal", "lovasz", "cross_entropy+dice", "cross_entropy+lovasz", "focal+dice"]
 LOSSES: tuple[str, ...] = get_args(LossName)
 
 
@@ -28,12 +26,26 @@ class CrossEntropy(nn.Module):
         return total / (masks != self.ignore_index).sum().clamp(min=1)
 
 
+class SmpLoss(nn.Module):
+    """A loss of smp; 0 where no pixel counts (focal and Lovász give NaN or raise there)."""
+
+    def __init__(self, loss: nn.Module, ignore_index: int) -> None:
+        super().__init__()
+        self.loss = loss
+        self.ignore_index = ignore_index
+
+    def forward(self, logits: Tensor, masks: Tensor) -> Tensor:
+        if bool((masks == self.ignore_index).all()):
+            return logits.sum() * 0
+        value: Tensor = self.loss(logits, masks)
+        return value
+
+
 def _build_term(name: str, ignore_index: int) -> nn.Module:
     if name == "cross_entropy":
         return CrossEntropy(ignore_index)
     kinds = {"dice": smp.losses.DiceLoss, "focal": smp.losses.FocalLoss, "lovasz": smp.losses.LovaszLoss}
-    term: nn.Module = kinds[name]("multiclass", ignore_index=ignore_index)
-    return term
+    return SmpLoss(kinds[name]("multiclass", ignore_index=ignore_index), ignore_index)
 
 
 class SegmentationLoss(nn.Module):

@@ -41,7 +41,9 @@ class SegmentationCLI(LightningCLI):
         parser.link_arguments("data", "model.ignore_index", compute_fn=lambda data: data.ignore_index, apply_on="instantiate")
         parser.link_arguments("data", "model.example_size", compute_fn=lambda data: data.crop_size, apply_on="instantiate")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults({"checkpoint.monitor": "val_miou", "checkpoint.mode": "max", "checkpoint.save_last": True})
+        # At the end of validation only: a resumed run first closes the epoch it was saved in, without a metric to go by.
+        checkpoint = {"monitor": "val_miou", "mode": "max", "save_last": True, "save_on_train_epoch_end": False}
+        parser.set_defaults({f"checkpoint.{option}": value for option, value in checkpoint.items()})
         parser.add_lightning_class_args(MaskWriter, "masks")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -155,7 +157,7 @@ def run(args: list[str]) -> int:
 
 
 def _explain_refusal(error: Exception, subcommand: str) -> Exception:
-    """jsonargparse wraps what a constructor raises: give the NormkitError within, or one that quotes a parser's refusal."""
+    """Jsonargparse wraps what a constructor raises: give the NormkitError within, or one that quotes a parser's refusal."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, NormkitError):
@@ -174,6 +176,8 @@ def _explain_refusal(error: Exception, subcommand: str) -> Exception:
 def _silence_lightning() -> None:
     # Reading a sample takes a few milliseconds; more workers would take the cores from the training.
     warnings.filterwarnings("ignore", message=r"The '\w+_dataloader' does not have many workers")
+    # A resumed run has a folder of its own, so its best checkpoint is the best of that run.
+    warnings.filterwarnings("ignore", message=r"The dirpath has changed from")
     # Lightning's own calls to names that jsonargparse and torch have since renamed.
     warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning\.pytorch\.cli")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"lightning\.pytorch\.utilities\._pytree")

@@ -37,12 +37,15 @@ def build_network(architecture: str, encoder_name: str, encoder_weights: str | N
         )
     try:
         return smp.create_model(architecture, encoder_name, encoder_weights, in_channels=3, classes=num_classes, **options)
+    except Warning:  # raised where a user makes warnings errors; no reason to call the network impossible
+        raise
     except Exception as error:
         raise ModelSpecError(
             f"segmentation-models-pytorch cannot build {architecture} on {encoder_name}",
             where=where,
             evidence=f"{type(error).__name__}: {error}",
-            mend=nearest(encoder_name, smp.encoders.get_encoder_names()) or "check encoder, weights and model_options against smp's documentation",
+            mend=nearest(encoder_name, smp.encoders.get_encoder_names())
+            or "check encoder, weights and model_options against smp's documentation",
         ) from error
 
 

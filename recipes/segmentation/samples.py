@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Augment", "PredictDataset", "Sample", "SampleSource", "SegmentationDataset", "CollateNamed", "CollatePairs", "denormalize"]
+__all__ = ["Augment", "CollateNamed", "CollatePairs", "PredictDataset", "Sample", "SampleSource", "SegmentationDataset", "denormalize"]
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence

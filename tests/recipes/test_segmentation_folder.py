@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from segmentation_tree import CLASSES, write_pairs
+
 from pl_normkit.errors import DataError
 from pl_normkit.recipes.segmentation import FolderData
-from segmentation_tree import CLASSES, write_pairs
 
 
 def _names(data: FolderData) -> dict[str, list[str]]:
@@ -72,7 +73,7 @@ def test_the_split_by_files(folder):
 
 def test_the_split_by_folders_with_nested_images(tmp_path):
     write_pairs(tmp_path / "train", 3)
-    write_pairs(tmp_path / "val" , 2)
+    write_pairs(tmp_path / "val", 2)
     for kind in ("images", "masks"):
         (tmp_path / "train" / kind / "town").mkdir()
         (tmp_path / "train" / kind / "2.png").rename(tmp_path / "train" / kind / "town" / "2.png")
@@ -192,7 +193,12 @@ def _only_train_folder(root: Path) -> None:
         (_colour_mask, "mask does not hold class indices", "masks/2.png", "RGB"),
         (_deep_image, "more than 8 bits", "images/2.png", "I;16"),
         (_resize_mask, "another size", "masks/2.png", "mask 50 x 60, image 60 x 50"),
-        (_class_out_of_range, "class out of range", "masks/2.png, row 7, column 9", "value 3, in 2 of 3000 pixels; other wrong values: [200]"),
+        (
+            _class_out_of_range,
+            "class out of range",
+            "masks/2.png, row 7, column 9",
+            "value 3, in 2 of 3000 pixels; other wrong values: [200]",
+        ),
         (_drop_mask, "no mask", "images/2.png", "1 of 6"),
         (_double_name, "two images have one name", "images", "2.jpg and 2.png"),
         (_empty_images, "empty", "images", "no entries"),

@@ -2,6 +2,7 @@ import importlib.util
 
 import pytest
 import torch
+
 from pl_normkit.errors import DataError
 from pl_normkit.recipes.segmentation import TEXTURES, TextureMosaic
 from pl_normkit.recipes.segmentation.mosaic import MosaicSource, compose_mosaic, cut_part, load_photograph

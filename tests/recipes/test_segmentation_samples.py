@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from pl_normkit.errors import DataError
 from pl_normkit.recipes.segmentation import TextureMosaic
 from pl_normkit.recipes.segmentation.samples import Augment, CollateNamed, CollatePairs, denormalize, normalize
@@ -68,7 +69,10 @@ def test_normalization_and_back():
 
 
 def test_a_batch_of_several_sizes_is_padded_with_ignored_pixels():
-    pairs = [(torch.ones(3, 40, 20), torch.zeros(40, 20, dtype=torch.int64)), (torch.ones(3, 10, 33), torch.ones(10, 33, dtype=torch.int64))]
+    pairs = [
+        (torch.ones(3, 40, 20), torch.zeros(40, 20, dtype=torch.int64)),
+        (torch.ones(3, 10, 33), torch.ones(10, 33, dtype=torch.int64)),
+    ]
 
     images, masks = CollatePairs(9)(pairs)
 

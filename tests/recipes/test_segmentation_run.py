@@ -1,0 +1,226 @@
+import csv
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from pl_normkit.cli import main
+from pl_normkit.errors import ConfigError, DataError
+from pl_normkit.recipes.segmentation import TEXTURES, run
+
+SMALL = ["--model.architecture=Unet", "--model.encoder_name=tu-test_resnet"]
+QUICK = [*SMALL, "--trainer.enable_model_summary=false", "--trainer.callbacks=null"]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Runs write into their working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def _on_folder(folder: Path, *more: str) -> list[str]:
+    return [
+        "--data=FolderData",
+        f"--data.root={folder}",
+        "--data.crop_size=32",
+        "--data.batch_size=2",
+        "--data.num_workers=0",
+        *QUICK,
+        *more,
+    ]
+
+
+def _latest(here: Path) -> Path:
+    return max((here / "runs" / "segmentation").iterdir(), key=lambda path: int(path.name.removeprefix("version_")))
+
+
+def _column(version: Path, name: str) -> list[float]:
+    with (version / "metrics.csv").open() as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row[name]]
+
+
+def test_the_default_run_trains_on_textures_under_audit_and_sums_up(here, capsys):
+    code = run([*SMALL, "--trainer.max_steps=2", "--data.train_count=32", "--data.val_count=4", "--data.crop_size=32"])
+
+    shown = capsys.readouterr().out
+    version = _latest(here)
+    assert code == 0
+    assert all(re.search(rf"{texture.name} +│ +(\d\.\d+|does not occur)", shown) for texture in TEXTURES)
+    assert re.search(r"mean \(mIoU\) +│ +0\.\d+", shown)
+    assert re.search(r"findings: +\d+", shown)
+    checkpoint = re.search(r"checkpoint: (\S+\.ckpt)", shown)
+    assert checkpoint is not None
+    assert Path(checkpoint[1]).is_file()
+    with Image.open(version / "validation.png") as sheet:
+        assert sheet.width > 3 * 128
+        assert sheet.height > 4 * 128
+    assert len(_column(version, "train_loss")) == 2
+    assert len(_column(version, "val_miou")) == 1
+
+
+def test_fit_resume_test_and_predict_on_a_folder(here, folder, capsys):
+    assert run(["fit", *_on_folder(folder, "--trainer.max_steps=2")]) == 0
+    first = _latest(here)
+    last = first / "checkpoints" / "last.ckpt"
+    saved = torch.load(last, weights_only=True)
+    assert saved["global_step"] == 2
+    assert saved["class_names"] == ["sky", "road", "tree"]
+
+    assert run(["fit", *_on_folder(folder, "--trainer.max_steps=4", f"--ckpt_path={last}")]) == 0
+    resumed = torch.load(_latest(here) / "checkpoints" / "last.ckpt", weights_only=True)
+    assert resumed["global_step"] == 4
+    assert len(_column(_latest(here), "train_loss")) == 2
+
+    assert run(["test", *_on_folder(folder, f"--ckpt_path={last}")]) == 0
+    capsys.readouterr()
+    assert run(["validate", *_on_folder(folder, f"--ckpt_path={last}")]) == 0
+    expected = _column(first, "val_miou")[-1]
+    assert f"mean (mIoU) │ {expected:.3f}" in capsys.readouterr().out
+
+    masks = here / "predicted"
+    options = [f"--data.predict_dir={folder / 'images'}", f"--masks.output_dir={masks}", f"--ckpt_path={last}"]
+    assert run(["predict", *_on_folder(folder, *options)]) == 0
+    assert sorted(path.name for path in masks.iterdir()) == [f"{index}.png" for index in range(6)]
+    written = Image.open(masks / "0.png")
+    assert (written.mode, written.size) == ("P", (60, 50))
+    assert set(np.unique(np.array(written))) <= {0, 1, 2}
+
+
+def test_resumed_training_equals_uninterrupted_training(here, folder):
+    """Four steps at once, and stopped after two: the same weights (the order of the samples is fixed by one batch an epoch)."""
+    options = [
+        "--data.batch_size=5",
+        "--data.scale=[1.0, 1.0]",
+        "--data.flip=0",
+        "--data.jitter=0",
+        "--data.crop_size=64",
+        "--trainer.max_epochs=4",
+    ]
+    run(_on_folder(folder, *options))
+    whole = torch.load(_latest(here) / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    run(_on_folder(folder, *options, "--checkpoint.save_top_k=-1"))
+    middle = next((_latest(here) / "checkpoints").glob("epoch=1-*.ckpt"))
+    run(_on_folder(folder, *options, f"--ckpt_path={middle}"))
+    resumed = torch.load(_latest(here) / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+    assert all(torch.allclose(value.float(), resumed[key].float(), rtol=1e-4, atol=1e-5) for key, value in whole.items())
+
+
+def test_two_runs_with_one_seed_give_the_same_weights(here):
+    options = [*QUICK, "--trainer.max_steps=2", "--data.train_count=32", "--data.val_count=2", "--data.crop_size=32"]
+    run(options)
+    first = torch.load(_latest(here) / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    run(options)
+    second = torch.load(_latest(here) / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def test_the_learning_rate_falls_after_every_step(here, folder):
+    run(_on_folder(folder, "--trainer.max_steps=4", "--trainer.callbacks=LearningRateMonitor", "--model.warmup_steps=0", "--model.lr=0.01"))
+
+    expected = [0.01 * (1 - step / 4) ** 0.9 for step in range(4)]
+    assert _column(_latest(here), "lr") == pytest.approx(expected)
+
+
+def test_a_configuration_file_chooses_data_and_model(here, folder, capsys):
+    data = {"class_path": "FolderData", "init_args": {"root": str(folder), "crop_size": 32, "num_workers": 0}}
+    Path("mine.yaml").write_text(yaml.safe_dump({"data": data, "model": {"loss": "cross_entropy+dice"}}))
+
+    assert run(["--config", "mine.yaml", *QUICK, "--print_config"]) == 0
+
+    config = yaml.safe_load(capsys.readouterr().out)
+    chosen = config["data"]["init_args"]
+    assert config["model"]["loss"] == "cross_entropy+dice"
+    assert config["trainer"]["max_epochs"] == 4
+    assert (chosen["batch_size"], chosen["eval_batch_size"], chosen["scale"]) == (8, 1, [0.5, 2.0])
+
+
+def _break_image(folder: Path) -> list[str]:
+    (folder / "images" / "2.png").write_bytes(b"not a picture")
+    return []
+
+
+def _break_mask(folder: Path) -> list[str]:
+    Image.fromarray(np.full((50, 60), 9, dtype=np.uint8)).save(folder / "masks" / "2.png")
+    return []
+
+
+def _break_mask_unchecked(folder: Path) -> list[str]:
+    for path in (folder / "masks").iterdir():
+        Image.fromarray(np.full((50, 60), 9, dtype=np.uint8)).save(path)
+    return ["--data.check_masks=false", "--data.num_workers=1"]
+
+
+def _empty_folder(folder: Path) -> list[str]:
+    for path in (folder / "images").iterdir():
+        path.unlink()
+    return []
+
+
+def _no_class_list(folder: Path) -> list[str]:
+    (folder / "classes.txt").unlink()
+    return []
+
+
+@pytest.mark.parametrize(
+    ("spoil", "what", "where"),
+    [
+        (_break_image, "the image cannot be read", "images/2.png"),
+        (_break_mask, "class out of range", "masks/2.png, row 0, column 0"),
+        (_break_mask_unchecked, "class out of range", "row 0, column 0"),
+        (_empty_folder, "image folder is empty", "images"),
+        (_no_class_list, "class list cannot be read", "classes.txt"),
+    ],
+)
+def test_bad_data_is_one_message_and_exit_code_two(here, folder, capsys, spoil, what, where):
+    more = spoil(folder)
+
+    code = main(["run", "segmentation", "fit", *_on_folder(folder, *more)])
+
+    message = capsys.readouterr().err
+    assert code == 2
+    assert message.count("error: ") == 1
+    assert what in message
+    assert where in message
+    assert "mend: " in message
+    assert "Traceback" not in message
+
+
+def test_debug_shows_the_traceback(here, folder):
+    _empty_folder(folder)
+
+    with pytest.raises(DataError, match="image folder is empty"):
+        main(["run", "segmentation", "--debug", *_on_folder(folder)])
+
+
+@pytest.mark.parametrize(
+    ("args", "evidence", "mend"),
+    [
+        (["fti"], "'fti'", "did you mean 'fit'?"),
+        (["--model.lrr=3"], "lrr", "--help"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml", "--help"),
+        (["--data=FolderData"], "root", "--help"),
+        (["--data=NoSuchData"], "NoSuchData", "--help"),
+        (["--model.loss=hinge"], "hinge", "--help"),
+        (["test"], "", "--ckpt_path"),
+        (["test", "--ckpt_path=nowhere.ckpt"], "", ".ckpt"),
+        (["--trainer.max_epochs=-1"], "", "--trainer.max_steps"),
+    ],
+)
+def test_wrong_options_are_one_error(here, capsys, args, evidence, mend):
+    with pytest.raises(ConfigError) as caught:
+        run(args)
+
+    assert evidence in caught.value.evidence
+    assert mend in caught.value.mend
+
+
+def test_help_ends_with_code_zero(capsys):
+    assert run(["--help"]) == 0
+    assert "predict" in capsys.readouterr().out
