@@ -230,7 +230,7 @@ def check_files(pairs: Sequence[Pair], class_names: Sequence[str], ignore_index:
     for pair in track(pairs, description=f"checking {part} files", transient=True):
         _check_pair_sizes(pair)
         if decode_masks and pair.mask is not None:
-            seen.update(read_mask(pair.mask, class_names, ignore_index).unique().tolist())
+            seen.update(torch.unique(read_mask(pair.mask, class_names, ignore_index)).tolist())
     if decode_masks and part == "train" and len(seen - {ignore_index}) < 2:
         raise DataError(
             "the training masks show fewer than two classes",

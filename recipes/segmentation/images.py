@@ -91,7 +91,7 @@ def check_labels(labels: Tensor, path: Path, class_names: Sequence[str], ignore_
         "a mask holds a class out of range",
         where=f"{path}, row {row}, column {column}",
         evidence=f"value {int(labels[row, column])}, in {int(wrong.sum())} of {labels.numel()} pixels; other wrong values: "
-        f"{[value for value in labels[wrong].unique().tolist() if value != int(labels[row, column])][:8]}",
+        f"{[value for value in torch.unique(labels[wrong]).tolist() if value != int(labels[row, column])][:8]}",
         mend=f"there are {count} classes: use 0 to {count - 1}, or {ignore_index} for pixels to ignore; "
         "or add the missing classes to the class list, or set --data.ignore_index",
     )

@@ -48,7 +48,7 @@ class SegmentationCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         # LightningCLI itself warns when sys.argv is not empty, which it never is under `pl-normkit run`.
-        self.config = parser.parse_args(args)
+        self.config = parser.parse_args(args)  # type: ignore[arg-type]
 
     def before_fit(self) -> None:
         self._require_checkpoint_file()

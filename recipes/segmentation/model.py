@@ -36,7 +36,7 @@ def build_network(architecture: str, encoder_name: str, encoder_weights: str | N
             mend=f"{hint} One of: {', '.join(sorted(known))}".strip(),
         )
     try:
-        return smp.create_model(architecture, encoder_name, encoder_weights, in_channels=3, classes=num_classes, **options)
+        network: nn.Module = smp.create_model(architecture, encoder_name, encoder_weights, in_channels=3, classes=num_classes, **options)
     except Warning:  # raised where a user makes warnings errors; no reason to call the network impossible
         raise
     except Exception as error:
@@ -47,6 +47,7 @@ def build_network(architecture: str, encoder_name: str, encoder_weights: str | N
             mend=nearest(encoder_name, smp.encoders.get_encoder_names())
             or "check encoder, weights and model_options against smp's documentation",
         ) from error
+    return network
 
 
 def poly_factor(step: int, total_steps: int, power: float = 0.9, warmup_steps: int = 0) -> float:
@@ -55,7 +56,8 @@ def poly_factor(step: int, total_steps: int, power: float = 0.9, warmup_steps: i
     Source: the "poly" policy of W. Liu et al., ParseNet (2015), as used by the DeepLab papers.
     """
     rise = min((step + 1) / (warmup_steps + 1), 1.0)
-    return rise * float(max(1 - step / max(total_steps, 1), 0.0)) ** power
+    fall = max(1 - step / max(total_steps, 1), 0.0)
+    return rise * math.pow(fall, power)
 
 
 class ClassIoU(MulticlassJaccardIndex):

@@ -35,7 +35,7 @@ def colour_mask(mask: Tensor, count: int) -> Tensor:
 
 
 def save_palette_mask(mask: Tensor, path: Path, count: int) -> None:
-    """Write labels (H, W) as a one-channel PNG whose pixel values are the class indices: with a palette up to 256 classes, else 16 bits deep."""
+    """Write labels (H, W) as a one-channel PNG of class indices: with a palette up to 256 classes, else 16 bits deep."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if count > 256:
         Image.fromarray(mask.numpy().astype(np.uint16)).save(path)

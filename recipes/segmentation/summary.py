@@ -10,9 +10,11 @@ from pathlib import Path
 
 import lightning as L
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from pl_normkit.recipes.segmentation.data import SegmentationData
 from pl_normkit.recipes.segmentation.model import SegmentationModule
@@ -80,7 +82,9 @@ def _print_checkpoint(trainer: L.Trainer, console: Console) -> None:
 
 @torch.no_grad()
 def _draw_validation(module: SegmentationModule, data: SegmentationData, path: Path) -> None:
-    images, truths, predictions = [], [], []
+    images: list[Tensor] = []
+    truths: list[Tensor] = []
+    predictions: list[Tensor] = []
     training = module.training
     module.eval()
     for batch in data.val_dataloader():
@@ -103,6 +107,6 @@ def _draw_validation(module: SegmentationModule, data: SegmentationData, path: P
     )
 
 
-def _fit(tensor: torch.Tensor, side: list[int], value: int) -> torch.Tensor:
+def _fit(tensor: Tensor, side: list[int], value: int) -> Tensor:
     height, width = tensor.shape[-2:]
-    return torch.nn.functional.pad(tensor, (0, side[1] - width, 0, side[0] - height), value=value)
+    return F.pad(tensor, (0, side[1] - width, 0, side[0] - height), value=value)
