@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from pl_normkit.errors import EditError, TraceError
 from pl_normkit.findings import Finding, FixSafety, Place
 from pl_normkit.graph import ModelGraph
+from pl_normkit.preserve import preserved
 from pl_normkit.report import Report
 from pl_normkit.rules import Needs, Rule, Selection, Subject, load_rules
 from pl_normkit.surgery import Change, Changes
@@ -56,7 +57,7 @@ def audit(
         loss=loss,
         measure=measure and not _is_on_meta(model),
     )
-    return audit_subject(subject, Selection(select, tuple(ignore or ()), dict(per_module_ignore or {})))
+    return audit_subject(subject, Selection(select, ignore or (), per_module_ignore or {}))
 
 
 def audit_subject(subject: Subject, selection: Selection) -> Report:
@@ -69,9 +70,10 @@ def audit_subject(subject: Subject, selection: Selection) -> Report:
     if any(Needs.GRAPH in rule.needs for rule in rules):
         _add_graph(subject, notes)
     findings: list[Finding] = []
-    for rule in rules:
-        if all(subject.has(need) for need in rule.needs):
-            findings += _judge(rule, subject, notes)
+    with preserved(subject.model if subject.model is not None else nn.Module(), buffers=True):
+        for rule in rules:
+            if all(subject.has(need) for need in rule.needs):
+                findings += _judge(rule, subject, notes)
     findings = selection.silence(_from_root(subject, findings), _names(subject))
     findings.sort(key=lambda finding: (-finding.severity.rank, finding.code))
     root = subject.root if subject.root is not None else subject.model

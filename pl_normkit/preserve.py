@@ -6,12 +6,15 @@ __all__ = ["preserved"]
 
 import random
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+_REGISTRIES = frozenset({"_parameters", "_buffers", "_modules"})
 
 
 @contextmanager
@@ -32,26 +35,76 @@ def preserved(model: nn.Module, *, buffers: bool = False) -> Iterator[None]:
 
 def _attributes(model: nn.Module) -> Callable[[], None]:
     """Forward passes set plain attributes (caches, counters) and `train()` sets flags; both live in `vars(module)`."""
-    before = [(module, dict(vars(module)), _copies(vars(module))) for module in model.modules()]
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    seen: set[int] = set()
+    contents = [restore for module, attributes in before for restore in _module_contents(attributes, seen)]
 
-    def restore() -> None:
-        for module, attributes, contents in before:
+    def restore_all() -> None:
+        for restore in contents:
+            restore()
+        for module, attributes in before:
             current = vars(module)
             for name in current.keys() - attributes.keys():
                 del current[name]
             current.update(attributes)
-            for container, content in contents:
-                if isinstance(container, list):
-                    container[:] = content
-                else:
-                    container.clear()
-                    container.update(content)
+
+    return restore_all
+
+
+def _module_contents(attributes: dict[str, Any], seen: set[int]) -> Iterator[Callable[[], None]]:
+    """Restorers of what the attributes hold; of the registries only the entries, since their tensors may be large."""
+    for name, value in attributes.items():
+        if name in _REGISTRIES:
+            yield _container_content(value)
+        else:
+            yield from _contents(value, seen)
+
+
+def _contents(value: Any, seen: set[int]) -> Iterator[Callable[[], None]]:
+    if id(value) in seen or not isinstance(value, (Tensor, list, dict, set, deque, tuple)):
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        yield _tensor_value(value)
+        return
+    if not isinstance(value, tuple):
+        yield _container_content(value)
+    for inner in value.values() if isinstance(value, dict) else value:
+        yield from _contents(inner, seen)
+
+
+def _container_content(container: Any) -> Callable[[], None]:
+    ids = _ids(container)
+    content = dict(container) if isinstance(container, dict) else list(container)
+
+    def restore() -> None:
+        if _ids(container) != ids:
+            container.clear()
+            fill = container.update if isinstance(container, (dict, set)) else container.extend
+            fill(content)
 
     return restore
 
 
-def _copies(attributes: dict[str, Any]) -> list[tuple[Any, Any]]:
-    return [(value, value.copy()) for value in attributes.values() if isinstance(value, (list, dict, set))]
+def _ids(container: Any) -> list[int]:
+    """Which objects it holds, in order; the saved content keeps them alive, so an id stands for its object."""
+    if isinstance(container, dict):
+        return [id(part) for item in container.items() for part in item]
+    return [id(item) for item in container]
+
+
+def _tensor_value(tensor: Tensor) -> Callable[[], None]:
+    """Puts the value back where it was written to; an untouched tensor may be part of a pending backward pass."""
+    if tensor.is_inference():  # cannot be written to outside inference mode
+        return _nothing
+    version, value = tensor._version, tensor.detach().clone()
+
+    def restore() -> None:
+        if tensor._version != version:
+            with torch.no_grad():
+                tensor.copy_(value)
+
+    return restore
 
 
 def _random_states() -> Callable[[], None]:
@@ -72,12 +125,15 @@ def _random_states() -> Callable[[], None]:
     return restore
 
 
+def _nothing() -> None:
+    return
+
+
 def _buffer_values(model: nn.Module) -> Callable[[], None]:
-    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    restorers = [_tensor_value(buffer) for buffer in model.buffers()]
 
-    def restore() -> None:
-        with torch.no_grad():
-            for buffer, value in before:
-                buffer.copy_(value)
+    def restore_all() -> None:
+        for restore in restorers:
+            restore()
 
-    return restore
+    return restore_all
