@@ -18,6 +18,8 @@ from pl_normkit.errors import EditError, nearest
 
 Undo = Callable[[], None]
 
+_ABSENT = object()
+
 
 @dataclass(frozen=True)
 class Change:
@@ -85,6 +87,7 @@ def apply_edits(model: nn.Module, edits: Sequence[Edit], skipped: Sequence[Chang
     try:
         for edit in edits:
             if not edit.is_done(model):
+                edit.check(model)  # an earlier edit of this list may stand in its way
                 change, undo = edit.apply(model)
                 changes.made.append(change)
                 changes._undo.append(undo)
@@ -146,7 +149,8 @@ def _put(model: nn.Module, paths: Sequence[str], module: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Insert:
-    """Let `new` act on the first argument (`where="before"`) or on the output (`where="after"`) of the module at `path`.
+    """Let `new` act on the first argument, positional or keyword (`where="before"`), or on the output (`where="after"`) of
+    the module at `path`.
 
     `new` becomes the child `name` of that module, so it follows train/eval, device moves, copies and pickling; a child
     with buffers or parameters adds its keys under `path.name` and no existing key moves.
@@ -160,6 +164,12 @@ class Insert:
 
     def check(self, model: nn.Module) -> None:
         host = get_module(model, self.path)
+        if not self.name or "." in self.name:
+            raise EditError(f"{self.name!r} is no name for a child module", where=self.path, mend="use an identifier")
+        if type(host).forward in (nn.Sequential.forward, nn.Module.forward):
+            raise EditError(
+                f"{type(host).__name__} runs its own children, or is never called", where=self.path, mend="insert at a module inside it"
+            )
         if hasattr(host, self.name) and not self.is_done(model):
             raise EditError(f"{self.path}.{self.name} exists already", where=self.path, mend="undo the earlier edit first")
 
@@ -171,7 +181,7 @@ class Insert:
         self.new.train(host.training)
         host.add_module(self.name, self.new)
         if self.where == "before":
-            handle = host.register_forward_pre_hook(_ActBefore(self.name))
+            handle = host.register_forward_pre_hook(_ActBefore(self.name), with_kwargs=True)
         else:
             handle = host.register_forward_hook(_ActAfter(self.name))
 
@@ -188,9 +198,12 @@ class _ActBefore:
 
     name: str
 
-    def __call__(self, host: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    def __call__(self, host: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         child = host.get_submodule(self.name)
-        return (child(arguments[0]), *arguments[1:])
+        if arguments:
+            return (child(arguments[0]), *arguments[1:]), keywords
+        first = next(iter(keywords))
+        return arguments, {**keywords, first: child(keywords[first])}
 
 
 @dataclass(frozen=True)
@@ -213,9 +226,13 @@ class SetAttributes:
 
     def check(self, model: nn.Module) -> None:
         module = get_module(model, self.path)
-        for name in self.values:
+        for name, value in self.values.items():
             if name in module._parameters or name in module._buffers or name in module._modules or not hasattr(module, name):
                 raise EditError(f"{name!r} is no plain attribute of {type(module).__name__}", where=self.path)
+            if isinstance(value, (nn.Module, nn.Parameter)):
+                raise EditError(f"the value for {name!r} is a {type(value).__name__}", where=self.path, mend="use Replace or Insert")
+            if isinstance(found := getattr(type(module), name, None), property) and found.fset is None:
+                raise EditError(f"{name!r} of {type(module).__name__} is a property that cannot be set", where=self.path)
 
     def is_done(self, model: nn.Module) -> bool:
         module = get_module(model, self.path)
@@ -223,11 +240,21 @@ class SetAttributes:
 
     def apply(self, model: nn.Module) -> tuple[Change, Undo]:
         module = get_module(model, self.path)
-        before = {name: getattr(module, name) for name in self.values}
+        own = vars(module)
+        before = {name: own.get(name, _ABSENT) for name in self.values}
+        properties = {name: getattr(module, name) for name in self.values if isinstance(getattr(type(module), name, None), property)}
 
-        def assign(values: Mapping[str, Any]) -> None:
-            for name, value in values.items():
+        def undo() -> None:
+            for name, value in {**before, **properties}.items():
+                if value is not _ABSENT:
+                    setattr(module, name, value)
+                elif name in own:
+                    delattr(module, name)
+
+        try:
+            for name, value in self.values.items():
                 setattr(module, name, value)
-
-        assign(self.values)
-        return Change(self.path, self.what), lambda: assign(before)
+        except BaseException:
+            undo()
+            raise
+        return Change(self.path, self.what), undo
