@@ -265,6 +265,12 @@ class Selection:
     ignore: Sequence[str] = ()
     per_module_ignore: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """A bare string is a sequence too, of letters that name rules by prefix: refuse it. Raises ConfigError."""
+        for words in (self.select or (), self.ignore, *self.per_module_ignore.values()):
+            if isinstance(words, str) or not isinstance(words, Sequence) or not all(isinstance(word, str) for word in words):
+                raise ConfigError("rules are given as a list of codes, prefixes or names", evidence=repr(words), mend='write ["NK101"]')
+
     @classmethod
     def from_pyproject(cls, start: Path | None = None) -> Selection:
         """Read `[tool.pl-normkit]` from the nearest pyproject.toml at or above `start` (default: the working directory).
@@ -281,9 +287,11 @@ class Selection:
     @classmethod
     def _from_file(cls, path: Path) -> Selection:
         try:
-            table = tomllib.loads(path.read_text()).get("tool", {}).get("pl-normkit", {})
-        except tomllib.TOMLDecodeError as error:
+            table = tomllib.loads(path.read_text(encoding="utf-8")).get("tool", {}).get("pl-normkit", {})
+        except (OSError, ValueError) as error:
             raise ConfigError("pyproject.toml cannot be read", where=str(path), evidence=str(error)) from error
+        if not isinstance(table, dict):
+            raise ConfigError("[tool.pl-normkit] must be a table", where=str(path), evidence=repr(table))
         known = {"select": list, "ignore": list, "per-module-ignore": dict}
         for key, value in table.items():
             if key not in known:
@@ -294,7 +302,10 @@ class Selection:
                 )
             if not isinstance(value, known[key]):
                 raise ConfigError(f"{key!r} in [tool.pl-normkit] must be a {known[key].__name__}", where=str(path), evidence=repr(value))
-        return cls(table.get("select"), table.get("ignore", ()), table.get("per-module-ignore", {}))
+        try:
+            return cls(table.get("select"), table.get("ignore", ()), table.get("per-module-ignore", {}))
+        except ConfigError as error:
+            raise ConfigError(error.what, where=f"[tool.pl-normkit] in {path}", evidence=error.evidence, mend=error.mend) from error
 
     def override(
         self,
@@ -303,11 +314,12 @@ class Selection:
         per_module_ignore: Mapping[str, Sequence[str]] | None = None,
     ) -> Selection:
         """Put what is given over this selection: `select` replaces, the two ignores are added."""
+        given = Selection(select, ignore or (), per_module_ignore or {})
+        merged = dict(self.per_module_ignore)
+        for pattern, words in given.per_module_ignore.items():
+            merged[pattern] = [*merged.get(pattern, ()), *words]
         return replace(
-            self,
-            select=self.select if select is None else select,
-            ignore=(*self.ignore, *(ignore or ())),
-            per_module_ignore={**self.per_module_ignore, **(per_module_ignore or {})},
+            self, select=self.select if select is None else select, ignore=(*self.ignore, *given.ignore), per_module_ignore=merged
         )
 
     def rules(self) -> list[Rule]:
