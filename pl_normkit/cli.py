@@ -8,6 +8,7 @@ import argparse
 import importlib
 import pkgutil
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -32,18 +33,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _parser().parse_args(words)
         return int(options.command(options))
     except NormkitError as error:
-        if debug:
-            raise
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return 2
+        cause: Exception = error
+    except Exception as error:
+        if words[:1] == ["run"]:  # the user's own training code, which wants its traceback
+            raise
+        print(f"internal error: {type(error).__name__}: {error}\n  mend: please report it with the output of --debug", file=sys.stderr)  # noqa: T201
+        cause = error
+    if debug:
+        traceback.print_exception(cause)
+    return 2
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pl-normkit", description="A linter with a screwdriver for PyTorch training runs.")
     parser.add_argument("--version", action="version", version=f"pl_normkit {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show tracebacks")
 
-    lint = commands.add_parser("lint", help="audit a model without training, weights or memory")
+    lint = commands.add_parser("lint", help="audit a model without training, weights or memory", parents=[common])
     lint.add_argument("model", help="timm:NAME, smp:ARCHITECTURE, torchvision:NAME or package.module:builder, ?argument=value&...")
     lint.add_argument("--input", action="append", default=[], metavar="SIZES", help="sizes without the batch: 3,224,224 or 128:int64")
     lint.add_argument("--real", action="store_true", help="build with real weights, so that findings carry measurements")
@@ -55,13 +64,12 @@ def _parser() -> argparse.ArgumentParser:
     lint.add_argument("--baseline", type=Path, metavar="FILE", help="leave out what this file accepts")
     lint.add_argument("--write-baseline", type=Path, metavar="FILE", help="accept today's findings in this file")
     lint.add_argument("--fail-on", choices=[*Severity, "never"], default=Severity.NOTE, help="lowest severity that makes the exit code 1")
-    lint.add_argument("--debug", action="store_true", help="show tracebacks")
     lint.set_defaults(command=_lint)
 
-    rules = commands.add_parser("rules", help="list all rules")
+    rules = commands.add_parser("rules", help="list all rules", parents=[common])
     rules.set_defaults(command=_list_rules)
 
-    explain = commands.add_parser("explain", help="show the documentation of a rule")
+    explain = commands.add_parser("explain", help="show the documentation of a rule", parents=[common])
     explain.add_argument("rule", help="code or name")
     explain.set_defaults(command=_explain)
 
@@ -90,9 +98,17 @@ def _lint(options: argparse.Namespace) -> int:
         subject = Subject(model=model, example_inputs=inputs, graph=ModelGraph.from_model(model, inputs), measure=options.real)
         found = audit_subject(subject, selection)
     report = Report(subtract_baseline(found.findings, accepted), options.model, found.notes)
-    if options.write_baseline:
-        write_baseline(options.write_baseline, found.findings)
-    _show(report, options.format, options.output)
+    try:
+        if options.write_baseline:
+            write_baseline(options.write_baseline, found.findings)
+        _show(report, options.format, options.output)
+    except OSError as error:
+        raise ConfigError(
+            "the file cannot be written",
+            where=str(error.filename or ""),
+            evidence=error.strerror or str(error),
+            mend="name a file in a folder that exists",
+        ) from error
     if report.notes:
         return 2
     return int(options.fail_on != "never" and bool(report.at_least(options.fail_on)))

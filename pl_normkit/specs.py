@@ -147,9 +147,13 @@ def _import_library(module: str, package: str) -> Any:
         raise ModelSpecError(
             f"there is no module {error.name!r}", where=known, mend=f"pip install {package}, or check the spelling; forms: {_FORMS}"
         ) from error
-    except (RuntimeError, ImportError) as error:
+    except Exception as error:
         if "torchvision::" not in str(error):
-            raise ModelSpecError(f"{module} cannot be imported", evidence=f"{type(error).__name__}: {error}") from error
+            raise ModelSpecError(
+                f"{module} cannot be imported",
+                evidence=f"{type(error).__name__}: {error}",
+                mend="mend the module, or check the spelling; --debug shows the traceback",
+            ) from error
         raise ModelSpecError(
             "torchvision does not fit the installed torch",
             evidence=str(error).splitlines()[0],
