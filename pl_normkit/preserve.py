@@ -94,15 +94,16 @@ def _ids(container: Any) -> list[int]:
 
 
 def _tensor_value(tensor: Tensor) -> Callable[[], None]:
-    """Puts the value back where it was written to; an untouched tensor may be part of a pending backward pass."""
+    """Puts the value back where it changed. Neither an untouched nor a restored tensor looks modified to a pending backward
+    pass: `.data` keeps the version. Batch norm writes its running statistics without a new version, so values are compared.
+    """
     if tensor.is_inference():  # cannot be written to outside inference mode
         return _nothing
-    version, value = tensor._version, tensor.detach().clone()
+    value = tensor.detach().clone()
 
     def restore() -> None:
-        if tensor._version != version:
-            with torch.no_grad():
-                tensor.copy_(value)
+        if not tensor.is_meta and not torch.equal(tensor, value):
+            tensor.data.copy_(value)
 
     return restore
 
