@@ -118,8 +118,10 @@ def write_baseline(path: Path, findings: Iterable[Finding]) -> None:
 def read_baseline(path: Path) -> frozenset[str]:
     """Keys accepted in `path`. Raises ConfigError when it is missing or no baseline."""
     try:
-        document = json.loads(path.read_text())
-        return frozenset(document["accepted"])
+        accepted = json.loads(path.read_text())["accepted"]
+        if not isinstance(accepted, list):
+            raise TypeError(f"'accepted' is a {type(accepted).__name__}, not a list")
+        return frozenset(accepted)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             "the baseline file cannot be read",
