@@ -4,10 +4,12 @@ from __future__ import annotations
 
 __all__ = ["call_arguments", "trace"]
 
+import io
+import logging
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,8 +44,7 @@ def trace(model: nn.Module, example_inputs: Any) -> list[Node]:
 
 def _export(model: nn.Module, example_inputs: Any) -> ExportedProgram:
     arguments = _place(model, call_arguments(example_inputs))
-    with preserved(model), _plain_sync_norms(model), torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with preserved(model), _plain_sync_norms(model), torch.compiler.set_stance("force_eager"), _quiet():
         if not model.training:
             model.train()
         for args, kwargs in (arguments, _double_batch(arguments)):
@@ -54,6 +55,19 @@ def _export(model: nn.Module, example_inputs: Any) -> ExportedProgram:
                 if not needs_two_samples or args is not arguments[0] or not _is_batch_of_one(arguments):
                     raise _explain(model, error, args, kwargs) from error
     raise AssertionError("unreachable: the second attempt returns or raises")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep off the screen what torch logs and prints when an export fails: `TraceError` says it in one message."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        with redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _place(model: nn.Module, arguments: Any) -> Any:
