@@ -83,9 +83,14 @@ def test_everything_a_forward_pass_set_is_put_back(training: bool) -> None:
 def test_everything_is_put_back_when_the_block_raises() -> None:
     model = Hoarder()
     before = snapshot(model)
-    with pytest.raises(ZeroDivisionError), preserved(model):
-        model(torch.ones(1, 3))
-        raise ZeroDivisionError
+
+    def break_down() -> None:
+        with preserved(model):
+            model(torch.ones(1, 3))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        break_down()
     assert snapshot(model) == before
 
 

@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pl_normkit.errors import ModelSpecError
+from pl_normkit.specs import build_model, import_object, parse_inputs
+
+USER_MODULE = """
+import torch
+from torch import nn
+
+net = nn.Linear(2, 3)
+number = 7
+
+
+class Net(nn.Module):
+    example_input_array = torch.zeros(4, 5)
+
+    def __init__(self, width=5, bias=True):
+        super().__init__()
+        self.layer = nn.Linear(width, 2, bias=bias)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def build(width=5, bias=True, name="net"):
+    model = Net(width, bias)
+    model.name = name
+    return model
+
+
+def build_nothing():
+    return None
+
+
+def fails():
+    raise ValueError("width must be even\\nsecond line")
+
+
+def needs_values():
+    assert torch.linspace(0, 1, 3).sum().item() > 0
+    return Net()
+
+
+class nested:
+    build = staticmethod(build)
+"""
+
+
+@pytest.fixture(autouse=True)
+def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working directory with `userpkg.models`, and imports forgotten afterwards."""
+    package = tmp_path / "userpkg"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "models.py").write_text(USER_MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    importlib.invalidate_caches()
+    yield tmp_path
+    for name in [name for name in sys.modules if name.partition(".")[0] in {"userpkg", "broken"}]:
+        del sys.modules[name]
+
+
+def test_libraries_and_user_modules_build_on_meta_without_weights() -> None:
+    for spec, kind in [
+        ("timm:resnet18", "ResNet"),
+        ("smp:Unet?encoder_name=resnet18", "Unet"),
+        ("smp:unet?encoder_name=resnet18&classes=4", "Unet"),
+        ("torchvision:resnet18", "ResNet"),
+        ("torchvision:fcn_resnet50", "FCN"),
+        ("userpkg.models:build", "Net"),
+        ("userpkg.models:Net", "Net"),
+        ("userpkg.models:nested.build", "Net"),
+    ]:
+        model = build_model(spec)
+        assert (type(model).__name__, {parameter.device.type for parameter in model.parameters()}) == (kind, {"meta"})
+
+
+def test_arguments_are_python_literals_or_words() -> None:
+    model = build_model("userpkg.models:build?width=8&bias=False&name=wide", device="cpu")
+    assert (model.layer.in_features, model.layer.bias, model.name) == (8, None, "wide")
+
+
+def test_a_module_is_taken_as_it_is() -> None:
+    model = build_model("userpkg.models:net")
+    assert model is import_object("userpkg.models:net")
+
+
+def test_what_cannot_be_built_on_meta_is_built_on_the_cpu() -> None:
+    model = build_model("userpkg.models:needs_values")
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize(
+    ("spec", "what", "evidence", "mend"),
+    [
+        ("resnet50", "'resnet50' is no model specification", "", "timm:NAME"),
+        (":resnet50", "':resnet50' is no model specification", "", "package.module:BUILDER"),
+        ("timm:", "'timm:' is no model specification", "", "timm:NAME"),
+        ("", "'' is no model specification", "", "timm:NAME"),
+        ("timm:wide_resnet50_22", "timm has no model 'wide_resnet50_22'", "", "did you mean 'wide_resnet50_2'?"),
+        ("smp:DeepLabV4", "segmentation_models_pytorch has no architecture 'DeepLabV4'", "", "did you mean 'DeepLabV3'?"),
+        ("smp:zzz", "segmentation_models_pytorch has no architecture 'zzz'", "", "Unet"),
+        ("torchvision:resnet51", "torchvision has no model 'resnet51'", "", "did you mean 'resnet50'?"),
+        ("timm:resnet18?widht=3", "'timm:resnet18?widht=3' cannot be built", "widht", "check the arguments"),
+        ("smp:Unet?encoder_name=resnet19", "'smp:Unet?encoder_name=resnet19' cannot be built", "resnet19", "check the arguments"),
+        ("nopackage:build", "there is no module 'nopackage'", "", "check the spelling"),
+        ("userpkg.modles:build", "there is no module 'userpkg.modles'", "", "check the spelling"),
+        ("userpkg.models:biuld", "userpkg.models has no 'biuld'", "", "did you mean 'build'?"),
+        ("userpkg.models:number", "userpkg.models:number is no builder", "a int", "name a function"),
+        ("userpkg.models:build_nothing", "'userpkg.models:build_nothing' gives no torch.nn.Module", "a NoneType", "returns a module"),
+        ("userpkg.models:fails", "'userpkg.models:fails' cannot be built", "ValueError: width must be even", "--debug"),
+        ("userpkg.models:build?depth=3", "'userpkg.models:build?depth=3' cannot be built", "TypeError", "check the arguments"),
+        ("..models:build", "..models cannot be imported", "TypeError", "check the spelling"),
+    ],
+)
+def test_a_wrong_spec_is_refused(spec: str, what: str, evidence: str, mend: str) -> None:
+    with pytest.raises(ModelSpecError) as caught:
+        build_model(spec)
+    assert (caught.value.what, evidence in caught.value.evidence, mend in caught.value.mend) == (what, True, True)
+    assert "second line" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("body", "what", "evidence"),
+    [
+        ("import no_such_package", "there is no module 'no_such_package'", ""),
+        ("raise ValueError('at import')", "broken cannot be imported", "ValueError: at import"),
+        ("from torch import nothing_there", "broken cannot be imported", "ImportError: cannot import name 'nothing_there'"),
+        ("def (", "broken cannot be imported", "SyntaxError"),
+    ],
+)
+def test_a_user_module_that_fails_to_import_is_named(working_directory: Path, body: str, what: str, evidence: str) -> None:
+    (working_directory / "broken.py").write_text(body)
+    with pytest.raises(ModelSpecError) as caught:
+        build_model("broken:build")
+    assert (caught.value.what, evidence in caught.value.evidence) == (what, True)
+
+
+@pytest.mark.parametrize(
+    ("spec", "module", "package"),
+    [
+        ("timm:resnet18", "timm", "timm"),
+        ("smp:Unet", "segmentation_models_pytorch", "segmentation-models-pytorch"),
+        ("torchvision:resnet18", "torchvision", "torchvision"),
+    ],
+)
+def test_a_missing_library_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch, spec: str, module: str, package: str) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == module]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [_Missing(module), *sys.meta_path])
+    with pytest.raises(ModelSpecError) as caught:
+        build_model(spec)
+    assert caught.value.what == f"there is no module '{module}'"
+    assert f"pip install {package}" in caught.value.mend
+
+
+class _Missing:
+    """An importer for which one package is not installed, or fails with `error`."""
+
+    def __init__(self, package: str, error: Exception | None = None) -> None:
+        self.package, self.error = package, error
+
+    def find_spec(self, name: str, *_: Any) -> None:
+        if name.partition(".")[0] == self.package:
+            raise self.error or ModuleNotFoundError(f"No module named {name!r}", name=self.package)
+
+
+@pytest.mark.parametrize("spec", ["timm:resnet18", "smp:Unet", "torchvision:resnet18"])
+def test_a_torchvision_that_does_not_fit_torch_is_explained(monkeypatch: pytest.MonkeyPatch, spec: str) -> None:
+    """What an import says where torch is a CPU-only build: torchvision's operators were never registered."""
+
+    def import_module(name: str, package: str | None = None) -> Any:
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    with pytest.raises(ModelSpecError) as caught:
+        build_model(spec)
+    assert caught.value.what == "torchvision does not fit the installed torch"
+    assert caught.value.evidence == "operator torchvision::nms does not exist"
+    assert "install torch and torchvision together" in caught.value.mend
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (["3,8,8"], [((2, 3, 8, 8), torch.float32)]),
+        (["128:int64"], [((2, 128), torch.int64)]),
+        (["3,8,8:bfloat16", "5"], [((2, 3, 8, 8), torch.bfloat16), ((2, 5), torch.float32)]),
+        ([" 3, 8"], [((2, 3, 8), torch.float32)]),
+    ],
+)
+def test_inputs_are_read_with_shape_and_dtype(texts: list[str], expected: list[Any]) -> None:
+    inputs = parse_inputs(texts, nn.Linear(1, 1))
+    assert [(tuple(tensor.shape), tensor.dtype, tensor.device.type) for tensor in inputs] == [(*one, "meta") for one in expected]
+
+
+@pytest.mark.parametrize("text", ["", "3,a", "3,0,2", "-1", "3,8:floaty", "3,8:nn", "3;8", "3,,8", ":int64", "3.5"])
+def test_a_text_that_is_no_shape_is_refused(text: str) -> None:
+    with pytest.raises(ModelSpecError) as caught:
+        parse_inputs([text], nn.Linear(1, 1))
+    assert caught.value.what == f"--input {text!r} is no shape"
+    assert "3,224,224" in caught.value.mend
+
+
+def test_the_models_own_inputs_are_taken_when_none_are_given() -> None:
+    assert tuple(parse_inputs([], build_model("userpkg.models:Net")).shape) == (4, 5)
+    (timm_input,) = parse_inputs([], build_model("timm:inception_v3"))
+    assert tuple(timm_input.shape) == (2, 3, 299, 299)
+
+
+def test_a_model_that_says_nothing_about_its_inputs_is_refused() -> None:
+    with pytest.raises(ModelSpecError, match="the input shape of this model is not known\n  mend: give it, without the batch"):
+        parse_inputs([], nn.Linear(1, 1))
