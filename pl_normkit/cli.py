@@ -15,6 +15,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from pl_normkit import __version__
+from pl_normkit.commands import Arguments, load_commands, load_lint_parts
 from pl_normkit.errors import ConfigError, NormkitError, NormkitWarning, nearest
 from pl_normkit.findings import Severity, read_baseline, subtract_baseline, write_baseline
 from pl_normkit.report import Report
@@ -53,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--debug", action="store_true", help="show tracebacks")
 
     lint = commands.add_parser("lint", help="audit a model without training, weights or memory", parents=[common])
-    lint.add_argument("model", help="timm:NAME, smp:ARCHITECTURE, torchvision:NAME or package.module:builder, ?argument=value&...")
+    lint.add_argument(
+        "model", nargs="?", help="timm:NAME, smp:ARCHITECTURE, torchvision:NAME or package.module:builder, ?argument=value&..."
+    )
     lint.add_argument("--input", action="append", default=[], metavar="SIZES", help="sizes without the batch: 3,224,224 or 128:int64")
     lint.add_argument("--real", action="store_true", help="build with real weights, so that findings carry measurements")
     lint.add_argument("--format", choices=FORMATS, default="text")
@@ -64,6 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     lint.add_argument("--baseline", type=Path, metavar="FILE", help="leave out what this file accepts")
     lint.add_argument("--write-baseline", type=Path, metavar="FILE", help="accept today's findings in this file")
     lint.add_argument("--fail-on", choices=[*Severity, "never"], default=Severity.NOTE, help="lowest severity that makes the exit code 1")
+    for part in load_lint_parts():
+        _add_arguments(lint, part.arguments)
     lint.set_defaults(command=_lint)
 
     rules = commands.add_parser("rules", help="list all rules", parents=[common])
@@ -73,9 +78,19 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("rule", help="code or name")
     explain.set_defaults(command=_explain)
 
+    for known in load_commands():
+        parser_of_room = commands.add_parser(known.name, help=known.help, parents=[common])
+        _add_arguments(parser_of_room, known.arguments)
+        parser_of_room.set_defaults(command=known.run)
+
     run = commands.add_parser("run", help="run a recipe: pl-normkit run segmentation --help", add_help=False)
     run.add_argument("recipe")
     return parser
+
+
+def _add_arguments(parser: argparse.ArgumentParser, arguments: Arguments) -> None:
+    for name, settings in arguments.items():
+        parser.add_argument(name, **settings)
 
 
 def _words(text: str) -> list[str]:
@@ -84,20 +99,14 @@ def _words(text: str) -> list[str]:
 
 def _lint(options: argparse.Namespace) -> int:
     from pl_normkit.audit import audit_subject
-    from pl_normkit.graph import ModelGraph
-    from pl_normkit.specs import build_model, parse_inputs
 
     selection = Selection.from_pyproject().override(options.select, options.ignore, _patterns(options.per_module_ignore))
     accepted = read_baseline(options.baseline) if options.baseline else frozenset()
-    device = "cpu" if options.real else "meta"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("default", NormkitWarning)
-        model = build_model(options.model, device=device)
-        inputs = parse_inputs(options.input, model, device=device)
-        subject = Subject(model=model, example_inputs=inputs, graph=ModelGraph.from_model(model, inputs), measure=options.real)
-        found = audit_subject(subject, selection)
-    report = Report(subtract_baseline(found.findings, accepted), options.model, found.notes)
+        found = audit_subject(_subject(options), selection)
+    report = Report(subtract_baseline(found.findings, accepted), options.model or found.subject, found.notes)
     try:
         if options.write_baseline:
             write_baseline(options.write_baseline, found.findings)
@@ -112,6 +121,24 @@ def _lint(options: argparse.Namespace) -> int:
     if report.notes:
         return 2
     return int(options.fail_on != "never" and bool(report.at_least(options.fail_on)))
+
+
+def _subject(options: argparse.Namespace) -> Subject:
+    from pl_normkit.graph import ModelGraph
+    from pl_normkit.specs import build_model, parse_inputs
+
+    subject = Subject(measure=options.real)
+    if options.model is not None:
+        device = "cpu" if options.real else "meta"
+        subject.model = build_model(options.model, device=device)
+        subject.example_inputs = parse_inputs(options.input, subject.model, device=device)
+        subject.graph = ModelGraph.from_model(subject.model, subject.example_inputs)
+    parts = [part for part in load_lint_parts() if getattr(options, next(iter(part.arguments)).lstrip("-")) is not None]
+    for part in parts:
+        part.fill(subject, options)
+    if options.model is None and not parts:
+        raise ConfigError("there is nothing to lint", mend="name a model: pl-normkit lint timm:resnet50")
+    return subject
 
 
 def _patterns(texts: Sequence[str]) -> dict[str, list[str]]:
