@@ -54,9 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--debug", action="store_true", help="show tracebacks")
 
     lint = commands.add_parser("lint", help="audit a model without training, weights or memory", parents=[common])
-    lint.add_argument(
-        "model", nargs="?", help="timm:NAME, smp:ARCHITECTURE, torchvision:NAME or package.module:builder, ?argument=value&..."
-    )
+    forms = "timm:NAME, smp:ARCHITECTURE, torchvision:NAME or package.module:builder, each with ?argument=value&..."
+    lint.add_argument("model", nargs="?", help=forms)
     lint.add_argument("--input", action="append", default=[], metavar="SIZES", help="sizes without the batch: 3,224,224 or 128:int64")
     lint.add_argument("--real", action="store_true", help="build with real weights, so that findings carry measurements")
     lint.add_argument("--format", choices=FORMATS, default="text")

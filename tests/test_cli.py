@@ -277,10 +277,15 @@ def test_an_error_of_our_own_gives_2_and_asks_for_a_report(run: Run, monkeypatch
     assert ("Traceback" in result.err) == debug
 
 
-@pytest.mark.parametrize("words", [(), ("lnit",), ("lint",), ("lint", "x:y", "--format", "xml"), ("explain",), ("rules", "--nope")])
+@pytest.mark.parametrize("words", [(), ("lnit",), ("lint", "x:y", "--format", "xml"), ("explain",), ("rules", "--nope")])
 def test_a_wrong_command_line_gives_2_with_the_usage(run: Run, words: tuple[str, ...]) -> None:
     result = run(*words)
     assert (result.code, result.out, result.err.startswith("usage: pl-normkit")) == (2, "", True)
+
+
+def test_lint_of_nothing_says_what_to_name(run: Run) -> None:
+    result = run("lint")
+    assert (result.code, result.err.splitlines()[0]) == (2, "error: there is nothing to lint")
 
 
 # The other commands.
