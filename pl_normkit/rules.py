@@ -333,6 +333,8 @@ class Selection:
 
         Raises ConfigError for a pattern that matches no name in `module_names`.
         """
+        if not self.per_module_ignore:
+            return list(findings)
         names = list(module_names)
         rules = load_rules()
         silenced: list[tuple[str, set[str]]] = []

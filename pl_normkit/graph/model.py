@@ -93,9 +93,9 @@ class ModelGraph:
 
     @cached_property
     def fusions(self) -> list[Fusion]:
-        """Concatenations along channels and those sums that are no residual additions."""
+        """Concatenations along channels and those sums of equally shaped values that are no residual additions."""
         residual = {add.node for add in self.residual_adds}
-        sums = [_sum_fusion(found) for found in self._sums if found.node not in residual]
+        sums = [_sum_fusion(found) for found in self._sums if found.node not in residual and _joins_equals(found)]
         concats = [fusion for node in self.nodes if (fusion := _concat_fusion(node)) is not None]
         return sorted([*sums, *concats], key=lambda fusion: fusion.node.index)
 
@@ -202,6 +202,11 @@ def _shortcut_rank(side: Branch) -> tuple[int, int, int]:
 def _changes_resolution_back(side: Branch) -> bool:
     """A side that was resized joins levels (a decoder's long skip): that is a fusion, not a residual branch."""
     return any(node.kind is Kind.RESIZE or node.is_transposed_convolution for node in side.nodes)
+
+
+def _joins_equals(found: Sum) -> bool:
+    """Whether at least two operands fill the sum: a broadcast shift (a condition, a position) is no fusion."""
+    return sum(operand.shape == found.node.shape for operand in found.operands) > 1
 
 
 def _sum_fusion(found: Sum) -> Fusion:
