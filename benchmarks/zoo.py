@@ -1,6 +1,6 @@
 """Audits one model of every timm family, every smp architecture and a set of torchvision models, on the meta device.
 
-    python benchmarks/zoo.py [--only resnet] [--output benchmarks/results/zoo.csv]
+    python benchmarks/zoo.py [--only timm.resnet/] [--output benchmarks/results/zoo.csv]
 
 Each model is read as shipped and, where its constructor takes one, with dropout switched on. The CSV has one row per
 model and form: what was read, how many findings each rule gave (previews included), and what crashed.
@@ -33,20 +33,124 @@ from pl_normkit.specs import build_model
 RESULTS = Path(__file__).parent / "results" / "zoo.csv"
 DROP_RATE = 0.1
 BATCH = 2
-ALSO = (
-    "efficientnet_b0 mobilenetv3_large_100 repvgg_a0 mobileone_s0 mixer_s16_224 resmlp_12_224 poolformer_s12 coatnet_0_rw_224 dm_nfnet_f0 "
-    "eca_nfnet_l0 regnetx_002 regnety_002 resnet18 resnet50 seresnet50 resnet50_clip resnetv2_50 resnetv2_50x1_bit vgg11_bn "
-    "mobilevitv2_050 ecaresnet26t wide_resnet50_2 convnextv2_atto swin_tiny_patch4_window7_224 densenetblur121d"
-).split()
-TORCHVISION = (
-    "resnet18 efficientnet_b0 efficientnet_v2_s densenet121 vgg11_bn mobilenet_v2 mobilenet_v3_small mnasnet0_5 shufflenet_v2_x0_5 "
-    "squeezenet1_1 googlenet inception_v3 regnet_y_400mf convnext_tiny vit_b_16 swin_t swin_v2_t maxvit_t wide_resnet50_2 alexnet"
-).split()
-TORCHVISION_SEGMENTATION = "deeplabv3_resnet50 deeplabv3_mobilenet_v3_large fcn_resnet50 lraspp_mobilenet_v3_large".split()
+ALSO = [
+    "efficientnet_b0",
+    "mobilenetv3_large_100",
+    "repvgg_a0",
+    "mobileone_s0",
+    "mixer_s16_224",
+    "resmlp_12_224",
+    "poolformer_s12",
+    "coatnet_0_rw_224",
+    "dm_nfnet_f0",
+    "eca_nfnet_l0",
+    "regnetx_002",
+    "regnety_002",
+    "resnet18",
+    "resnet50",
+    "seresnet50",
+    "resnet50_clip",
+    "resnetv2_50",
+    "resnetv2_50x1_bit",
+    "vgg11_bn",
+    "mobilevitv2_050",
+    "ecaresnet26t",
+    "wide_resnet50_2",
+    "convnextv2_atto",
+    "swin_tiny_patch4_window7_224",
+    "densenetblur121d",
+]
+TORCHVISION = [
+    "resnet18",
+    "efficientnet_b0",
+    "efficientnet_v2_s",
+    "densenet121",
+    "vgg11_bn",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "mnasnet0_5",
+    "shufflenet_v2_x0_5",
+    "squeezenet1_1",
+    "googlenet",
+    "inception_v3",
+    "regnet_y_400mf",
+    "convnext_tiny",
+    "vit_b_16",
+    "swin_t",
+    "swin_v2_t",
+    "maxvit_t",
+    "wide_resnet50_2",
+    "alexnet",
+]
+TORCHVISION_SEGMENTATION = ["deeplabv3_resnet50", "deeplabv3_mobilenet_v3_large", "fcn_resnet50", "lraspp_mobilenet_v3_large"]
 SIZES = {"inception_v3": 299}
-SMALL_FIRST = """
-    atto femto pico nano mini tiny xxxs xxs xs xxsmall xsmall small micro zepto lite t s s0 b0 a0 x0 m0 t0 e1 b1 m1 a1 s1
-    18 14 10 11 12 13 16 19 20 21 22 24 25 26 28 34 38 39 41 42 48 50 base b medium m 101 x l large xl xlarge huge h giant gigantic enormous""".split()
+SMALL_FIRST = [
+    "atto",
+    "femto",
+    "pico",
+    "nano",
+    "mini",
+    "tiny",
+    "xxxs",
+    "xxs",
+    "xs",
+    "xxsmall",
+    "xsmall",
+    "small",
+    "micro",
+    "zepto",
+    "lite",
+    "t",
+    "s",
+    "s0",
+    "b0",
+    "a0",
+    "x0",
+    "m0",
+    "t0",
+    "e1",
+    "b1",
+    "m1",
+    "a1",
+    "s1",
+    "18",
+    "14",
+    "10",
+    "11",
+    "12",
+    "13",
+    "16",
+    "19",
+    "20",
+    "21",
+    "22",
+    "24",
+    "25",
+    "26",
+    "28",
+    "34",
+    "38",
+    "39",
+    "41",
+    "42",
+    "48",
+    "50",
+    "base",
+    "b",
+    "medium",
+    "m",
+    "101",
+    "x",
+    "l",
+    "large",
+    "xl",
+    "xlarge",
+    "huge",
+    "h",
+    "giant",
+    "gigantic",
+    "enormous",
+]
 
 
 @dataclass(frozen=True)
@@ -124,7 +228,7 @@ def read_case(case: Case, codes: list[str]) -> dict[str, Any] | None:
     report = audit_subject(subject, Selection(select=["ALL"]))
     row["seconds"] = round(time.perf_counter() - started, 2)
     row["crash"] = " | ".join(" ".join(note.split()) for note in report.notes)
-    row |= {code: 0 for code in codes}
+    row |= dict.fromkeys(codes, 0)
     row |= Counter(finding.code for finding in report.findings)
     row["places"] = " ".join(f"{finding.code}@{finding.places[0].module}" for finding in report.findings if finding.places)
     return {**row, **(_counts(subject.graph) if subject.graph is not None else {})}
@@ -150,29 +254,66 @@ def _counts(graph: ModelGraph) -> dict[str, int]:
     }
 
 
+COLUMNS = [
+    "family",
+    "model",
+    "form",
+    "seconds",
+    "operations",
+    "identity_adds",
+    "projection_adds",
+    "batch_norms",
+    "layer_norms",
+    "group_norms",
+    "instance_norms",
+    "rms_norms",
+    "dropouts",
+    "active_dropouts",
+    "heads",
+    "fusions",
+    "attentions",
+]
+Key = tuple[str, str, str]
+
+
+def key_of(row: dict[str, Any]) -> Key:
+    return row["family"], row["model"], row["form"]
+
+
+def read_table(path: Path) -> dict[Key, dict[str, Any]]:
+    """Rows of an earlier run by family, model and form."""
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        return {key_of(row): row for row in csv.DictReader(file)}
+
+
+def write_table(path: Path, rows: dict[Key, dict[str, Any]], codes: list[str]) -> None:
+    """Write all rows; called after each model, so that an interrupted run keeps what it has read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*COLUMNS, *codes, "places", "crash"], restval="", extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows[key] for key in sorted(rows))
+
+
 def main() -> int:
-    """Read the whole zoo; exit status 1 when anything crashed."""
+    """Read the zoo; exit status 1 when anything crashed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="part of the family or model names to read")
+    parser.add_argument("--only", default="", help="part of FAMILY/MODEL/FORM: read these, keep the other rows of the table")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     codes = sorted(load_rules())
-    chosen = [case for case in cases() if options.only in f"{case.family}/{case.name}"]
-    rows = []
+    chosen = [case for case in cases() if options.only in f"{case.family}/{case.name}/{case.form}"]
+    rows = read_table(options.output) if options.only else {}
     for case in rich.progress.track(chosen, description="reading the zoo"):
         row = read_case(case, codes)
         if row is not None:
-            rows.append(row)
-    columns = list(dict.fromkeys(key for row in sorted(rows, key=len, reverse=True) for key in row))
-    columns = [key for key in columns if key not in ("places", "crash")] + ["places", "crash"]
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    with options.output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    crashed = [row for row in rows if row["crash"]]
-    print(f"{len(rows)} rows, {len({row['model'] for row in rows})} models, {len(crashed)} crashes; written to {options.output}")
+            rows[key_of(row)] = row
+            write_table(options.output, rows, codes)
+    crashed = [row for row in rows.values() if row["crash"]]
+    print(f"{len(rows)} rows, {len({row['model'] for row in rows.values()})} models, {len(crashed)} crashes; written to {options.output}")
     for row in crashed:
         print(f"  {row['family']} {row['model']} ({row['form']}): {row['crash'][:300]}")
     return int(bool(crashed))
