@@ -26,6 +26,7 @@ from pl_normkit.graph.structure import (
     find_sums,
     last_resize,
     walk_branch,
+    walk_from,
 )
 from pl_normkit.graph.trace import trace
 
@@ -37,6 +38,9 @@ _NORMS: dict[str, Literal["batch", "layer", "group", "instance", "rms"]] = {
     "instance_norm": "instance",
     "rms_norm": "rms",
 }
+
+_SLICES = frozenset(("slice", "select", "narrow", "getitem", "index_select"))
+_ARITHMETIC = frozenset(("sub", "rsub", "div", "neg", "addcmul", "addcdiv", "lerp"))
 
 
 @dataclass
@@ -95,7 +99,7 @@ class ModelGraph:
     def fusions(self) -> list[Fusion]:
         """Concatenations along channels and those sums of equally shaped values that are no residual additions."""
         residual = {add.node for add in self.residual_adds}
-        sums = [_sum_fusion(found) for found in self._sums if found.node not in residual and _joins_equals(found)]
+        sums = [_sum_fusion(found) for found in self._sums if found.node not in residual and _joins_features(found)]
         concats = [fusion for node in self.nodes if (fusion := _concat_fusion(node)) is not None]
         return sorted([*sums, *concats], key=lambda fusion: fusion.node.index)
 
@@ -177,19 +181,46 @@ def _affine_after(node: Node) -> tuple[str, str]:
 
 
 def _as_residual(found: Sum) -> ResidualAdd | None:
-    if found.split is None:
+    if found.split is not None:
+        sides = [walk_branch(found.split, operand) for operand in found.operands]
+        shortcut = min(sides, key=_shortcut_rank)
+        add = _residual_of(found, found.split, shortcut, [side for side in sides if side is not shortcut])
+        if add is not None:
+            return add
+    for operand in found.operands:
+        others = [walk_from(operand, other) for other in found.operands if other is not operand]
+        if all(other.nodes for other in others):
+            return _residual_of(found, operand, Branch(operand, operand, ()), others)
+    return None
+
+
+def _residual_of(found: Sum, split: Node, shortcut: Branch, branches: list[Branch]) -> ResidualAdd | None:
+    """The residual addition these sides make, None where they join levels, are equals, or a side only rescales the split."""
+    if not _is_plain(shortcut) or any(_changes_resolution_back(side) for side in (shortcut, *branches)):
         return None
-    sides = [walk_branch(found.split, operand) for operand in found.operands]
-    if any(_changes_resolution_back(side) for side in sides):
+    if any(_shortcut_rank(branch) <= _shortcut_rank(shortcut) or _only_rescales(branch) for branch in branches):
         return None
-    shortcut = min(sides, key=_shortcut_rank)
-    branches = tuple(side for side in sides if side is not shortcut)
-    weights = len(shortcut.of_kind(Kind.WEIGHT))
-    is_plain = weights <= 1 and not shortcut.of_kind(Kind.ACTIVATION, Kind.ATTENTION, Kind.SOFTMAX)
-    if not is_plain or any(_shortcut_rank(branch) <= _shortcut_rank(shortcut) for branch in branches):
+    if all(_reads_other_part(shortcut, branch) for branch in branches):
         return None
-    kind: Literal["identity", "projection"] = "projection" if any(node.parameters for node in shortcut.nodes) else "identity"
-    return ResidualAdd(found.node, found.split, shortcut, branches, kind)
+    return ResidualAdd(found.node, split, shortcut, tuple(branches), "projection" if shortcut.of_kind(Kind.WEIGHT) else "identity")
+
+
+def _is_plain(shortcut: Branch) -> bool:
+    """Linear with at most one weight layer, which a pre-activation of its own may precede."""
+    weights = shortcut.of_kind(Kind.WEIGHT)
+    bends = shortcut.of_kind(Kind.ACTIVATION, Kind.ATTENTION, Kind.SOFTMAX)
+    return len(weights) <= 1 and all(weights and node.kind is Kind.ACTIVATION and node.index < weights[0].index for node in bends)
+
+
+def _reads_other_part(shortcut: Branch, branch: Branch) -> bool:
+    """Whether the two start from different slices of the split (Res2Net's hierarchy, cascaded heads): they share no value."""
+    starts = [{node for node in side.nodes if side.split in node.inputs} for side in (shortcut, branch)]
+    return all(start and all(node.op in _SLICES for node in start) for start in starts) and not starts[0] & starts[1]
+
+
+def _only_rescales(branch: Branch) -> bool:
+    """Whether a side is arithmetic on the split alone, as in rotary embeddings and response normalization."""
+    return all(node.kind in (*PASSING, Kind.MUL, Kind.ADD, Kind.CAT) or node.op in _ARITHMETIC for node in branch.nodes)
 
 
 def _shortcut_rank(side: Branch) -> tuple[int, int, int]:
@@ -204,9 +235,9 @@ def _changes_resolution_back(side: Branch) -> bool:
     return any(node.kind is Kind.RESIZE or node.is_transposed_convolution for node in side.nodes)
 
 
-def _joins_equals(found: Sum) -> bool:
-    """Whether at least two operands fill the sum: a broadcast shift (a condition, a position) is no fusion."""
-    return sum(operand.shape == found.node.shape for operand in found.operands) > 1
+def _joins_features(found: Sum) -> bool:
+    """Whether two operands or more fill the sum and it is no attention score; a broadcast shift (a condition) fuses nothing."""
+    return sum(operand.shape == found.node.shape for operand in found.operands) > 1 and not _feeds_attention(found.node)
 
 
 def _sum_fusion(found: Sum) -> Fusion:
@@ -217,13 +248,19 @@ def _sum_fusion(found: Sum) -> Fusion:
 def _concat_fusion(node: Node) -> Fusion | None:
     if node.op not in ("cat", "concat") or len(node.inputs) < 2 or len(node.shape) < 3:
         return None
-    if int(node.argument("dim", 1, 0)) % len(node.shape) != 1:
+    consumer = _next_weight(node)
+    if int(node.argument("dim", 1, 0)) % len(node.shape) != 1 or (len(node.shape) == 3 and not _is_convolution(consumer)):
         return None
     inputs, first = [], 0
     for source in node.inputs:
         inputs.append(FusionInput(source, last_resize(source), (first, first + source.shape[1])))
         first += source.shape[1]
-    return Fusion(node, "concat", tuple(inputs), _next_weight(node))
+    return Fusion(node, "concat", tuple(inputs), consumer)
+
+
+def _is_convolution(node: Node | None) -> bool:
+    """Of (N, L, D) tokens and (N, C, L) signals only the latter, which a convolution reads, have their channels second."""
+    return node is not None and "conv" in node.op
 
 
 def _next_weight(node: Node) -> Node | None:
@@ -250,13 +287,21 @@ def _heads_after(pool: Node) -> list[Head]:
 
 
 def _is_attention(softmax: Node) -> bool:
-    pending, seen = [softmax], {softmax}
-    while pending:
-        node = pending.pop()
+    return any(user.kind is Kind.MATMUL and len(user.inputs) > 1 for score in _scores_from(softmax) for user in score.users)
+
+
+def _feeds_attention(node: Node) -> bool:
+    """Whether `node` is an attention score, or a bias added to it."""
+    return any(user.kind is Kind.SOFTMAX and _is_attention(user) for score in _scores_from(node) for user in score.users)
+
+
+def _scores_from(start: Node) -> list[Node]:
+    """`start` and what scaling, masking, reshaping, dropping or mixing heads makes of it."""
+    scores = [start]
+    for node in scores:
         for user in node.users:
-            if user.kind is Kind.MATMUL and len(user.inputs) > 1:
-                return True
-            if user.kind in (*PASSING, Kind.MUL, Kind.ADD) and user not in seen:
-                seen.add(user)
-                pending.append(user)
-    return False
+            mixes_heads = user.kind is Kind.WEIGHT and user.shape == node.shape
+            passes = user.kind in (*PASSING, Kind.MUL, Kind.ADD) or user.op in ("div", "masked_fill") or mixes_heads
+            if passes and user not in scores:
+                scores.append(user)
+    return scores

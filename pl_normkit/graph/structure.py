@@ -94,7 +94,7 @@ class ResidualAdd:
     Attributes:
         node: the (last) addition.
         split: the value the shortcut and the branches start from.
-        shortcut: the side with no parameters (identity) or with one linear layer (projection).
+        shortcut: the side without a weight layer (identity, perhaps normalized, pooled or scaled) or with one (projection).
         branches: the other sides; parallel blocks have several.
         kind: what the shortcut is.
     """
@@ -237,6 +237,16 @@ def walk_branch(split: Node, end: Node) -> Branch:
             seen.add(node)
             pending.extend(source for source in main_inputs(node) if source is not split)
     return Branch(split, end, tuple(sorted(seen, key=lambda node: node.index)))
+
+
+def walk_from(split: Node, end: Node) -> Branch:
+    """The operations that lead from `split` to `end`; they may read other values too (a memory, other tokens). Empty when none do."""
+    lead = {split}
+    between = walk_branch(split, end).nodes
+    for node in between:
+        if any(source in lead for source in main_inputs(node)):
+            lead.add(node)
+    return Branch(split, end, tuple(node for node in between if node in lead) if end in lead else ())
 
 
 def last_resize(node: Node) -> Node | None:
