@@ -206,10 +206,10 @@ def _residual_of(found: Sum, split: Node, shortcut: Branch, branches: list[Branc
 
 
 def _is_plain(shortcut: Branch) -> bool:
-    """Linear with at most one weight layer, which a pre-activation of its own may precede."""
+    """Linear, with one weight layer or a separable pair at most, which a pre-activation of its own may precede."""
     weights = shortcut.of_kind(Kind.WEIGHT)
     bends = shortcut.of_kind(Kind.ACTIVATION, Kind.ATTENTION, Kind.SOFTMAX)
-    return len(weights) <= 1 and all(weights and node.kind is Kind.ACTIVATION and node.index < weights[0].index for node in bends)
+    return len(weights) <= 2 and all(weights and node.kind is Kind.ACTIVATION and node.index < weights[0].index for node in bends)
 
 
 def _reads_other_part(shortcut: Branch, branch: Branch) -> bool:
@@ -236,8 +236,14 @@ def _changes_resolution_back(side: Branch) -> bool:
 
 
 def _joins_features(found: Sum) -> bool:
-    """Whether two operands or more fill the sum and it is no attention score; a broadcast shift (a condition) fuses nothing."""
-    return sum(operand.shape == found.node.shape for operand in found.operands) > 1 and not _feeds_attention(found.node)
+    """Whether two operands or more fill the sum, and it is neither an attention score nor arithmetic on one value.
+
+    A broadcast shift (a condition, a position) fuses nothing.
+    """
+    if sum(operand.shape == found.node.shape for operand in found.operands) < 2 or _feeds_attention(found.node):
+        return False
+    sides = [walk_branch(found.split, operand) for operand in found.operands] if found.split is not None else []
+    return not sides or not all(_only_rescales(side) for side in sides)
 
 
 def _sum_fusion(found: Sum) -> Fusion:

@@ -192,3 +192,49 @@ class Counting(nn.Module):
         self.cache["x"] = x
         self.seen += x.detach().mean((0, 2, 3))
         return self.block(x + torch.rand_like(x))
+
+
+class Rotary(nn.Module):
+    """A rotary embedding rescales and rotates; its sum is no residual addition and no fusion."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return x * 0.5 + torch.cat([-second, first], dim=-1) * 0.5
+
+
+class Hierarchy(nn.Module):
+    """Res2Net's cascade: each convolution adds its predecessor's output to another slice of the input, which is no residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, third = x.chunk(3, dim=1)
+        y = self.convs[0](first)
+        z = self.convs[1](y + second)
+        return torch.cat([y, z, self.convs[2](z + third)], dim=1)
+
+
+class Decoder(nn.Module):
+    """Tokens that read a memory: the cross-attention's addition has a branch with a second input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.remember, self.project = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 16)
+
+    def forward(self, tokens: Tensor, memory: Tensor) -> Tensor:
+        x, memory = torch.tanh(self.embed(tokens)), self.remember(memory)
+        return x + self.project(nn.functional.scaled_dot_product_attention(x, memory, memory))
+
+
+class Shortcut(nn.Module):
+    """Two 3x3 convolutions beside a given shortcut."""
+
+    def __init__(self, shortcut: nn.Module) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(conv_norm(8, 8), nn.ReLU(), conv_norm(8, 8), nn.ReLU(), conv_norm(8, 8))
+        self.shortcut = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.branch(x) + self.shortcut(x)

@@ -17,8 +17,12 @@ from tests.graph.networks import (
     Block,
     Classifier,
     Counting,
+    Decoder,
     Down,
+    Hierarchy,
     MixedRegions,
+    Rotary,
+    Shortcut,
     TiedLanguageModel,
     TwoStreams,
     state_of,
@@ -26,6 +30,7 @@ from tests.graph.networks import (
 )
 
 IMAGE = torch.zeros(2, 3, 16, 16)
+FEATURES = torch.zeros(2, 8, 16, 16)
 
 
 def _shared_block() -> nn.Module:
@@ -73,6 +78,25 @@ TOYS: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, int]]] = {
         {"identity adds": 1, "batch norms": 3, "fusions": 1},
     ),
     "autocast and no_grad regions": (MixedRegions, IMAGE, {"identity adds": 3, "batch norms": 7}),
+    "rotary embedding": (Rotary, torch.zeros(2, 7, 8), {}),
+    "cascade over slices": (Hierarchy, torch.zeros(2, 12, 8, 8), {"fusions": 3}),
+    "cross attention": (Decoder, (torch.zeros(2, 7, 8), torch.zeros(2, 5, 8)), {"identity adds": 1, "attentions": 1}),
+    "batch norm on the shortcut": (lambda: Shortcut(nn.BatchNorm2d(8)), FEATURES, {"identity adds": 1, "batch norms": 4}),
+    "pre-activation on the shortcut": (
+        lambda: Shortcut(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1))),
+        FEATURES,
+        {"projection adds": 1, "batch norms": 4},
+    ),
+    "separable shortcut": (
+        lambda: Shortcut(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1))),
+        FEATURES,
+        {"projection adds": 1, "batch norms": 4},
+    ),
+    "activation behind the shortcut's layer": (
+        lambda: Shortcut(nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU())),
+        FEATURES,
+        {"fusions": 1, "batch norms": 3},
+    ),
     "forward that keeps state": (Counting, torch.zeros(2, 8, 4, 4), {"identity adds": 1, "batch norms": 2}),
 }
 
