@@ -206,10 +206,13 @@ def _residual_of(found: Sum, split: Node, shortcut: Branch, branches: list[Branc
 
 
 def _is_plain(shortcut: Branch) -> bool:
-    """Linear, with one weight layer or a separable pair at most, which a pre-activation of its own may precede."""
+    """Linear, with at most one weight layer (or a depthwise and a pointwise one), which a pre-activation of its own may precede."""
     weights = shortcut.of_kind(Kind.WEIGHT)
+    is_separable = len(weights) == 2 and "conv" in weights[0].op and weights[0].argument("groups", 6, 1) > 1
     bends = shortcut.of_kind(Kind.ACTIVATION, Kind.ATTENTION, Kind.SOFTMAX)
-    return len(weights) <= 2 and all(weights and node.kind is Kind.ACTIVATION and node.index < weights[0].index for node in bends)
+    return (len(weights) <= 1 or is_separable) and all(
+        weights and node.kind is Kind.ACTIVATION and node.index < weights[0].index for node in bends
+    )
 
 
 def _reads_other_part(shortcut: Branch, branch: Branch) -> bool:
@@ -278,18 +281,32 @@ def _next_weight(node: Node) -> Node | None:
 
 
 def _heads_after(pool: Node) -> list[Head]:
-    """Every chain from `pool` to an output of the model that passes a weight layer and joins nothing else."""
+    """Every chain from `pool` to an output of the model that passes a weight layer and joins only chains from the same pool."""
     heads = []
     pending: list[tuple[Node, ...]] = [(pool,)]
+    seen: set[tuple[Node, int]] = set()
     while pending:
         chain = pending.pop()
-        users = chain[-1].users
-        if not users:
-            classifier = max((i for i, node in enumerate(chain) if node.kind is Kind.WEIGHT), default=0)
-            if classifier:
-                heads.append(Head(pool, chain[1:classifier], chain[classifier]))
-        pending.extend((*chain, user) for user in users if len(user.inputs) == 1)
+        classifier = max((i for i, node in enumerate(chain) if node.kind is Kind.WEIGHT), default=0)
+        if (chain[-1], chain[classifier].index) in seen:
+            continue
+        seen.add((chain[-1], chain[classifier].index))
+        if not chain[-1].users and classifier:
+            heads.append(Head(pool, chain[1:classifier], chain[classifier]))
+        pending.extend((*chain, user) for user in chain[-1].users if len(user.inputs) == 1 or _averages_logits(user, pool))
     return heads
+
+
+def _averages_logits(node: Node, pool: Node) -> bool:
+    """Whether `node` adds values that all come from `pool` alone (a classifier and a distilled one)."""
+    pending = [*node.inputs] if node.kind is Kind.ADD else []
+    if not pending:
+        return False
+    for source in pending:
+        if source.index < pool.index or not source.inputs:
+            return False
+        pending.extend(before for before in source.inputs if before is not pool and before not in pending)
+    return True
 
 
 def _is_attention(softmax: Node) -> bool:

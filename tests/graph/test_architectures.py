@@ -24,6 +24,7 @@ from tests.graph.networks import (
     Rotary,
     Shortcut,
     TiedLanguageModel,
+    TwoClassifiers,
     TwoStreams,
     state_of,
     structure,
@@ -97,6 +98,7 @@ TOYS: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, int]]] = {
         FEATURES,
         {"fusions": 1, "batch norms": 3},
     ),
+    "two classifiers averaged": (TwoClassifiers, IMAGE, {"batch norms": 1, "heads": 2, "dropouts": 1, "fusions": 1}),
     "forward that keeps state": (Counting, torch.zeros(2, 8, 4, 4), {"identity adds": 1, "batch norms": 2}),
 }
 
