@@ -3,7 +3,8 @@
     python benchmarks/audit_overhead.py [--repeats 3]
 
 For each model: `audit(model, inputs)` (trace and all default rules) over `torch.export.export(model, inputs, strict=False)`,
-timed alternately in one process after a warm-up of both, on the meta device (on the CPU where a model cannot be built there). The ratio of a model is the median of its pairs.
+timed alternately in one process after a warm-up of both, on the meta device
+(on the CPU where a model cannot be built there). The ratio of a model is the median of its pairs.
 Targets: median over the models <= 1.15, largest <= 1.3.
 """
 
