@@ -110,7 +110,7 @@ def test_toy_structure_is_as_counted_by_hand(name: str) -> None:
     assert structure(build(), example_inputs) == expected
 
 
-# (identity, projection) additions, norms, heads and attention by hand from timm 1.0 and segmentation_models_pytorch 0.5:
+# (identity, projection) additions, norms, heads and attention by hand from the variants' depths and blocks:
 #   resnet18        4 stages of 2 blocks, stages 2-4 start with a projection; bn: stem 1 + 8*2 + 3
 #   resnet50        16 bottlenecks, each of 4 stages starts with a projection; bn: stem 1 + 16*3 + 4
 #   wide_resnet50_2 as resnet50
@@ -122,7 +122,6 @@ def test_toy_structure_is_as_counted_by_hand(name: str) -> None:
 #   swin_tiny       12 blocks; ln: patches 1 + 24 + 3 mergings + 1
 #   mixer_s16       8 blocks of token and channel MLP; ln: 16 + 1
 #   Unet            encoder resnet18 without head; bn: 20 + 5 decoder blocks*2; 4 skips concatenate
-#   UPerNet         encoder 20; pyramid 4 + 1 bottleneck, 3 laterals, 3 FPN convs, 1 fusion; sums of levels are fusions
 ARCHITECTURES: dict[str, dict[str, int]] = {
     "resnet18": {"identity adds": 5, "projection adds": 3, "batch norms": 20, "heads": 1},
     "resnet50": {"identity adds": 12, "projection adds": 4, "batch norms": 53, "heads": 1},
