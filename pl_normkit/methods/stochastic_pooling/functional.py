@@ -1,0 +1,267 @@
+"""Stochastic average pooling as functions, with torch's own arguments plus `keep` and `scale`."""
+
+from __future__ import annotations
+
+__all__ = ["check_keep", "check_scale", "matching_scale", "stochastic_adaptive_avg_pool", "stochastic_avg_pool"]
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.distributed
+from torch import Tensor
+from torch.nn import functional as F
+
+from pl_normkit.errors import ConfigError, DataError
+from pl_normkit.methods.stochastic_pooling.geometry import PoolSpec, Windows, output_size, windows_of
+from pl_normkit.methods.stochastic_pooling.ops import stochastic_pool
+
+Size = int | Sequence[int]
+Scale = Literal["sqrt", "none", "match"] | float
+SCALES = ("sqrt", "none", "match")
+SEED_LIMIT = 2**63 - 1
+
+
+def check_keep(keep: float) -> float:
+    """`keep` as a float. Raises ConfigError outside (0, 1]."""
+    if isinstance(keep, bool) or not isinstance(keep, int | float) or not 0.0 < keep <= 1.0:
+        raise ConfigError(
+            "keep must lie in (0, 1]",
+            where="stochastic average pooling",
+            evidence=f"keep={keep!r}",
+            mend="keep is the share of elements that stay, 1 - p of torch's Dropout(p); 0.5 is usual",
+        )
+    return float(keep)
+
+
+def check_scale(scale: Scale) -> Scale:
+    """`scale` unchanged. Raises ConfigError unless it is "sqrt", "none", "match" or a positive finite number."""
+    is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
+    if scale in SCALES or (is_number and 0.0 < float(scale) < math.inf):
+        return scale
+    raise ConfigError(
+        "unknown scale of stochastic average pooling",
+        evidence=f"scale={scale!r}",
+        mend='use "sqrt", "none", "match" or a positive number',
+    )
+
+
+def _numbers(value: Size | None, dims: int, name: str, least: int) -> tuple[int, ...]:
+    """`value` once per spatial dimension. Raises ConfigError for anything but integers of at least `least`."""
+    numbers = (value,) * dims if isinstance(value, int) else tuple(value or ())
+    if len(numbers) == 1:
+        numbers = numbers * dims
+    if len(numbers) != dims or any(not isinstance(number, int) or isinstance(number, bool) or number < least for number in numbers):
+        raise ConfigError(f"{name} must be {dims} integer(s) of at least {least}", evidence=f"{name}={value!r}")
+    return numbers
+
+
+def _two(numbers: tuple[int, ...], height: int) -> tuple[int, int]:
+    return (numbers[-2] if len(numbers) == 2 else height, numbers[-1])
+
+
+def _check_input(x: Tensor, dims: int) -> None:
+    if x.dim() not in (dims + 1, dims + 2):
+        expected = "(N, C, L) or (C, L)" if dims == 1 else "(N, C, H, W) or (C, H, W)"
+        raise DataError(
+            f"stochastic average pooling in {dims}-D takes {expected}",
+            evidence=f"a tensor of shape {tuple(x.shape)}",
+            mend=f"use the {3 - dims}-D form" if x.dim() <= 4 else "flatten the leading dimensions into the batch",
+        )
+    if not x.is_floating_point():
+        raise DataError(
+            "stochastic average pooling takes floating point numbers", evidence=f"a tensor of {x.dtype}", mend="convert it with .float()"
+        )
+
+
+def _check_map(spec: PoolSpec, x: Tensor, dims: int) -> None:
+    """Raises DataError where a window does not fit the padded map or the map is empty."""
+    for axis in range(2 - dims, 2):
+        length = x.shape[axis - 2]
+        room = length if spec.adaptive else length + 2 * spec.padding[axis]
+        if length < 1 or (not spec.adaptive and spec.size[axis] > room):
+            raise DataError(
+                "a pooling window is larger than the map",
+                evidence=f"window {spec.size[2 - dims :]}, padding {spec.padding[2 - dims :]}, map {tuple(x.shape[-dims:])}",
+                mend="use a smaller kernel, an adaptive pool, or a larger input",
+            )
+
+
+def stochastic_avg_pool(
+    x: Tensor,
+    kernel_size: Size,
+    stride: Size | None = None,
+    padding: Size = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+    *,
+    dims: int = 2,
+    keep: float = 0.5,
+    scale: Scale = "sqrt",
+    training: bool = True,
+) -> Tensor:
+    """Average a random subset of each sliding window while training, all of it otherwise.
+
+    Of a window of N cells (padding is never drawn) `n = max(1, round(keep * N))` are drawn without replacement, the same for
+    all channels and afresh for each sample and window; their mean is multiplied by the scale and by torch's own factor for
+    padding (`count_include_pad`, `divisor_override`). A keep that leaves every window whole gives torch's result.
+
+    Args:
+        x: (N, C, H, W) or (C, H, W), with `dims=1` (N, C, L) or (C, L); float16, bfloat16, float32 or float64.
+        kernel_size: window, as in torch.
+        stride: step, default the kernel size.
+        padding: zero cells on each side.
+        ceil_mode: round the output size up.
+        count_include_pad: count padded cells in the divisor.
+        divisor_override: divisor instead of the window's size; 2-D only.
+        dims: 1 or 2.
+        keep: keep probability in (0, 1].
+        scale: "sqrt" (sqrt(n / N), what public summaries of the paper state), "none", "match" (the factor that keeps the
+            second moment of the output on this very batch, see `matching_scale`) or a number.
+        training: False gives `torch.nn.functional.avg_pool1d` / `avg_pool2d`, bit for bit.
+
+    Returns:
+        Tensor of the size torch's pooling gives, in the dtype and memory format of `x`, accumulated in float32 or wider.
+
+    Raises:
+        ConfigError: for arguments out of range.
+        DataError: for tensors of another rank, of integers, or smaller than a window.
+
+    Source: definition derived in this project from public summaries of arXiv 2409.16630 (subset, sqrt scale, shared over channels).
+    """
+    keep, scale = check_keep(keep), check_scale(scale)
+    kernel = _numbers(kernel_size, dims, "kernel_size", 1)
+    steps = kernel if stride is None or stride == () else _numbers(stride, dims, "stride", 1)
+    margins = _numbers(padding, dims, "padding", 0)
+    if any(2 * margin > size for margin, size in zip(margins, kernel, strict=True)):
+        raise ConfigError("padding may be at most half the kernel", evidence=f"padding={padding!r}, kernel_size={kernel_size!r}")
+    if divisor_override is not None and (divisor_override == 0 or dims == 1):
+        raise ConfigError("divisor_override must be a non-zero integer, in 2-D", evidence=f"divisor_override={divisor_override!r}")
+    sizes = (_two(kernel, 1), _two(steps, 1), _two(margins, 0))
+    spec = PoolSpec(0, *sizes, int(ceil_mode), int(count_include_pad), divisor_override or 0)
+    _check_input(x, dims)
+    _check_map(spec, x, dims)
+    if training and keep < 1.0:
+        return _pool(x, spec, keep, scale, dims)
+    if dims == 1:
+        return F.avg_pool1d(x, kernel, steps, margins, ceil_mode, count_include_pad)
+    return F.avg_pool2d(x, kernel, steps, margins, ceil_mode, count_include_pad, divisor_override)
+
+
+def stochastic_adaptive_avg_pool(
+    x: Tensor,
+    output_size: Size | Sequence[int | None] | None,
+    *,
+    dims: int = 2,
+    keep: float = 0.5,
+    scale: Scale = "sqrt",
+    training: bool = True,
+) -> Tensor:
+    """Average a random subset of each adaptive bin while training, all of it otherwise; every bin is a window of its own.
+
+    Args:
+        x: (N, C, H, W) or (C, H, W), with `dims=1` (N, C, L) or (C, L).
+        output_size: bins, as in torch; None keeps the input's size along that axis.
+        dims: 1 or 2.
+        keep: keep probability in (0, 1].
+        scale: see `stochastic_avg_pool`.
+        training: False gives `torch.nn.functional.adaptive_avg_pool1d` / `adaptive_avg_pool2d`, bit for bit.
+
+    Returns:
+        (N, C, *output_size) or (C, *output_size).
+
+    Raises:
+        ConfigError, DataError: as `stochastic_avg_pool`.
+
+    Source: as `stochastic_avg_pool`.
+    """
+    keep, scale = check_keep(keep), check_scale(scale)
+    wanted = (output_size,) * dims if isinstance(output_size, int) or output_size is None else tuple(output_size)
+    bins = _numbers([-1 if size is None else size for size in wanted], dims, "output_size", -1)
+    spec = PoolSpec(1, _two(bins, 1))
+    if 0 in bins:
+        raise ConfigError("output_size must be positive", evidence=f"output_size={output_size!r}")
+    _check_input(x, dims)
+    _check_map(spec, x, dims)
+    if training and keep < 1.0:
+        return _pool(x, spec, keep, scale, dims)
+    if dims == 1:
+        return F.adaptive_avg_pool1d(x, [x.shape[-1] if size < 0 else size for size in bins])
+    return F.adaptive_avg_pool2d(x, [x.shape[axis] if size < 0 else size for axis, size in zip((-2, -1), bins, strict=True)])
+
+
+def _pool(x: Tensor, spec: PoolSpec, keep: float, scale: Scale, dims: int) -> Tensor:
+    """The training path, for maps of any of the four ranks."""
+    maps = x.unsqueeze(-2) if dims == 1 else x
+    batched = maps if maps.dim() == 4 else maps.unsqueeze(0)
+    factor = float(scale) if isinstance(scale, int | float) else 1.0
+    seed = torch.randint(SEED_LIMIT, (), dtype=torch.int64, device=x.device)
+    out = stochastic_pool(batched, seed, _rank(), spec.encode(), keep, factor, scale == "sqrt")
+    if scale == "match":
+        out = out * matching_scale(batched.detach(), spec, keep).to(out.dtype)
+    out = out if maps.dim() == 4 else out.squeeze(0)
+    return out.squeeze(-2) if dims == 1 else out
+
+
+def _rank() -> int:
+    """Rank of this process: replicas that start from one seed must still draw different subsets."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    return 0
+
+
+def matching_scale(x: Tensor, spec: PoolSpec, keep: float) -> Tensor:
+    """Factor that gives the unscaled training output the second moment of the evaluation output, on `x`.
+
+    With m the mean and S^2 the unbiased variance of a window of N cells of which n are kept,
+    `s^2 = E[m^2] / E[m^2 + S^2 / n * (1 - n / N)]`, E over samples, channels and windows; exact over the draw of the subsets.
+
+    Args:
+        x: (N, C, H, W).
+        spec: the pooling layer.
+        keep: keep probability.
+
+    Returns:
+        Scalar in (0, 1], float32 or float64; 1 where the second moment is zero.
+
+    Source: derived here.
+    """
+    evaluation, training = second_moments(x, windows_of(spec, (x.shape[2], x.shape[3]), keep))
+    return torch.where(training > 0, (evaluation / training).sqrt(), torch.ones_like(training))
+
+
+def second_moments(x: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
+    """Second moments of the pooled output in evaluation and of the unscaled one in training, as scalars.
+
+    Exact expectations over the subsets; `windows` supplies the pooling layer and its subset sizes.
+    """
+    wide = x if x.dtype == torch.float64 else x.float()
+    cells, variance_factor, padding_factor = _per_window(windows, wide)
+    means = _plain_mean(wide, windows)
+    spread = (_plain_mean(wide.square(), windows) - means.square()).clamp_min(0.0) * (cells / (cells - 1).clamp_min(1))
+    evaluation = (means * padding_factor).square().mean()
+    return evaluation, evaluation + (spread * variance_factor * padding_factor.square()).mean()
+
+
+def _per_window(windows: Windows, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Number of cells, 1 / n - 1 / N, and torch's factor for padding, each (out height, out width)."""
+    spec, rows, columns = windows.spec, windows.vertical, windows.horizontal
+    cells, variance, padding = [], [], []
+    for number, window in enumerate(windows.all):
+        row, column = divmod(number, windows.out_size[1])
+        padded = rows.extent[row] * columns.extent[column]
+        divisor = spec.divisor or (padded if not spec.adaptive and spec.count_include_pad else window.cells)
+        cells.append(float(window.cells))
+        variance.append(1.0 / window.kept - 1.0 / window.cells)
+        padding.append(window.cells / divisor)
+    return tuple(like.new_tensor(values).view(windows.out_size) for values in (cells, variance, padding))  # type: ignore[return-value]
+
+
+def _plain_mean(x: Tensor, windows: Windows) -> Tensor:
+    """Mean of the real cells of each window."""
+    spec = windows.spec
+    if spec.adaptive:
+        return F.adaptive_avg_pool2d(x, windows.out_size)
+    return F.avg_pool2d(x, spec.size, spec.stride, spec.padding, bool(spec.ceil_mode), False)
