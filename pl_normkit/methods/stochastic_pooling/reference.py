@@ -1,16 +1,17 @@
 """The eager definition of stochastic average pooling, which is also how it runs on a CPU: no gathers over the data.
 
-Every form is a weighted sum with zero weights outside the subset. Few windows are one batched matrix product; many windows that do not
-overlap are torch's own pooling of the weighted map; many overlapping ones are summed offset by offset.
+Every form is a weighted sum with zero weights outside the subset: one batched matrix product where the windows are few or adaptive,
+a sum over the kernel's offsets otherwise.
 """
 
 from __future__ import annotations
 
 __all__ = ["pool", "pool_backward", "selection"]
 
+import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ def pool(x: Tensor, windows: Windows, seed: Tensor, rank: int) -> Tensor:
         (N, C, out height, out width) in the dtype and memory format of `x`, accumulated in float32 (float64 for float64).
     """
     method = _method_for(windows)
-    weights = _weights(method, x, windows, seed, rank)
+    weights = _weights(method.layout, _wide(x.dtype), windows, seed, rank, x.shape[0])
     wide = x.to(weights.dtype)
     out = method.forward(wide, weights, windows)
     if not bool(out.isfinite().all()):
@@ -59,7 +60,7 @@ def pool_backward(grad: Tensor, windows: Windows, seed: Tensor, rank: int, chann
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     grad = grad.contiguous(memory_format=memory_format)
     method = _method_for(windows)
-    weights = _weights(method, grad, windows, seed, rank)
+    weights = _weights(method.layout, _wide(grad.dtype), windows, seed, rank, grad.shape[0])
     wide = grad.to(weights.dtype)
     if bool(wide.isfinite().all()):
         out = method.backward(wide, weights, windows, channels_last)
@@ -74,11 +75,12 @@ def selection(windows: Windows, seed: Tensor, rank: int, batch: int) -> Tensor:
     Returns:
         (batch, windows, H * W) bool: which cells of the map each window keeps.
     """
-    height, width = windows.map_size
-    kept = torch.zeros(batch, len(windows.all) * height * width, dtype=torch.bool)
-    for numbers, targets in _targets(windows, "dense"):
-        kept[:, targets] = draw(windows, numbers, seed, rank, batch).flatten(1)
-    return kept.view(batch, len(windows.all), height * width)
+    shape = (batch, len(windows.all), windows.map_size[0] * windows.map_size[1])
+    return _weights("dense", torch.float32, windows, seed, rank, batch).view(shape) > 0
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _format_of(x: Tensor) -> torch.memory_format:
@@ -93,49 +95,78 @@ def _of_selected_only(run: Callable[[Tensor], Tensor], values: Tensor) -> Tensor
     return out
 
 
-def _weights(method: _Method, x: Tensor, windows: Windows, seed: Tensor, rank: int) -> Tensor:
-    """(N, slots of the method): the weight of each kept cell, zero elsewhere."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    batch = x.shape[0]
-    parts = _targets(windows, method.layout)
-    if len(parts) == 1 and parts[0][1] is None:
-        return draw(windows, parts[0][0], seed, rank, batch).flatten(1).to(dtype).mul_(windows.all[0].weight)
-    weights = torch.zeros(batch, method.slots(windows), dtype=dtype)
-    for numbers, targets in parts:
-        kept = draw(windows, numbers, seed, rank, batch).flatten(1).to(dtype)
-        weights[:, targets] = kept.mul_(windows.all[numbers[0]].weight)
-    return weights
+def _weights(layout: str, dtype: torch.dtype, windows: Windows, seed: Tensor, rank: int, batch: int) -> Tensor:
+    """(N, slots of the layout): the weight of each kept cell, zero elsewhere."""
+    parts, slots = _parts(windows, layout, dtype)
+    weights = None
+    for part in parts:
+        kept = draw(windows, part.numbers, seed, rank, batch).flatten(1)
+        values = (kept if part.cells is None else kept[:, part.cells]) * part.weights
+        if part.slots is None:
+            return values
+        if weights is None:
+            weights = torch.zeros(batch, slots, dtype=dtype)
+        weights[:, part.slots] = values
+    return torch.zeros(batch, slots, dtype=dtype) if weights is None else weights
+
+
+class _Part(NamedTuple):
+    """Windows that are drawn together.
+
+    Attributes:
+        numbers: which.
+        cells: places of real cells in the flattened draw, None where every place is one.
+        slots: where each of them goes, None where that is all slots in order.
+        weights: of each of them.
+    """
+
+    numbers: tuple[int, ...]
+    cells: Tensor | None
+    slots: Tensor | None
+    weights: Tensor
 
 
 @lru_cache(maxsize=256)
-def _targets(windows: Windows, layout: str) -> list[tuple[tuple[int, ...], Tensor | None]]:
-    """Per class of windows its numbers and the slots that their cells go to; None where that is all slots in order."""
+def _parts(windows: Windows, layout: str, dtype: torch.dtype) -> tuple[list[_Part], int]:
+    """How draws turn into weights, and the number of slots."""
     height, width = windows.map_size
-    found: list[tuple[tuple[int, ...], Tensor | None]] = []
-    for (rows, columns, above, left), numbers in windows.classes.items():
-        row = torch.arange(rows)[:, None]
-        column = torch.arange(columns)
-        number = torch.tensor(numbers)[:, None, None]
-        if layout == "offset":
-            kernel_width = windows.spec.size[1]
-            slot = ((row + above) * kernel_width + column + left) * len(windows.all) + number
-        else:
-            corner = torch.tensor([windows.all[i].top * width + windows.all[i].left for i in numbers])[:, None, None]
-            slot = corner + row * width + column
-            if layout == "dense":
-                slot = slot + number * height * width
-        found.append((numbers, slot.flatten()))
-    if len(windows.all) == 1 and windows.largest == height * width and layout != "offset":
-        return [((0,), None)]
-    return found
+    slots = len(windows.all) * (math.prod(windows.spec.size) if layout == "offset" else height * width)
+    if windows.is_small and windows.all:
+        groups = [tuple(range(len(windows.all)))]
+    else:
+        groups = list(windows.classes.values())
+    return [_part(windows, layout, dtype, numbers, slots) for numbers in groups], slots
+
+
+def _part(windows: Windows, layout: str, dtype: torch.dtype, numbers: tuple[int, ...], slots: int) -> _Part:
+    most = max(windows.all[number].cells for number in numbers)
+    cells, targets, weights = [], [], []
+    for place, number in enumerate(numbers):
+        window = windows.all[number]
+        cell = torch.arange(window.cells)
+        cells.append(cell + place * most)
+        targets.append(_slots_of(windows, layout, number, cell // window.width, cell % window.width))
+        weights.append(torch.full((window.cells,), window.weight, dtype=dtype))
+    places, target = torch.cat(cells), torch.cat(targets)
+    all_real = len(places) == most * len(numbers)
+    in_order = len(target) == slots and bool((target == torch.arange(slots)).all())
+    return _Part(numbers, None if all_real else places, None if in_order else target, torch.cat(weights))
+
+
+def _slots_of(windows: Windows, layout: str, number: int, row: Tensor, column: Tensor) -> Tensor:
+    window = windows.all[number]
+    if layout == "offset":
+        above = windows.vertical.before[number // windows.out_size[1]]
+        left = windows.horizontal.before[number % windows.out_size[1]]
+        return ((row + above) * windows.spec.size[1] + column + left) * len(windows.all) + number
+    height, width = windows.map_size
+    return (number * height + window.top + row) * width + window.left + column
 
 
 class _Method(Protocol):
     """One way to compute the weighted sum; `layout` says how its weights are indexed."""
 
     layout: str
-
-    def slots(self, windows: Windows) -> int: ...
 
     def forward(self, x: Tensor, weights: Tensor, windows: Windows) -> Tensor: ...
 
@@ -146,9 +177,6 @@ class _Dense:
     """All windows at once as a product with a (windows, H * W) matrix per sample."""
 
     layout = "dense"
-
-    def slots(self, windows: Windows) -> int:
-        return len(windows.all) * windows.map_size[0] * windows.map_size[1]
 
     def forward(self, x: Tensor, weights: Tensor, windows: Windows) -> Tensor:
         batch, channels, height, width = x.shape
@@ -170,36 +198,10 @@ class _Dense:
         return out.view(batch, channels, *windows.map_size)
 
 
-class _Disjoint:
-    """Windows that share no cell: weigh the map, then let torch's pooling sum it."""
-
-    layout = "map"
-
-    def slots(self, windows: Windows) -> int:
-        return windows.map_size[0] * windows.map_size[1]
-
-    @staticmethod
-    def _arguments(windows: Windows) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], bool, bool, int]:
-        spec = windows.spec
-        return spec.size, spec.stride, spec.padding, bool(spec.ceil_mode), True, 1
-
-    def forward(self, x: Tensor, weights: Tensor, windows: Windows) -> Tensor:
-        return F.avg_pool2d(x * weights.view(-1, 1, *windows.map_size), *self._arguments(windows))
-
-    def backward(self, grad: Tensor, weights: Tensor, windows: Windows, channels_last: bool) -> Tensor:
-        memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        like = torch.empty((*grad.shape[:2], *windows.map_size), dtype=grad.dtype).contiguous(memory_format=memory_format)
-        spread = torch.ops.aten.avg_pool2d_backward(grad, like, *self._arguments(windows))
-        return spread.mul_(weights.view(-1, 1, *windows.map_size))
-
-
-class _Overlapping:
-    """Sliding windows that share cells: one weighted strided slice of the padded map for each offset in the kernel."""
+class _ByOffset:
+    """Sliding windows: one weighted strided slice of the padded map for each offset in the kernel."""
 
     layout = "offset"
-
-    def slots(self, windows: Windows) -> int:
-        return windows.spec.size[0] * windows.spec.size[1] * len(windows.all)
 
     @staticmethod
     def _margins(windows: Windows) -> tuple[int, int, int, int]:
@@ -235,8 +237,4 @@ class _Overlapping:
 
 
 def _method_for(windows: Windows) -> _Method:
-    spec = windows.spec
-    if spec.adaptive or len(windows.all) <= FEW_WINDOWS:
-        return _Dense()
-    disjoint = all(stride >= kernel for stride, kernel in zip(spec.stride, spec.size, strict=True))
-    return _Disjoint() if disjoint else _Overlapping()
+    return _Dense() if windows.spec.adaptive or len(windows.all) <= FEW_WINDOWS else _ByOffset()

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 __all__ = ["ROUNDS", "draw", "mix", "permute", "window_keys"]
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -30,10 +32,14 @@ def mix(word: Tensor) -> Tensor:
     Args:
         word: int64 tensor holding values in [0, 2**32).
     """
-    word = word ^ (word >> 16)
-    word = (word * MIX_1) & WORD
-    word = word ^ (word >> 15)
-    word = (word * MIX_2) & WORD
+    word = (word >> 16).bitwise_xor_(word).mul_(MIX_1).bitwise_and_(WORD)
+    word = (word >> 15).bitwise_xor_(word).mul_(MIX_2).bitwise_and_(WORD)
+    return (word >> 16).bitwise_xor_(word)
+
+
+def _mix_number(word: int) -> int:
+    word = ((word ^ (word >> 16)) * MIX_1) & WORD
+    word = ((word ^ (word >> 15)) * MIX_2) & WORD
     return word ^ (word >> 16)
 
 
@@ -49,49 +55,59 @@ def window_keys(seed: Tensor, rank: int, batch: int, windows: Tensor) -> Tensor:
     Returns:
         (batch, K) int64.
     """
-    key = mix(((seed & WORD) + GOLDEN) & WORD)
-    key = mix(key ^ ((seed >> 32) & WORD))
-    key = mix((key ^ rank) + GOLDEN & WORD)
-    key = mix((key ^ torch.arange(batch, device=seed.device)) + GOLDEN & WORD)
-    return mix((key[:, None] ^ windows) + GOLDEN & WORD)
+    number = int(seed)
+    key = _mix_number((number & WORD) + GOLDEN & WORD)
+    key = _mix_number(key ^ ((number >> 32) & WORD))
+    key = _mix_number((key ^ rank) + GOLDEN & WORD)
+    samples = torch.arange(batch, device=windows.device)
+    of_samples = mix((samples ^ key).add_(GOLDEN).bitwise_and_(WORD))
+    return mix((of_samples[:, None] ^ windows).add_(GOLDEN).bitwise_and_(WORD))
 
 
 def draw(windows: Windows, numbers: tuple[int, ...], seed: Tensor, rank: int, batch: int) -> Tensor:
-    """Which cells are kept in windows that all have the shape of the first.
+    """Which cells are kept in some of the windows.
 
     Args:
         windows: the pooling call.
-        numbers: K window numbers.
+        numbers: K window numbers; of one shape unless `windows.is_small`.
         seed: int64 scalar.
         rank: rank of this process.
         batch: samples.
 
     Returns:
-        (batch, K, cells) bool, exactly `kept` of them true in each window; cells in row-major order.
+        (batch, K, most cells) bool, exactly `kept` of them true in each window; cells in row-major order.
     """
-    window = windows.all[numbers[0]]
-    keys = window_keys(seed, rank, batch, torch.tensor(numbers, device=seed.device))
+    which, cells, kept_of = _sizes(windows, numbers)
+    keys = window_keys(seed, rank, batch, which)
     if windows.is_small:
-        return _decide_in_turn(keys, window.cells, window.kept)
-    places = permute(keys, window, torch.arange(window.kept, device=seed.device))
-    kept = torch.zeros((*keys.shape, window.cells), dtype=torch.bool, device=seed.device)
+        return _decide_in_turn(keys, cells, kept_of)
+    window = windows.all[numbers[0]]
+    places = permute(keys, window, torch.arange(window.kept))
+    kept = torch.zeros((*keys.shape, window.cells), dtype=torch.bool)
     return kept.scatter_(2, places, True)
 
 
-def _decide_in_turn(keys: Tensor, cells: int, kept: int) -> Tensor:
+@lru_cache(maxsize=256)
+def _sizes(windows: Windows, numbers: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers, cells and subset sizes of some windows."""
+    some = [windows.all[number] for number in numbers]
+    return torch.tensor(numbers), torch.tensor([window.cells for window in some]), torch.tensor([window.kept for window in some])
+
+
+def _decide_in_turn(keys: Tensor, cells: Tensor, kept_of: Tensor) -> Tensor:
     """Algorithm S; one word serves four decisions, its low part after each being as uniform as before (at least 12 bits remain)."""
-    missing = torch.full_like(keys, kept)
-    decisions = []
+    missing = kept_of.expand_as(keys).clone()
+    most = int(cells.max())
+    kept = torch.empty((*keys.shape, most), dtype=torch.bool)
     word = keys
-    for cell in range(cells):
+    for cell in range(most):
         if cell % 4 == 0:
-            word = mix(keys + (cell // 4 + 1) * GOLDEN & WORD)
-        product = word * (cells - cell)
-        taken = (product >> 32) < missing
-        word = product & WORD
-        missing = missing - taken.long()
-        decisions.append(taken)
-    return torch.stack(decisions, dim=-1)
+            word = mix((keys + (cell // 4 + 1) * GOLDEN).bitwise_and_(WORD))
+        product = word * (cells - cell).clamp_min_(0)
+        taken = torch.lt(product >> 32, missing, out=kept[..., cell])
+        missing.sub_(taken.long())
+        word = product.bitwise_and_(WORD)
+    return kept
 
 
 def permute(keys: Tensor, window: Window, places: Tensor) -> Tensor:
@@ -112,22 +128,29 @@ def permute(keys: Tensor, window: Window, places: Tensor) -> Tensor:
     return cells
 
 
-def _shifts(keys: Tensor, window: Window) -> list[Tensor]:
-    """Per round how far each column (even rounds) or row (odd rounds) is rotated: (B, K, columns or rows)."""
-    shifts = []
-    for number in range(ROUNDS):
-        lines, length = (window.columns, window.rows) if number % 2 == 0 else (window.rows, window.columns)
-        line = torch.arange(lines, device=keys.device) + (number << ROUND_SHIFT)
-        word = mix(keys[..., None] + line * GOLDEN & WORD)
-        shifts.append((word >> 16) * length >> 16)
-    return shifts
+@lru_cache(maxsize=256)
+def _round_words(lines: int) -> Tensor:
+    """(rounds, lines): what tells one line's rotation from another's, before the key."""
+    return ((torch.arange(ROUNDS)[:, None] << ROUND_SHIFT) + torch.arange(lines)) * GOLDEN
 
 
-def _permute_once(shifts: list[Tensor], window: Window, places: Tensor) -> Tensor:
+def _shifts(keys: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+    """How far each column is rotated in the even rounds, and each row in the odd ones: (B, K, rounds / 2, repeated lines).
+
+    Rows and columns are counted without wrapping while the rounds run, so the tables repeat themselves as often as an index
+    can have wrapped.
+    """
+    words = _round_words(max(window.rows, window.columns))
+    half_words = mix((words + keys[..., None, None]).bitwise_and_(WORD)) >> 16
+    wraps = (1, 1, 1, ROUNDS // 2 + 1)
+    of_columns = (half_words[..., ::2, : window.columns] * window.rows).bitwise_right_shift_(16).repeat(wraps)
+    of_rows = (half_words[..., 1::2, : window.rows] * window.columns).bitwise_right_shift_(16).repeat(wraps)
+    return of_columns, of_rows
+
+
+def _permute_once(shifts: tuple[Tensor, Tensor], window: Window, places: Tensor) -> Tensor:
     row, column = places // window.columns, places % window.columns
-    for number, shift in enumerate(shifts):
-        if number % 2 == 0:
-            row = (row + shift.gather(2, column)) % window.rows
-        else:
-            column = (column + shift.gather(2, row)) % window.columns
-    return row * window.columns + column
+    for of_columns, of_rows in zip(shifts[0].unbind(2), shifts[1].unbind(2), strict=True):
+        row += of_columns.gather(2, column)
+        column += of_rows.gather(2, row)
+    return row.remainder_(window.rows).mul_(window.columns).add_(column.remainder_(window.columns))
