@@ -15,7 +15,6 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pl_normkit.methods.stochastic_pooling.geometry import Windows
 from pl_normkit.methods.stochastic_pooling.subset import draw
@@ -181,6 +180,8 @@ class _Dense:
     def forward(self, x: Tensor, weights: Tensor, windows: Windows) -> Tensor:
         batch, channels, height, width = x.shape
         matrix = weights.view(batch, -1, height * width)
+        if x.is_contiguous() and len(windows.all) == 1:
+            return torch.bmm(matrix, x.view(batch, channels, -1).mT).view(batch, channels, 1, 1)
         if x.is_contiguous():
             return torch.bmm(x.view(batch, channels, -1), matrix.mT).view(batch, channels, *windows.out_size)
         rows = x.permute(0, 2, 3, 1).reshape(batch, height * width, channels)
@@ -204,36 +205,39 @@ class _ByOffset:
     layout = "offset"
 
     @staticmethod
-    def _margins(windows: Windows) -> tuple[int, int, int, int]:
-        """(left, right, top, bottom) cells that make every window of the kernel's full size fit."""
-        spec, (rows, columns) = windows.spec, windows.out_size
-        right = max(0, (columns - 1) * spec.stride[1] + spec.size[1] - spec.padding[1] - windows.map_size[1])
-        bottom = max(0, (rows - 1) * spec.stride[0] + spec.size[0] - spec.padding[0] - windows.map_size[0])
-        return spec.padding[1], right, spec.padding[0], bottom
-
-    @staticmethod
-    def _slices(padded: Tensor, windows: Windows) -> Iterator[Tensor]:
-        (kernel_h, kernel_w), (step_h, step_w), (rows, columns) = windows.spec.size, windows.spec.stride, windows.out_size
-        for i in range(kernel_h):
-            for j in range(kernel_w):
-                yield padded[:, :, i : i + (rows - 1) * step_h + 1 : step_h, j : j + (columns - 1) * step_w + 1 : step_w]
+    def _pairs(maps: Tensor, outputs: Tensor, planes: Tensor, windows: Windows) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """For each offset in the kernel: the cells at it, the outputs whose window has a real cell there, and their weights."""
+        spec, out_size = windows.spec, windows.out_size
+        for i in range(spec.size[0]):
+            cells_v, outputs_v = _reach(i - spec.padding[0], spec.stride[0], windows.map_size[0], out_size[0])
+            for j in range(spec.size[1]):
+                cells_h, outputs_h = _reach(j - spec.padding[1], spec.stride[1], windows.map_size[1], out_size[1])
+                offset = i * spec.size[1] + j
+                plane = planes[:, offset, None, outputs_v, outputs_h]
+                yield maps[:, :, cells_v, cells_h], outputs[:, :, outputs_v, outputs_h], plane
 
     def forward(self, x: Tensor, weights: Tensor, windows: Windows) -> Tensor:
         planes = weights.view(x.shape[0], -1, *windows.out_size)
         out = x.new_zeros((*x.shape[:2], *windows.out_size)).contiguous(memory_format=_format_of(x))
-        for offset, part in enumerate(self._slices(F.pad(x, self._margins(windows)), windows)):
-            out.addcmul_(part, planes[:, offset, None])
+        for cells, outputs, plane in self._pairs(x, out, planes, windows):
+            outputs.addcmul_(cells, plane)
         return out
 
     def backward(self, grad: Tensor, weights: Tensor, windows: Windows, channels_last: bool) -> Tensor:
         planes = weights.view(grad.shape[0], -1, *windows.out_size)
-        left, right, top, bottom = self._margins(windows)
-        height, width = windows.map_size
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        padded = grad.new_zeros((*grad.shape[:2], top + height + bottom, left + width + right)).contiguous(memory_format=memory_format)
-        for offset, part in enumerate(self._slices(padded, windows)):
-            part.addcmul_(grad, planes[:, offset, None])
-        return padded[:, :, top : top + height, left : left + width]
+        out = grad.new_zeros((*grad.shape[:2], *windows.map_size)).contiguous(memory_format=memory_format)
+        for cells, outputs, plane in self._pairs(out, grad, planes, windows):
+            cells.addcmul_(outputs, plane)
+        return out
+
+
+def _reach(offset: int, step: int, length: int, count: int) -> tuple[slice, slice]:
+    """Cells `offset + step * i` that lie on an axis of `length`, and the outputs i, of `count`, that they belong to."""
+    first = max(0, -(offset // step))
+    last = min(count, (length - 1 - offset) // step + 1)
+    begin = offset + step * first
+    return slice(begin, max(begin, begin + step * (last - first - 1) + 1), step), slice(first, max(first, last))
 
 
 def _method_for(windows: Windows) -> _Method:
