@@ -66,9 +66,9 @@ def stochastic_pool_backward(
 
 @stochastic_pool.register_kernel("cuda")
 def _(x: Tensor, seed: Tensor, rank: int, spec: list[int], keep: float, scale: float, sqrt_scale: bool) -> Tensor:
-    from pl_normkit.methods.stochastic_pooling import kernels
+    from pl_normkit.methods.stochastic_pooling import launch
 
-    return kernels.pool(_dense(x), _windows(spec, x.shape[2], x.shape[3], keep, scale, sqrt_scale), seed, rank)
+    return launch.pool(_dense(x), _windows(spec, x.shape[2], x.shape[3], keep, scale, sqrt_scale), seed, rank)
 
 
 @stochastic_pool_backward.register_kernel("cuda")
@@ -84,9 +84,9 @@ def _(
     scale: float,
     sqrt_scale: bool,
 ) -> Tensor:
-    from pl_normkit.methods.stochastic_pooling import kernels
+    from pl_normkit.methods.stochastic_pooling import launch
 
-    return kernels.pool_backward(grad, _windows(spec, height, width, keep, scale, sqrt_scale), seed, rank, channels_last)
+    return launch.pool_backward(grad, _windows(spec, height, width, keep, scale, sqrt_scale), seed, rank, channels_last)
 
 
 @stochastic_pool.register_fake
