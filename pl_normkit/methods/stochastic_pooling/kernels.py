@@ -83,8 +83,7 @@ def _permute_once(key, place, rows, columns):
 def _unpermute_once(key, cell, rows, columns):
     row = cell // columns
     column = cell % columns
-    for step in tl.static_range(_ROUNDS):
-        number: tl.constexpr = _ROUNDS - 1 - step
+    for number in tl.static_range(_ROUNDS - 1, -1, -1):
         if number % 2 == 0:
             row -= _rotation(key, number, column, rows)
             row = tl.where(row < 0, row + rows, row)
@@ -112,8 +111,8 @@ def _place_of(key, cell, cells, rows, columns, WASTE: tl.constexpr):
 
 @triton.jit
 def _pool_large(
-    x_ptr, out_ptr, seed_ptr, table_ptr, weight_ptr, rank, channels, height, width, windows,
-    CHANNELS_LAST: tl.constexpr, WASTE: tl.constexpr, ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    x_ptr, out_ptr, seed_ptr, table_ptr, weight_ptr, rank, channels, area, width, windows,
+    CHANNELS_LAST: tl.constexpr, WHOLE: tl.constexpr, WASTE: tl.constexpr, ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One window and a block of channels: the kept cells in the order of the permutation, or all cells in order under a mask."""
     blocks = tl.cdiv(channels, BLOCK_C)
@@ -124,9 +123,9 @@ def _pool_large(
     field = table_ptr + window * _FIELDS
     top, left, tall, wide = tl.load(field), tl.load(field + 1), tl.load(field + 2), tl.load(field + 3)
     kept, rows, columns = tl.load(field + 4), tl.load(field + 5), tl.load(field + 6)
-    cells = tall * wide
+    cells = area if WHOLE else tall * wide
     key = _key(seed_ptr, rank, sample, window)
-    base = x_ptr + sample.to(tl.int64) * channels * height * width
+    base = x_ptr + sample.to(tl.int64) * channels * area
     total = tl.zeros([BLOCK_P, BLOCK_C], dtype=ACC)
     for first in range(0, kept if CHANNELS_LAST else cells, BLOCK_P):
         place = first + tl.arange(0, BLOCK_P)
@@ -136,12 +135,14 @@ def _pool_large(
         else:
             cell = place
             chosen = (place < cells) & (_place_of(key, place, cells, rows, columns, WASTE) < kept)
-        position = (top + cell // wide) * width + left + cell % wide
+        position = cell if WHOLE else (top + cell // wide) * width + left + cell % wide
         if CHANNELS_LAST:
             spot = position[:, None] * channels + channel[None, :]
+            total += tl.load(base + spot, mask=chosen[:, None] & (channel < channels)[None, :], other=0).to(ACC)
         else:
-            spot = channel[None, :] * (height * width) + position[:, None]
-        total += tl.load(base + spot, mask=chosen[:, None] & (channel < channels)[None, :], other=0).to(ACC)
+            spot = channel[None, :] * area + position[:, None]
+            value = tl.load(base + spot, mask=(place < cells)[:, None] & (channel < channels)[None, :], other=0)
+            total += tl.where(chosen[:, None], value, 0).to(ACC)
     mean = tl.sum(total, axis=0) * tl.load(weight_ptr + window)
     out = out_ptr + sample.to(tl.int64) * channels * windows
     spot = window * channels + channel if CHANNELS_LAST else channel * windows + window
@@ -150,7 +151,7 @@ def _pool_large(
 
 @triton.jit
 def _pool_small(
-    x_ptr, out_ptr, seed_ptr, table_ptr, weight_ptr, rank, channels, height, width, windows,
+    x_ptr, out_ptr, seed_ptr, table_ptr, weight_ptr, rank, channels, area, width, windows,
     CHANNELS_LAST: tl.constexpr, TALLEST: tl.constexpr, WIDEST: tl.constexpr, MOST: tl.constexpr, ACC: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -167,7 +168,7 @@ def _pool_small(
     tall, wide = tl.load(field + 2, mask=real, other=0), tl.load(field + 3, mask=real, other=0)
     kept = tl.load(field + 4, mask=real, other=0)
     bits = _kept_bits(_key(seed_ptr, rank, sample, window), tall * wide, kept, MOST)
-    base = x_ptr + sample.to(tl.int64) * channels * height * width
+    base = x_ptr + sample.to(tl.int64) * channels * area
     total = tl.zeros([BLOCK_P, BLOCK_C], dtype=ACC)
     for i in tl.static_range(TALLEST):
         for j in tl.static_range(WIDEST):
@@ -178,7 +179,7 @@ def _pool_small(
             if CHANNELS_LAST:
                 spot = position[:, None] * channels + channel[None, :]
             else:
-                spot = channel[None, :] * (height * width) + position[:, None]
+                spot = channel[None, :] * area + position[:, None]
             total += tl.load(base + spot, mask=chosen[:, None] & (channel < channels)[None, :], other=0).to(ACC)
     mean = total * tl.load(weight_ptr + window, mask=real, other=0)[:, None]
     out = out_ptr + sample.to(tl.int64) * channels * windows
@@ -191,18 +192,18 @@ def _pool_small(
 
 @triton.jit
 def _spread(
-    grad_ptr, out_ptr, seed_ptr, table_ptr, weight_ptr, cover_ptr, rank, channels, height, width, out_width, windows,
+    grad_ptr, out_ptr, seed_ptr, table_ptr, weight_ptr, cover_ptr, rank, channels, area, height, width, out_width, windows,
     CHANNELS_LAST: tl.constexpr, SINGLE: tl.constexpr, MOST: tl.constexpr, WASTE: tl.constexpr,
     OVER_V: tl.constexpr, OVER_H: tl.constexpr, ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Backward: a block of cells and of channels; MOST is 0 where subsets come from the permutation."""
     c_blocks = tl.cdiv(channels, BLOCK_C)
-    p_blocks = tl.cdiv(height * width, BLOCK_P)
+    p_blocks = tl.cdiv(area, BLOCK_P)
     pair = tl.program_id(0) // c_blocks
     sample = pair // p_blocks
     position = (pair % p_blocks) * BLOCK_P + tl.arange(0, BLOCK_P)
     channel = (tl.program_id(0) % c_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    real = position < height * width
+    real = position < area
     row, column = position // width, position % width
     grad = grad_ptr + sample.to(tl.int64) * channels * windows
     total = tl.zeros([BLOCK_P, BLOCK_C], dtype=ACC)
@@ -242,9 +243,9 @@ def _spread(
                     spot = channel[None, :] * windows + window[:, None]
                 value = tl.load(grad + spot, mask=chosen[:, None] & (channel < channels)[None, :], other=0).to(ACC)
                 total += value * tl.load(weight_ptr + window)[:, None]
-    out = out_ptr + sample.to(tl.int64) * channels * height * width
+    out = out_ptr + sample.to(tl.int64) * channels * area
     if CHANNELS_LAST:
         spot = position[:, None] * channels + channel[None, :]
     else:
-        spot = channel[None, :] * (height * width) + position[:, None]
+        spot = channel[None, :] * area + position[:, None]
     tl.store(out + spot, total.to(out_ptr.dtype.element_ty), mask=real[:, None] & (channel < channels)[None, :])

@@ -69,7 +69,7 @@ def _launch(kernel: Any, programs: Any, arguments: tuple[Any, ...], constants: d
 @lru_cache(maxsize=512)
 def _tuned(kernel: Any, candidates: tuple[tuple[int, int, int], ...]) -> Any:
     configs = [triton.Config({"BLOCK_P": p, "BLOCK_C": c}, num_warps=warps) for p, c, warps in candidates]
-    keys = ["channels", "height", "width", "windows", "CHANNELS_LAST"]
+    keys = ["channels", "area", "windows", "CHANNELS_LAST"]
     return triton.autotune(configs=configs, key=keys, cache_results=True)(kernel)
 
 
@@ -99,7 +99,7 @@ def pool(x: Tensor, windows: Windows, seed: Tensor, rank: int) -> Tensor:
     weight_dtype, accumulator = _accumulator(x.dtype)
     table, weights, _ = _tables(windows, x.device, weight_dtype)
     count = len(windows.all)
-    arguments = (x, out, seed, table, weights, rank, channels, height, width, count)
+    arguments = (x, out, seed, table, weights, rank, channels, height * width, width, count)
     constants = {"CHANNELS_LAST": channels_last, "ACC": accumulator}
     if windows.is_small:
         constants |= {
@@ -117,7 +117,7 @@ def pool(x: Tensor, windows: Windows, seed: Tensor, rank: int) -> Tensor:
                 candidates,
             )
         return out
-    constants["WASTE"] = _waste(windows)
+    constants |= {"WASTE": _waste(windows), "WHOLE": count == 1 and windows.largest == height * width}
     candidates = block_sizes(windows.largest, channels, batch * count, x.element_size(), channels_last)
     with _on(x.device):
         _launch(kernels._pool_large, lambda p, c: batch * count * triton.cdiv(channels, c), arguments, constants, candidates)
@@ -144,7 +144,7 @@ def pool_backward(grad: Tensor, windows: Windows, seed: Tensor, rank: int, chann
     weight_dtype, accumulator = _accumulator(grad.dtype)
     table, weights, cover = _tables(windows, grad.device, weight_dtype)
     count, cells = len(windows.all), height * width
-    arguments = (grad, out, seed, table, weights, cover, rank, channels, height, width, windows.out_size[1], count)
+    arguments = (grad, out, seed, table, weights, cover, rank, channels, cells, height, width, windows.out_size[1], count)
     constants = {
         "CHANNELS_LAST": channels_last,
         "SINGLE": count == 1,
