@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-__all__ = ["DropoutPlacement", "ModelAudit"]
+__all__ = ["DropoutPlacement", "ModelAudit", "StochasticPooling"]
 
 from pl_normkit.callbacks.dropout_placement import DropoutPlacement
 from pl_normkit.callbacks.model_audit import ModelAudit
+from pl_normkit.callbacks.stochastic_pooling import StochasticPooling

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["check_keep", "check_scale", "matching_scale", "stochastic_adaptive_avg_pool", "stochastic_avg_pool"]
+__all__ = [
+    "check_keep",
+    "check_scale",
+    "matching_scale",
+    "pool_spec",
+    "second_moments",
+    "stochastic_adaptive_avg_pool",
+    "stochastic_avg_pool",
+]
 
 import math
 from collections.abc import Sequence
@@ -10,7 +18,7 @@ from typing import Literal
 
 import torch
 import torch.distributed
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pl_normkit.errors import ConfigError, DataError
@@ -132,22 +140,27 @@ def stochastic_avg_pool(
     Source: definition derived in this project from public summaries of arXiv 2409.16630 (subset, sqrt scale, shared over channels).
     """
     keep, scale = check_keep(keep), check_scale(scale)
-    kernel = _numbers(kernel_size, dims, "kernel_size", 1)
-    steps = kernel if stride is None or stride == () else _numbers(stride, dims, "stride", 1)
-    margins = _numbers(padding, dims, "padding", 0)
-    if any(2 * margin > size for margin, size in zip(margins, kernel, strict=True)):
-        raise ConfigError("padding may be at most half the kernel", evidence=f"padding={padding!r}, kernel_size={kernel_size!r}")
-    if divisor_override is not None and (divisor_override == 0 or dims == 1):
-        raise ConfigError("divisor_override must be a non-zero integer, in 2-D", evidence=f"divisor_override={divisor_override!r}")
-    sizes = (_two(kernel, 1), _two(steps, 1), _two(margins, 0))
-    spec = PoolSpec(0, *sizes, int(ceil_mode), int(count_include_pad), divisor_override or 0)
+    spec = _sliding_spec(kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override, dims)
     _check_input(x, dims)
     _check_map(spec, x, dims)
     if training and keep < 1.0:
         return _pool(x, spec, keep, scale, dims)
     if dims == 1:
-        return F.avg_pool1d(x, kernel, steps, margins, ceil_mode, count_include_pad)
-    return F.avg_pool2d(x, kernel, steps, margins, ceil_mode, count_include_pad, divisor_override)
+        return F.avg_pool1d(x, spec.size[1], spec.stride[1], spec.padding[1], ceil_mode, count_include_pad)
+    return F.avg_pool2d(x, spec.size, spec.stride, spec.padding, ceil_mode, count_include_pad, divisor_override)
+
+
+def _sliding_spec(
+    kernel_size: Size, stride: Size | None, padding: Size, ceil_mode: bool, count_include_pad: bool, divisor: int | None, dims: int
+) -> PoolSpec:
+    kernel = _numbers(kernel_size, dims, "kernel_size", 1)
+    steps = kernel if stride is None or stride == () else _numbers(stride, dims, "stride", 1)
+    margins = _numbers(padding, dims, "padding", 0)
+    if any(2 * margin > size for margin, size in zip(margins, kernel, strict=True)):
+        raise ConfigError("padding may be at most half the kernel", evidence=f"padding={padding!r}, kernel_size={kernel_size!r}")
+    if divisor is not None and (divisor == 0 or dims == 1):
+        raise ConfigError("divisor_override must be a non-zero integer, in 2-D", evidence=f"divisor_override={divisor!r}")
+    return PoolSpec(0, _two(kernel, 1), _two(steps, 1), _two(margins, 0), int(ceil_mode), int(count_include_pad), divisor or 0)
 
 
 def stochastic_adaptive_avg_pool(
@@ -178,18 +191,36 @@ def stochastic_adaptive_avg_pool(
     Source: as `stochastic_avg_pool`.
     """
     keep, scale = check_keep(keep), check_scale(scale)
-    wanted = (output_size,) * dims if isinstance(output_size, int) or output_size is None else tuple(output_size)
-    bins = _numbers([-1 if size is None else size for size in wanted], dims, "output_size", -1)
-    spec = PoolSpec(1, _two(bins, 1))
-    if 0 in bins:
-        raise ConfigError("output_size must be positive", evidence=f"output_size={output_size!r}")
+    spec = _adaptive_spec(output_size, dims)
     _check_input(x, dims)
     _check_map(spec, x, dims)
     if training and keep < 1.0:
         return _pool(x, spec, keep, scale, dims)
-    if dims == 1:
-        return F.adaptive_avg_pool1d(x, [x.shape[-1] if size < 0 else size for size in bins])
-    return F.adaptive_avg_pool2d(x, [x.shape[axis] if size < 0 else size for axis, size in zip((-2, -1), bins, strict=True)])
+    bins = [x.shape[axis] if size < 0 else size for axis, size in zip(range(-dims, 0), spec.size[2 - dims :], strict=True)]
+    return F.adaptive_avg_pool1d(x, bins) if dims == 1 else F.adaptive_avg_pool2d(x, bins)
+
+
+def _adaptive_spec(output_size: Size | Sequence[int | None] | None, dims: int) -> PoolSpec:
+    wanted = (output_size,) * dims if isinstance(output_size, int) or output_size is None else tuple(output_size)
+    if any(size is not None and size < 1 for size in wanted):
+        raise ConfigError("output_size must be positive", evidence=f"output_size={output_size!r}")
+    return PoolSpec(1, _two(_numbers([-1 if size is None else size for size in wanted], dims, "output_size", -1), 1))
+
+
+def pool_spec(module: nn.Module) -> tuple[PoolSpec, int]:
+    """What an average-pool module of torch, or a stochastic one, does: its specification and 1 or 2 dimensions.
+
+    Raises ConfigError for any other module.
+    """
+    if isinstance(module, nn.AdaptiveAvgPool1d | nn.AdaptiveAvgPool2d):
+        dims = 1 if isinstance(module, nn.AdaptiveAvgPool1d) else 2
+        return _adaptive_spec(module.output_size, dims), dims
+    if isinstance(module, nn.AvgPool1d | nn.AvgPool2d):
+        dims = 1 if isinstance(module, nn.AvgPool1d) else 2
+        divisor = getattr(module, "divisor_override", None)
+        flags = (module.ceil_mode, module.count_include_pad, divisor)
+        return _sliding_spec(module.kernel_size, module.stride, module.padding, *flags, dims), dims
+    raise ConfigError("this module is no average pool in one or two dimensions", evidence=type(module).__name__)
 
 
 def _pool(x: Tensor, spec: PoolSpec, keep: float, scale: Scale, dims: int) -> Tensor:
@@ -228,35 +259,31 @@ def matching_scale(x: Tensor, spec: PoolSpec, keep: float) -> Tensor:
 
     Source: derived here.
     """
-    evaluation, training = second_moments(x, windows_of(spec, (x.shape[2], x.shape[3]), keep))
+    evaluation, training, _ = second_moments(x, windows_of(spec, (x.shape[2], x.shape[3]), keep))
     return torch.where(training > 0, (evaluation / training).sqrt(), torch.ones_like(training))
 
 
-def second_moments(x: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
-    """Second moments of the pooled output in evaluation and of the unscaled one in training, as scalars.
+def second_moments(x: Tensor, windows: Windows) -> tuple[Tensor, Tensor, Tensor]:
+    """Second moments of the pooled output: in evaluation, in training unscaled, and in training under sqrt(n / N); scalars.
 
     Exact expectations over the subsets; `windows` supplies the pooling layer and its subset sizes.
     """
     wide = x if x.dtype == torch.float64 else x.float()
-    cells, variance_factor, padding_factor = _per_window(windows, wide)
+    cells, kept, padding_factor = _per_window(windows, wide)
     means = _plain_mean(wide, windows)
     spread = (_plain_mean(wide.square(), windows) - means.square()).clamp_min(0.0) * (cells / (cells - 1).clamp_min(1))
-    evaluation = (means * padding_factor).square().mean()
-    return evaluation, evaluation + (spread * variance_factor * padding_factor.square()).mean()
+    evaluation = (means * padding_factor).square()
+    training = evaluation + spread * (1 / kept - 1 / cells) * padding_factor.square()
+    return evaluation.mean(), training.mean(), (training * (kept / cells)).mean()
 
 
 def _per_window(windows: Windows, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Number of cells, 1 / n - 1 / N, and torch's factor for padding, each (out height, out width)."""
-    spec, rows, columns = windows.spec, windows.vertical, windows.horizontal
-    cells, variance, padding = [], [], []
-    for number, window in enumerate(windows.all):
-        row, column = divmod(number, windows.out_size[1])
-        padded = rows.extent[row] * columns.extent[column]
-        divisor = spec.divisor or (padded if not spec.adaptive and spec.count_include_pad else window.cells)
-        cells.append(float(window.cells))
-        variance.append(1.0 / window.kept - 1.0 / window.cells)
-        padding.append(window.cells / divisor)
-    return tuple(like.new_tensor(values).view(windows.out_size) for values in (cells, variance, padding))  # type: ignore[return-value]
+    """Number of cells, subset size, and torch's factor for padding, each (out height, out width)."""
+    cells = [window.cells for window in windows.all]
+    kept = [window.kept for window in windows.all]
+    factors = [window.padding_factor for window in windows.all]
+    made = [torch.tensor(values, dtype=like.dtype, device=like.device).view(windows.out_size) for values in (cells, kept, factors)]
+    return made[0], made[1], made[2]
 
 
 def _plain_mean(x: Tensor, windows: Windows) -> Tensor:

@@ -99,7 +99,7 @@ def _network_shape(cells: int) -> tuple[int, int, int]:
 
 
 class Window(NamedTuple):
-    """One output's window: real cells (a rectangle), subset size, permutation grid and the weight of each kept cell."""
+    """One output's window: real cells (a rectangle), subset size, permutation grid, the weight of each kept cell, and cells / divisor."""
 
     top: int
     left: int
@@ -110,6 +110,7 @@ class Window(NamedTuple):
     columns: int
     waste: int
     weight: float
+    padding_factor: float
 
     @property
     def cells(self) -> int:
@@ -161,9 +162,8 @@ class Windows:
             divisor = self.vertical.extent[row] * self.horizontal.extent[column]
         divisor = self.spec.divisor or divisor
         factor = self.scale * (math.sqrt(kept / cells) if self.sqrt_scale else 1.0)
-        weight = factor * cells / (kept * divisor)
         place = (self.vertical.start[row], self.horizontal.start[column], height, width)
-        return Window(*place, kept, *_network_shape(cells), weight)
+        return Window(*place, kept, *_network_shape(cells), factor * cells / (kept * divisor), cells / divisor)
 
     @cached_property
     def classes(self) -> dict[tuple[int, int, int, int], tuple[int, ...]]:

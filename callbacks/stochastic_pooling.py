@@ -1,0 +1,44 @@
+"""`StochasticPooling`: average pools that average a random subset of each window while training."""
+
+from __future__ import annotations
+
+__all__ = ["StochasticPooling"]
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+
+from pl_normkit.callbacks._network import after_configure_model
+from pl_normkit.methods.stochastic_pooling.functional import Scale, check_keep, check_scale
+from pl_normkit.methods.stochastic_pooling.swap import Filter, stochastic_pooling
+from pl_normkit.surgery import Changes
+
+
+class StochasticPooling(Callback):
+    """Calls `stochastic_pooling` on the LightningModule in `setup`; evaluation stays as it was.
+
+    Args:
+        keep: share of each window that stays, in (0, 1].
+        filter_fn: as for `stochastic_pooling`; paths are those of the LightningModule.
+        scale: "sqrt", "none", "match" or a number.
+
+    Attributes:
+        changes: what was swapped; its `undo()` gives the model back. Empty before `setup`.
+
+    Raises:
+        ConfigError: for keep or scale out of range.
+        NothingMatchedError: in `setup`, when no pool was chosen.
+    """
+
+    def __init__(self, keep: float = 0.5, filter_fn: Filter | None = None, scale: Scale = "sqrt") -> None:
+        self.keep = check_keep(keep)
+        self.filter_fn = filter_fn
+        self.scale = check_scale(scale)
+        self.changes = Changes()
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        after_configure_model(pl_module, lambda: self._swap(pl_module))
+
+    def _swap(self, pl_module: pl.LightningModule) -> None:
+        changes = stochastic_pooling(pl_module, self.keep, self.filter_fn, scale=self.scale)
+        if changes or not self.changes:
+            self.changes = changes
