@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -12,6 +13,10 @@ from torch import Tensor, nn
 from pl_normkit import rules as rules_module
 from pl_normkit.findings import Place
 from pl_normkit.rules import Mark, Needs, Observation, Subject, load_rules, rule
+
+if not torch.cuda.is_available():
+    # Triton asks once, at its first import, whether kernels run in its interpreter.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 DOC = "\n\n".join(f"{title}\n    Text of {title}." for title in rules_module.SECTIONS)
 

@@ -34,6 +34,8 @@ def pool(x: Tensor, windows: Windows, seed: Tensor, rank: int) -> Tensor:
     Returns:
         (N, C, out height, out width) in the dtype and memory format of `x`, accumulated in float32 (float64 for float64).
     """
+    if x.numel() == 0:
+        return x.new_empty((*x.shape[:2], *windows.out_size)).contiguous(memory_format=_format_of(x))
     method = _method_for(windows)
     weights = _weights(method.layout, _wide(x.dtype), windows, seed, rank, x.shape[0])
     wide = x.to(weights.dtype)
@@ -58,6 +60,8 @@ def pool_backward(grad: Tensor, windows: Windows, seed: Tensor, rank: int, chann
     """
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     grad = grad.contiguous(memory_format=memory_format)
+    if grad.numel() == 0:
+        return grad.new_zeros((*grad.shape[:2], *windows.map_size)).contiguous(memory_format=memory_format)
     method = _method_for(windows)
     weights = _weights(method.layout, _wide(grad.dtype), windows, seed, rank, grad.shape[0])
     wide = grad.to(weights.dtype)
