@@ -1,7 +1,7 @@
 """The eager definition of stochastic average pooling, which is also how it runs on a CPU: no gathers over the data.
 
-Every form is a weighted sum with zero weights outside the subset: one batched matrix product where the windows are few or adaptive,
-a sum over the kernel's offsets otherwise.
+Every form is a weighted sum with zero weights outside the subset: one batched matrix product where the windows are few or adaptive
+(or tile a channels-last map), a sum over the kernel's offsets otherwise.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def pool(x: Tensor, windows: Windows, seed: Tensor, rank: int) -> Tensor:
     """
     if x.numel() == 0:
         return x.new_empty((*x.shape[:2], *windows.out_size)).contiguous(memory_format=_format_of(x))
-    method = _method_for(windows)
-    weights = _weights(method.layout, _wide(x.dtype), windows, seed, rank, x.shape[0])
+    method = _method_for(windows, channels_last=not x.is_contiguous())
+    weights = _weights(method.layout, _wide(x.dtype), windows, int(seed), rank, x.shape[0])
     wide = x.to(weights.dtype)
     out = method.forward(wide, weights, windows)
-    if not bool(out.isfinite().all()):
+    if not out.sum().isfinite():
         out = _of_selected_only(lambda values: method.forward(values, weights, windows), wide)
     return out.to(x.dtype).contiguous(memory_format=_format_of(x))
 
@@ -62,10 +62,10 @@ def pool_backward(grad: Tensor, windows: Windows, seed: Tensor, rank: int, chann
     grad = grad.contiguous(memory_format=memory_format)
     if grad.numel() == 0:
         return grad.new_zeros((*grad.shape[:2], *windows.map_size)).contiguous(memory_format=memory_format)
-    method = _method_for(windows)
-    weights = _weights(method.layout, _wide(grad.dtype), windows, seed, rank, grad.shape[0])
+    method = _method_for(windows, channels_last)
+    weights = _weights(method.layout, _wide(grad.dtype), windows, int(seed), rank, grad.shape[0])
     wide = grad.to(weights.dtype)
-    if bool(wide.isfinite().all()):
+    if wide.sum().isfinite():
         out = method.backward(wide, weights, windows, channels_last)
     else:
         out = _of_selected_only(lambda values: method.backward(values, weights, windows, channels_last), wide)
@@ -79,7 +79,7 @@ def selection(windows: Windows, seed: Tensor, rank: int, batch: int) -> Tensor:
         (batch, windows, H * W) bool: which cells of the map each window keeps.
     """
     shape = (batch, len(windows.all), windows.map_size[0] * windows.map_size[1])
-    return _weights("dense", torch.float32, windows, seed, rank, batch).view(shape) > 0
+    return _weights("dense", torch.float32, windows, int(seed), rank, batch).view(shape) > 0
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -98,8 +98,9 @@ def _of_selected_only(run: Callable[[Tensor], Tensor], values: Tensor) -> Tensor
     return out
 
 
-def _weights(layout: str, dtype: torch.dtype, windows: Windows, seed: Tensor, rank: int, batch: int) -> Tensor:
-    """(N, slots of the layout): the weight of each kept cell, zero elsewhere."""
+@lru_cache(maxsize=16)
+def _weights(layout: str, dtype: torch.dtype, windows: Windows, seed: int, rank: int, batch: int) -> Tensor:
+    """(N, slots of the layout): the weight of each kept cell, zero elsewhere. The last few are kept for the backward pass."""
     parts, slots = _parts(windows, layout, dtype)
     weights = None
     for part in parts:
@@ -132,13 +133,18 @@ class _Part(NamedTuple):
 @lru_cache(maxsize=256)
 def _parts(windows: Windows, layout: str, dtype: torch.dtype) -> tuple[list[_Part], int]:
     """How draws turn into weights, and the number of slots."""
-    height, width = windows.map_size
-    slots = len(windows.all) * (math.prod(windows.spec.size) if layout == "offset" else height * width)
+    slots = len(windows.all) * (_slots_per_window(windows, layout))
     if windows.is_small and windows.all:
         groups = [tuple(range(len(windows.all)))]
     else:
         groups = list(windows.classes.values())
     return [_part(windows, layout, dtype, numbers, slots) for numbers in groups], slots
+
+
+def _slots_per_window(windows: Windows, layout: str) -> int:
+    height, width = windows.map_size
+    kernel_h, kernel_w = windows.spec.size
+    return {"dense": height * width, "offset": kernel_h * kernel_w, "band": kernel_h * width}[layout]
 
 
 def _part(windows: Windows, layout: str, dtype: torch.dtype, numbers: tuple[int, ...], slots: int) -> _Part:
@@ -162,6 +168,8 @@ def _slots_of(windows: Windows, layout: str, number: int, row: Tensor, column: T
         above = windows.vertical.before[number // windows.out_size[1]]
         left = windows.horizontal.before[number % windows.out_size[1]]
         return ((row + above) * windows.spec.size[1] + column + left) * len(windows.all) + number
+    if layout == "band":
+        return (number * windows.spec.size[0] + row) * windows.map_size[1] + window.left + column
     height, width = windows.map_size
     return (number * height + window.top + row) * width + window.left + column
 
@@ -201,6 +209,31 @@ class _Dense:
         columns = grad.reshape(batch, channels, len(windows.all))
         out = columns * matrix if len(windows.all) == 1 else torch.bmm(columns, matrix)
         return out.view(batch, channels, *windows.map_size)
+
+
+class _Bands:
+    """Channels-last maps cut into bands as high as the kernel: each band times a (windows across, cells of the band) matrix."""
+
+    layout = "band"
+
+    @staticmethod
+    def fits(windows: Windows) -> bool:
+        spec = windows.spec
+        return spec.stride == spec.size and spec.padding == (0, 0) and windows.map_size[0] == windows.out_size[0] * spec.size[0]
+
+    def forward(self, x: Tensor, weights: Tensor, windows: Windows) -> Tensor:
+        batch, channels = x.shape[:2]
+        rows, columns = windows.out_size
+        bands = x.permute(0, 2, 3, 1).reshape(batch * rows, -1, channels)
+        out = torch.bmm(weights.view(batch * rows, columns, -1), bands)
+        return out.view(batch, rows, columns, channels).permute(0, 3, 1, 2)
+
+    def backward(self, grad: Tensor, weights: Tensor, windows: Windows, channels_last: bool) -> Tensor:
+        batch, channels = grad.shape[:2]
+        rows, columns = windows.out_size
+        outputs = grad.permute(0, 2, 3, 1).reshape(batch * rows, columns, channels)
+        out = torch.bmm(weights.view(batch * rows, columns, -1).mT, outputs)
+        return out.view(batch, *windows.map_size, channels).permute(0, 3, 1, 2)
 
 
 class _ByOffset:
@@ -244,5 +277,7 @@ def _reach(offset: int, step: int, length: int, count: int) -> tuple[slice, slic
     return slice(begin, max(begin, begin + step * (last - first - 1) + 1), step), slice(first, max(first, last))
 
 
-def _method_for(windows: Windows) -> _Method:
-    return _Dense() if windows.spec.adaptive or len(windows.all) <= FEW_WINDOWS else _ByOffset()
+def _method_for(windows: Windows, channels_last: bool) -> _Method:
+    if windows.spec.adaptive or len(windows.all) <= FEW_WINDOWS:
+        return _Dense()
+    return _Bands() if channels_last and _Bands.fits(windows) else _ByOffset()

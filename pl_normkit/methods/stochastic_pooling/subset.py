@@ -43,11 +43,11 @@ def _mix_number(word: int) -> int:
     return word ^ (word >> 16)
 
 
-def window_keys(seed: Tensor, rank: int, batch: int, windows: Tensor) -> Tensor:
+def window_keys(seed: int, rank: int, batch: int, windows: Tensor) -> Tensor:
     """One 32-bit key for each sample and window.
 
     Args:
-        seed: int64 scalar, drawn from torch's generator once per call.
+        seed: 63-bit number, drawn from torch's generator once per call.
         rank: rank of this process, so that replicas seeded alike draw differently.
         batch: samples.
         windows: (K,) window numbers.
@@ -55,22 +55,21 @@ def window_keys(seed: Tensor, rank: int, batch: int, windows: Tensor) -> Tensor:
     Returns:
         (batch, K) int64.
     """
-    number = int(seed)
-    key = _mix_number((number & WORD) + GOLDEN & WORD)
-    key = _mix_number(key ^ ((number >> 32) & WORD))
+    key = _mix_number((seed & WORD) + GOLDEN & WORD)
+    key = _mix_number(key ^ ((seed >> 32) & WORD))
     key = _mix_number((key ^ rank) + GOLDEN & WORD)
     samples = torch.arange(batch, device=windows.device)
     of_samples = mix((samples ^ key).add_(GOLDEN).bitwise_and_(WORD))
     return mix((of_samples[:, None] ^ windows).add_(GOLDEN).bitwise_and_(WORD))
 
 
-def draw(windows: Windows, numbers: tuple[int, ...], seed: Tensor, rank: int, batch: int) -> Tensor:
+def draw(windows: Windows, numbers: tuple[int, ...], seed: int, rank: int, batch: int) -> Tensor:
     """Which cells are kept in some of the windows.
 
     Args:
         windows: the pooling call.
         numbers: K window numbers; of one shape unless `windows.is_small`.
-        seed: int64 scalar.
+        seed: 63-bit number.
         rank: rank of this process.
         batch: samples.
 

@@ -20,6 +20,7 @@ SPECS = [
 POOLS = [StochasticAdaptiveAvgPool2d(1), StochasticAdaptiveAvgPool2d(3), StochasticAvgPool2d(2), StochasticAvgPool2d(3, 2, 1)]
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck's own reading
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("spec", SPECS)
 def test_opcheck(spec: PoolSpec, memory_format: torch.memory_format) -> None:
