@@ -25,7 +25,15 @@ from pl_normkit.nn import StochasticAdaptiveAvgPool2d, StochasticAvgPool2d
 
 RESULTS = Path(__file__).parent / "results"
 CPU_SHAPES = [(32, 512, 7, 7), (8, 256, 56, 56), (32, 2048, 7, 7)]
-GPU_SHAPES = [(32, 2048, 7, 7), (256, 2048, 7, 7), (256, 1024, 14, 14), (64, 512, 28, 28), (256, 512, 28, 28), (256, 256, 56, 56), (64, 64, 128, 128)]
+GPU_SHAPES = [
+    (32, 2048, 7, 7),
+    (256, 2048, 7, 7),
+    (256, 1024, 14, 14),
+    (64, 512, 28, 28),
+    (256, 512, 28, 28),
+    (256, 256, 56, 56),
+    (64, 64, 128, 128),
+]
 FORMATS = {"NCHW": torch.contiguous_format, "channels-last": torch.channels_last}
 Row = dict[str, object]
 

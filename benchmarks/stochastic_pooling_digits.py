@@ -1,6 +1,6 @@
 """A small residual network on scikit-learn's digits: stochastic pooling, dropout after the pool, neither; five seeds.
 
-    python benchmarks/stochastic_pooling_digits.py
+python benchmarks/stochastic_pooling_digits.py
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def test_swaps_once_over_all_stages(late: bool) -> None:
     assert (pool.keep, pool.scale) == (0.3, "none")
     trainer.test(module, loader(), verbose=False)
     assert module.net[2] is pool
-    assert ["net.2"] == [change.module for change in callback.changes.made]
+    assert [change.module for change in callback.changes.made] == ["net.2"]
     callback.changes.undo()
     assert type(module.net[2]) is nn.AdaptiveAvgPool2d
 

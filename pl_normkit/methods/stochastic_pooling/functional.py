@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pl_normkit.errors import ConfigError, DataError
-from pl_normkit.methods.stochastic_pooling.geometry import PoolSpec, Windows, output_size, windows_of
+from pl_normkit.methods.stochastic_pooling.geometry import PoolSpec, Windows, windows_of
 from pl_normkit.methods.stochastic_pooling.ops import stochastic_pool
 
 Size = int | Sequence[int]

@@ -56,7 +56,9 @@ def block_sizes(places: int, channels: int, repeats: int, itemsize: int, channel
     return found
 
 
-def _launch(kernel: Any, programs: Any, arguments: tuple[Any, ...], constants: dict[str, Any], candidates: list[tuple[int, int, int]]) -> None:
+def _launch(
+    kernel: Any, programs: Any, arguments: tuple[Any, ...], constants: dict[str, Any], candidates: list[tuple[int, int, int]]
+) -> None:
     """Run `kernel` with the fastest candidate; the interpreter takes the first."""
     if not isinstance(kernel, triton.runtime.JITFunction) or len(candidates) == 1:
         p, c, warps = candidates[0]
@@ -156,9 +158,7 @@ def pool_backward(grad: Tensor, windows: Windows, seed: Tensor, rank: int, chann
     }
     candidates = block_sizes(cells, channels, batch * triton.cdiv(cells, 64), grad.element_size(), channels_last)
     with _on(grad.device):
-        _launch(
-            kernels._spread, lambda p, c: batch * triton.cdiv(cells, p) * triton.cdiv(channels, c), arguments, constants, candidates
-        )
+        _launch(kernels._spread, lambda p, c: batch * triton.cdiv(cells, p) * triton.cdiv(channels, c), arguments, constants, candidates)
     return out
 
 

@@ -116,9 +116,7 @@ class StochasticAdaptiveAvgPool1d(nn.AdaptiveAvgPool1d):
         self.scale = check_scale(scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        return stochastic_adaptive_avg_pool(
-            x, self.output_size, dims=1, keep=self.keep, scale=self.scale, training=self.training
-        )
+        return stochastic_adaptive_avg_pool(x, self.output_size, dims=1, keep=self.keep, scale=self.scale, training=self.training)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, keep={self.keep}, scale={self.scale!r}"

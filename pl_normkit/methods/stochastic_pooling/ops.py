@@ -27,9 +27,7 @@ def _dense(x: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("pl_normkit::stochastic_pool", mutates_args=(), device_types="cpu")
-def stochastic_pool(
-    x: Tensor, seed: Tensor, rank: int, spec: list[int], keep: float, scale: float, sqrt_scale: bool
-) -> Tensor:
+def stochastic_pool(x: Tensor, seed: Tensor, rank: int, spec: list[int], keep: float, scale: float, sqrt_scale: bool) -> Tensor:
     """Average of a random subset of each window, see `functional`.
 
     Args:

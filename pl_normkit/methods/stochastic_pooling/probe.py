@@ -51,7 +51,9 @@ class SecondMoments:
         return f'{self.module}: {ratios}; use scale="{self.advice}" (matching factor {self.matching:.3f})'
 
 
-def measure_second_moments(model: nn.Module, example_inputs: Any, keep: float = 0.5, filter_fn: Filter | None = None) -> list[SecondMoments]:
+def measure_second_moments(
+    model: nn.Module, example_inputs: Any, keep: float = 0.5, filter_fn: Filter | None = None
+) -> list[SecondMoments]:
     """Measure at each pool how stochastic pooling would change the second moment of its output.
 
     The sqrt(kept / cells) scale keeps it for features of zero mean; features after a ReLU have a mean, and at keep 0.5 their second

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 __all__ = ["pool", "pool_backward", "selection"]
 
-import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import NamedTuple, Protocol

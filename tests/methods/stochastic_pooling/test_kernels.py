@@ -158,7 +158,9 @@ def test_on_a_gpu_the_modules_repeat_the_cpu_definition_and_graphs_draw_anew() -
 @pytest.mark.gpu
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("spec", "size"), [(PoolSpec(1, (1, 1)), (56, 56)), (PoolSpec(1, (6, 6)), (61, 47)), (PoolSpec(0, (2, 2), (2, 2)), (57, 56))])
+@pytest.mark.parametrize(
+    ("spec", "size"), [(PoolSpec(1, (1, 1)), (56, 56)), (PoolSpec(1, (6, 6)), (61, 47)), (PoolSpec(0, (2, 2), (2, 2)), (57, 56))]
+)
 def test_large_maps_on_a_gpu(spec: PoolSpec, size: tuple[int, int], dtype: torch.dtype, memory_format: Any) -> None:
     expected, actual, expected_grad, actual_grad = both(spec, size, 0.5, memory_format, dtype, channels=130)
     torch.testing.assert_close(actual, expected, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])

@@ -75,8 +75,8 @@ def test_export_in_evaluation_is_plain_pooling(pool: nn.Module) -> None:
 def test_a_model_graph_reads_it_as_pooling() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), StochasticAdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
     graph = ModelGraph.from_model(net, torch.randn(2, 3, 9, 9))
-    assert [("stochastic_pool", "1")] == [(node.op, node.module) for node in graph.pools]
-    assert ["3"] == [head.classifier.module for head in graph.heads]
+    assert [(node.op, node.module) for node in graph.pools] == [("stochastic_pool", "1")]
+    assert [head.classifier.module for head in graph.heads] == ["3"]
 
 
 def test_meta_tensors_give_shapes() -> None:

@@ -42,7 +42,9 @@ POOLS_1D: list[tuple[type[nn.Module], dict[str, Any]]] = [
     (StochasticAvgPool1d, {"kernel_size": 2}),
     (StochasticAvgPool1d, {"kernel_size": 5, "stride": 2, "padding": 2, "ceil_mode": True, "count_include_pad": False}),
 ]
-POOLS = [(kind, arguments, (3, 4, 13, 11)) for kind, arguments in POOLS_2D] + [(kind, arguments, (3, 4, 29)) for kind, arguments in POOLS_1D]
+POOLS = [(kind, arguments, (3, 4, 13, 11)) for kind, arguments in POOLS_2D] + [
+    (kind, arguments, (3, 4, 29)) for kind, arguments in POOLS_1D
+]
 FORMATS = (torch.contiguous_format, torch.channels_last)
 
 
@@ -74,7 +76,9 @@ def by_the_book(pool: Any, x: Tensor, seed: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("kind", "arguments", "shape"), POOLS)
 @pytest.mark.parametrize("memory_format", FORMATS)
-def test_evaluation_is_torch_bit_for_bit(kind: Any, arguments: dict[str, Any], shape: tuple[int, ...], memory_format: torch.memory_format) -> None:
+def test_evaluation_is_torch_bit_for_bit(
+    kind: Any, arguments: dict[str, Any], shape: tuple[int, ...], memory_format: torch.memory_format
+) -> None:
     x = torch.randn(shape)
     x = x.contiguous(memory_format=memory_format) if x.dim() == 4 else x
     for pool in (kind(**arguments, keep=0.5).eval(), kind(**arguments, keep=1.0).train()):

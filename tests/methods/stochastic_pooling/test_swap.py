@@ -23,8 +23,8 @@ from pl_normkit.nn import StochasticAdaptiveAvgPool2d, StochasticAvgPool2d
 NETWORKS: list[tuple[Callable[[], nn.Module], list[str]]] = [
     (lambda: timm.create_model("resnet10t", num_classes=5), ["global_pool.pool"]),
     (lambda: timm.create_model("seresnet18", num_classes=5), ["global_pool.pool"]),
-    (lambda: torchvision.models.mobilenet_v3_small(), ["avgpool"]),
-    (lambda: torchvision.models.densenet121(), [f"features.transition{i}.pool" for i in (1, 2, 3)]),
+    (torchvision.models.mobilenet_v3_small, ["avgpool"]),
+    (torchvision.models.densenet121, [f"features.transition{i}.pool" for i in (1, 2, 3)]),
     (lambda: smp.PSPNet("resnet18", encoder_weights=None), [f"decoder.psp.blocks.{i}.pool.0" for i in range(4)]),
     (lambda: smp.DeepLabV3("resnet18", encoder_weights=None), ["decoder.aspp.convs.4.0"]),
 ]
@@ -84,8 +84,8 @@ def test_squeeze_pools_only_on_request() -> None:
 def test_pools_of_shortcuts_are_left_alone() -> None:
     net = timm.create_model("resnet18d", num_classes=5)
     changes = stochastic_pooling(net)
-    assert ["global_pool.pool"] == [change.module for change in changes.made]
-    assert ["layer2.0.downsample.0", "layer3.0.downsample.0", "layer4.0.downsample.0"] == [change.module for change in changes.skipped]
+    assert [change.module for change in changes.made] == ["global_pool.pool"]
+    assert [change.module for change in changes.skipped] == ["layer2.0.downsample.0", "layer3.0.downsample.0", "layer4.0.downsample.0"]
 
 
 def test_a_new_keep_and_hooks_and_shared_modules() -> None:
@@ -101,7 +101,7 @@ def test_a_new_keep_and_hooks_and_shared_modules() -> None:
     assert isinstance(net[1], StochasticAvgPool2d)
     net(torch.randn(1, 3, 16, 16))
     assert len(calls) == 2
-    assert ["1"] == [change.module for change in stochastic_pooling(net, 0.7, lambda *_: True, scale="none").made]
+    assert [change.module for change in stochastic_pooling(net, 0.7, lambda *_: True, scale="none").made] == ["1"]
     assert (net[1].keep, net[1].scale) == (0.7, "none")
 
 
@@ -112,10 +112,10 @@ def test_what_cannot_be_swapped_is_listed() -> None:
 
     net = nn.ModuleDict({"a": Head(functional=True), "b": Padded(2), "c": nn.AdaptiveAvgPool3d(1), "d": nn.AdaptiveAvgPool2d(1)})
     skipped = stochastic_pooling(net, filter_fn=lambda *_: True).skipped
-    assert ["b", "c"] == [change.module for change in skipped]
+    assert [change.module for change in skipped] == ["b", "c"]
     head = nn.Sequential(Head(functional=True), nn.Unflatten(1, (4, 1, 1)), nn.AdaptiveAvgPool2d(1))
     skipped = stochastic_pooling(head, example_inputs=torch.randn(2, 3, 9, 9)).skipped
-    assert ["0"] == [change.module for change in skipped]
+    assert [change.module for change in skipped] == ["0"]
     assert "mean called as a function at" in skipped[0].what
     assert "test_swap.py" in skipped[0].what
 
@@ -157,15 +157,15 @@ def test_the_probe_advises_the_sqrt_scale_for_zero_mean_features() -> None:
 @pytest.mark.parametrize("functional", [False, True])
 def test_nk106_fires_on_dropout_after_a_pool(functional: bool) -> None:
     report = audit(Head(functional), torch.randn(2, 3, 9, 9), select=["NK106"])
-    assert [("NK106", ["dropout"])] == [(found.code, [place.module for place in found.places]) for found in report.findings]
+    assert [(found.code, [place.module for place in found.places]) for found in report.findings] == [("NK106", ["dropout"])]
     assert report.findings[0].evidence[0].value == pytest.approx(0.3)
 
 
 def test_nk106_is_silent_elsewhere_and_by_default() -> None:
     x = torch.randn(2, 3, 64, 64)
-    assert [] == list(audit(Head(p=0.0), x, select=["NK106"]).findings)
+    assert list(audit(Head(p=0.0), x, select=["NK106"]).findings) == []
     swapped = Head()
     stochastic_pooling(swapped)
-    assert [] == list(audit(swapped, x, select=["NK106"]).findings)
-    assert [] == list(audit(torchvision.models.mobilenet_v3_small(), x, select=["NK106"]).findings)
+    assert list(audit(swapped, x, select=["NK106"]).findings) == []
+    assert list(audit(torchvision.models.mobilenet_v3_small(), x, select=["NK106"]).findings) == []
     assert not any(found.code == "NK106" for found in audit(Head(), x).findings)
