@@ -197,7 +197,7 @@ def stochastic_adaptive_avg_pool(
     if training and keep < 1.0:
         return _pool(x, spec, keep, scale, dims)
     bins = [x.shape[axis] if size < 0 else size for axis, size in zip(range(-dims, 0), spec.size[2 - dims :], strict=True)]
-    return F.adaptive_avg_pool1d(x, bins) if dims == 1 else F.adaptive_avg_pool2d(x, bins)
+    return F.adaptive_avg_pool1d(x, bins) if dims == 1 else F.adaptive_avg_pool2d(x, (bins[0], bins[1]))
 
 
 def _adaptive_spec(output_size: Size | Sequence[int | None] | None, dims: int) -> PoolSpec:
@@ -229,7 +229,7 @@ def _pool(x: Tensor, spec: PoolSpec, keep: float, scale: Scale, dims: int) -> Te
     batched = maps if maps.dim() == 4 else maps.unsqueeze(0)
     factor = float(scale) if isinstance(scale, int | float) else 1.0
     seed = torch.randint(SEED_LIMIT, (), dtype=torch.int64, device=x.device)
-    out = stochastic_pool(batched, seed, _rank(), spec.encode(), keep, factor, scale == "sqrt")
+    out: Tensor = stochastic_pool(batched, seed, _rank(), spec.encode(), keep, factor, scale == "sqrt")
     if scale == "match":
         out = out * matching_scale(batched.detach(), spec, keep).to(out.dtype)
     out = out if maps.dim() == 4 else out.squeeze(0)

@@ -45,7 +45,7 @@ class StochasticAvgPool1d(nn.AvgPool1d):
         keep: float = 0.5,
         scale: Scale = "sqrt",
     ) -> None:
-        super().__init__(kernel_size, stride, padding, ceil_mode, count_include_pad)
+        super().__init__(kernel_size, kernel_size if stride is None else stride, padding, ceil_mode, count_include_pad)
         self.keep = check_keep(keep)
         self.scale = check_scale(scale)
 
