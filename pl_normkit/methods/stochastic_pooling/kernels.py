@@ -112,7 +112,7 @@ def _place_of(key, cell, cells, rows, columns, WASTE: tl.constexpr):
     return place
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rank"])
 def _pool_large(
     x_ptr, out_ptr, seed_ptr, table_ptr, weight_ptr, rank, channels, area, width, windows,
     CHANNELS_LAST: tl.constexpr, WHOLE: tl.constexpr, WASTE: tl.constexpr, ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -152,7 +152,7 @@ def _pool_large(
     tl.store(out + spot, mean.to(out_ptr.dtype.element_ty), mask=channel < channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rank"])
 def _pool_small(
     x_ptr, out_ptr, seed_ptr, table_ptr, weight_ptr, rank, channels, area, width, windows,
     CHANNELS_LAST: tl.constexpr, TALLEST: tl.constexpr, WIDEST: tl.constexpr, MOST: tl.constexpr, ACC: tl.constexpr,
@@ -193,7 +193,7 @@ def _pool_small(
     tl.store(out + spot, mean.to(out_ptr.dtype.element_ty), mask=real[:, None] & (channel < channels)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rank"])
 def _spread(
     grad_ptr, out_ptr, seed_ptr, table_ptr, weight_ptr, cover_ptr, rank, channels, area, height, width, out_width, windows,
     CHANNELS_LAST: tl.constexpr, SINGLE: tl.constexpr, MOST: tl.constexpr, WASTE: tl.constexpr,

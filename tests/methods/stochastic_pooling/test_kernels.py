@@ -119,6 +119,11 @@ for last in (True, False):
     build(kernels._pool_large, CHANNELS_LAST=last, WHOLE=last, WASTE=1)
     build(kernels._pool_small, CHANNELS_LAST=last, TALLEST=2, WIDEST=2, MOST=4)
     build(kernels._spread, CHANNELS_LAST=last, SINGLE=last, MOST=0 if last else 9, WASTE=0, OVER_V=1, OVER_H=1 if last else 2)
+
+ones = dict.fromkeys(("channels", "area", "width", "windows"), 1)  # Triton makes integers that are 1 constants
+build(kernels._pool_large, CHANNELS_LAST=False, WHOLE=True, WASTE=0, **ones)
+build(kernels._pool_small, CHANNELS_LAST=False, TALLEST=1, WIDEST=1, MOST=1, **ones)
+build(kernels._spread, CHANNELS_LAST=False, SINGLE=True, MOST=1, WASTE=0, OVER_V=1, OVER_H=1, height=1, out_width=1, **ones)
 """
 
 
@@ -126,7 +131,7 @@ def test_kernels_compile_for_a_hopper_gpu_without_one() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["_pool_large", "_pool_small", "_spread"] * 2
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["_pool_large", "_pool_small", "_spread"] * 3
 
 
 @pytest.mark.gpu
