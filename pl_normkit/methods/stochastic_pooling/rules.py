@@ -19,38 +19,30 @@ from pl_normkit.rules import Mark, Observation, Subject, rule
     preview=True,
 )
 def dropout_after_average_pool(subject: Subject) -> Iterator[Observation]:
-    """
-    What it does.
-    ------------
+    """What it does.
     Notes every active dropout that acts directly on globally average-pooled features (only reshapes stand between). It
     proposes stochastic average pooling in place of the two; nothing is wrong with the network as it is.
 
     Why it hurts
-    ------------
     Dropout removes whole features after the pool has averaged the map, so none of the map's redundancy is used, and a
     zeroed feature raises the variance of the pooled vector by 1 / keep. Leaving out map positions instead regularizes
     where the average would hide it.
 
     Evidence
-    --------
     The drop probability as read from the trace.
 
     Example
-    -------
     `x = self.avgpool(x).flatten(1); return self.fc(self.dropout(x))`
 
     Use instead
-    -----------
     `stochastic_pooling(model, keep=0.5)` without the dropout. Ask `measure_second_moments(model, images)` which scale suits
     the features; after a ReLU the default sqrt scale about halves their second moment.
 
     Fix and its safety
-    ------------------
     None is made: it changes what is trained, and which of the two regularizes better differs from task to task
     (docs/stochastic_pooling.md has a small comparison).
 
     Source
-    ------
     Derived: arXiv 2409.16630 proposes pooling over random subsets as a replacement for average pooling; that a dropout after
     the pool is the place to try it is our own conclusion.
     """
