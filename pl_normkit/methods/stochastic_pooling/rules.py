@@ -19,7 +19,7 @@ from pl_normkit.rules import Mark, Observation, Subject, rule
     preview=True,
 )
 def dropout_after_average_pool(subject: Subject) -> Iterator[Observation]:
-    """What it does.
+    """What it does
     Notes every active dropout that acts directly on globally average-pooled features (only reshapes stand between). It
     proposes stochastic average pooling in place of the two; nothing is wrong with the network as it is.
 
