@@ -1,14 +1,23 @@
-"""One import for the modules that people use by hand."""
+"""One import for the modules and functions that people use by hand."""
 
 from __future__ import annotations
 
 __all__ = [
+    "BinaryFocalLoss",
+    "BinaryLogLoss",
+    "RMSELoss",
+    "SILogLoss",
     "StochasticAdaptiveAvgPool1d",
     "StochasticAdaptiveAvgPool2d",
     "StochasticAvgPool1d",
     "StochasticAvgPool2d",
+    "safe_log",
+    "safe_sqrt",
+    "stable_variance",
 ]
 
+from pl_normkit.methods.nan_safety.losses import BinaryFocalLoss, BinaryLogLoss, RMSELoss, SILogLoss
+from pl_normkit.methods.nan_safety.ops import safe_log, safe_sqrt, stable_variance
 from pl_normkit.methods.stochastic_pooling import (
     StochasticAdaptiveAvgPool1d,
     StochasticAdaptiveAvgPool2d,

@@ -1,0 +1,7 @@
+"""NaN safety: rules that read a loss, losses that stay finite, a guard for the optimizer step, and a diagnosis.
+
+Paper: "Analysis of NaN Divergence in Training Monocular Depth Estimation Model", arXiv 2311.03938 (causes: published; criteria
+and fixes: derived here, see docs/nan_safety.md).
+"""
+
+from __future__ import annotations
