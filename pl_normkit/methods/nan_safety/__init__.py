@@ -5,3 +5,9 @@ and fixes: derived here, see docs/nan_safety.md).
 """
 
 from __future__ import annotations
+
+__all__ = ["lint_loss", "replace_unsafe_losses"]
+
+from pl_normkit.methods.nan_safety import rules  # noqa: F401 (registers NK401-NK406)
+from pl_normkit.methods.nan_safety.lint import lint_loss
+from pl_normkit.methods.nan_safety.swap import replace_unsafe_losses

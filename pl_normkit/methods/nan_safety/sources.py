@@ -1,0 +1,121 @@
+"""Which line and which module made an autograd node: written into the node's own metadata while a forward pass runs."""
+
+from __future__ import annotations
+
+__all__ = ["SourceRecorder", "place_of", "scalar_of", "source_line"]
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+from torch.overrides import TorchFunctionMode
+
+from pl_normkit.findings import Place
+from pl_normkit.graph.nodes import shorten
+
+PLACE, SCALAR = "pl_normkit.place", "pl_normkit.scalar"
+_HIDDEN = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+
+
+def place_of(node: Node) -> Place:
+    """Where `node` was made; Place("loss") where nothing was recorded."""
+    place: Place = node.metadata.get(PLACE, Place("loss"))
+    return place
+
+
+def scalar_of(node: Node) -> float | None:
+    """The Python number added to or subtracted from a tensor by `node`, where it was recorded."""
+    return node.metadata.get(SCALAR)
+
+
+def source_line(frame: FrameType | None) -> str:
+    """`file.py:line` of the innermost frame outside torch, Lightning's own machinery and this package."""
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if not file.startswith(_HIDDEN) and not file.startswith("<"):
+            return f"{shorten(file)}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
+class SourceRecorder(TorchFunctionMode):
+    """While active, every autograd node made learns its source line, module path and added number.
+
+    It costs Python time per operation: use it for one example or one step, not for training.
+
+    Args:
+        model: the module whose paths are reported; None reports "loss" as the place.
+    """
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        super().__init__()
+        self._names = {} if model is None else {module: name for name, module in model.named_modules()}
+        self._stack: list[str] = []
+
+    @property
+    def module(self) -> str:
+        return self._stack[-1] if self._stack else "loss"
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        self.seen(func, args, kwargs or {}, output)
+        return output
+
+    def seen(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Called after each operation."""
+        for tensor in tensors_in(output):
+            if tensor.grad_fn is not None and PLACE not in tensor.grad_fn.metadata:
+                place = Place(self.module, source_line(sys._getframe(2)))
+                _tag(tensor.grad_fn, place)
+                numbers = [value for value in args if isinstance(value, (int, float)) and not isinstance(value, bool)]
+                if len(numbers) == 1:
+                    tensor.grad_fn.metadata[SCALAR] = float(numbers[0])
+
+    @contextmanager
+    def watching(self) -> Iterator[SourceRecorder]:
+        """The recorder, with module paths followed by forward hooks of `model`."""
+        handles = []
+        for module in self._names:
+            handles.append(module.register_forward_pre_hook(self._enter))
+            handles.append(module.register_forward_hook(self._leave, always_call=True))
+        try:
+            with self:
+                yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        self._stack.append(self._names[module])
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._stack.pop()
+
+
+def _tag(node: Node, place: Place) -> None:
+    """Tag `node` and the untagged nodes behind it: those of one composite operation."""
+    waiting = [node]
+    while waiting:
+        current = waiting.pop()
+        if PLACE in current.metadata or not current.name().rstrip("0123456789").endswith("Backward"):
+            continue
+        current.metadata[PLACE] = place
+        waiting += [following for following, _ in current.next_functions if following is not None]
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in a nest of lists, tuples and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item)
