@@ -8,6 +8,7 @@ __all__ = [
     "DataError",
     "EditError",
     "ModelSpecError",
+    "NonFiniteError",
     "NormkitError",
     "NormkitWarning",
     "NothingMatchedError",
@@ -74,6 +75,10 @@ class DataError(NormkitError):
 
 class AuditFailedError(NormkitError):
     """Findings at or above the severity the user asked to stop at."""
+
+
+class NonFiniteError(NormkitError):
+    """A training step that is not finite, where the user asked to stop."""
 
 
 class NormkitWarning(UserWarning):

@@ -6,8 +6,9 @@ and fixes: derived here, see docs/nan_safety.md).
 
 from __future__ import annotations
 
-__all__ = ["lint_loss", "replace_unsafe_losses"]
+__all__ = ["lint_loss", "replace_unsafe_losses", "replay"]
 
 from pl_normkit.methods.nan_safety import rules  # noqa: F401 (registers NK401-NK406)
 from pl_normkit.methods.nan_safety.lint import lint_loss
+from pl_normkit.methods.nan_safety.replay import replay
 from pl_normkit.methods.nan_safety.swap import replace_unsafe_losses

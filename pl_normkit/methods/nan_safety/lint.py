@@ -20,7 +20,9 @@ from pl_normkit.methods.nan_safety.sources import SourceRecorder, tensors_in
 SHAPE = (2, 1, 8, 8)
 
 
-def lint_loss(loss: str | Callable[..., Any], example: str | Callable[[], Any] | None = None, *, dtype: torch.dtype = torch.float32) -> Tensor:
+def lint_loss(
+    loss: str | Callable[..., Any], example: str | Callable[[], Any] | None = None, *, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """The loss on example tensors, with its graph and with source lines in it, ready for `audit(..., loss=...)`.
 
     Args:

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-__all__ = ["LossGraph", "cancelling_differences", "fed_by_saturating", "is_square", "masked_origin", "read_loss_graph", "smallest", "through"]
+__all__ = [
+    "LossGraph",
+    "cancelling_differences",
+    "fed_by_saturating",
+    "is_square",
+    "masked_origin",
+    "read_loss_graph",
+    "smallest",
+    "through",
+]
 
 import math
 from collections.abc import Callable, Iterator

@@ -246,6 +246,11 @@ def _pad(node: Node, inputs: Sequence[Range]) -> Range:
     return replace(inputs[0], low=min(inputs[0].low, 0.0), high=max(inputs[0].high, 0.0), never_zero=False)
 
 
+def _clone(node: Node, inputs: Sequence[Range]) -> Range:
+    # torch.cosine_similarity clamps a clone of the norm without recording it
+    return UNKNOWN if base(behind(node)[0]) == "LinalgVectorNorm" else inputs[0]
+
+
 def _negate(node: Node, inputs: Sequence[Range]) -> Range:
     return replace(inputs[0], low=-inputs[0].high, high=-inputs[0].low)
 
@@ -269,6 +274,7 @@ _TRANSFORMS: dict[str, Callable[[Node, Sequence[Range]], Range]] = {
     "ConstantPadNd": _pad,
     "NativeDropout": _pad,
     "Neg": _negate,
+    "Clone": _clone,
     "Abs": lambda node, inputs: Range(0.0, inputs[0].largest, never_zero=inputs[0].never_zero),
     "Sqrt": lambda node, inputs: Range(0.0, never_zero=inputs[0].positive),
     "Rsqrt": lambda node, inputs: GUARDED,

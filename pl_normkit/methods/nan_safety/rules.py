@@ -1,3 +1,4 @@
+# ruff: noqa: D416 (the sections are those of pl_normkit.rules.SECTIONS)
 """NK401-NK406: what in a loss can turn into NaN, judged on the autograd graph of one real step."""
 
 from __future__ import annotations
@@ -465,5 +466,3 @@ def _is_transparent(node: Node) -> bool:
 
 def _rounds_to_zero(number: float, dtype: torch.dtype) -> bool:
     return float(torch.tensor(number, dtype=torch.float64).to(dtype)) == 0
-
-

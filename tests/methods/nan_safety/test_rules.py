@@ -74,7 +74,7 @@ FIRING: dict[str, list[Callable[[Tensor], Tensor]]] = {
     "NK404": [
         lambda x: (x / x.norm()).sum(),
         lambda x: torch.log(F.relu(x)).mean(),
-        lambda x: ((x * GT).sum() / (x - GT).abs().sum()),
+        lambda x: (x * GT).sum() / (x - GT).abs().sum(),
         lambda x: (x - GT).abs().reciprocal().mean(),
         lambda x: ((x - GT) ** 2).pow(-1).mean(),
         lambda x: torch.log2(x - 0.05).mean(),
@@ -201,7 +201,7 @@ def test_a_loss_without_a_graph_gives_nothing() -> None:
     assert codes(torch.tensor(1.0)) == []
 
 
-LOSSES = '''
+LOSSES = """
 import torch
 
 def silog(pred, gt, mask):
@@ -225,7 +225,7 @@ class Rmse(torch.nn.Module):
         return (pred - target).square().mean().sqrt()
 
 broken = 3
-'''
+"""
 
 
 @pytest.fixture
@@ -277,7 +277,8 @@ def test_generated_arguments() -> None:
 
     pred, gt, mask = example_arguments(loss)
     assert (pred.requires_grad, gt.requires_grad, mask.dtype) == (True, False, torch.bool)
-    assert 0.05 <= float(pred.detach().min()) and float(pred.detach().max()) <= 0.95
+    assert float(pred.detach().min()) >= 0.05
+    assert float(pred.detach().max()) <= 0.95
     assert math.prod(mask.shape) == 128
 
 
