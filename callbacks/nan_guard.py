@@ -165,7 +165,8 @@ class NaNGuard(pl.Callback):
             finite = False  # no backward carried the statistics into the gradients
         if finite:
             self._prepare_transaction(optimizer)
-            self._shadow.accept()
+            if id(optimizer) not in self._transactions:
+                self._shadow.accept()  # else when the whole step has ended well
         elif scaler is not None:
             self._judge_overflow(scaler, optimizer)
         elif self._evaluations > 1:
@@ -234,7 +235,7 @@ class NaNGuard(pl.Callback):
         """A step that does not pass through Lightning (`self.optimizers(use_pl_optimizer=False)`) is judged here."""
 
         def judge(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            has_closure = bool(args) or kwargs.get("closure") is not None
+            has_closure = any(argument is not None for argument in args[1:]) or kwargs.get("closure") is not None
             if self._stepping or has_closure:
                 return
             finite = gradients_are_finite(gradients(optimizer), sharded=_is_sharded(trainer))
@@ -253,7 +254,11 @@ class NaNGuard(pl.Callback):
         if self._evaluations:
             self._passes[id(optimizer)] = max(self._evaluations, self._passes.get(id(optimizer), 0))
         transaction = self._transactions.pop(id(optimizer), None)
-        if transaction is None or transaction.holds():
+        if transaction is None:
+            return False
+        if transaction.holds():
+            assert self._shadow is not None
+            self._shadow.accept()
             return False
         transaction.take_back()
         return True

@@ -145,8 +145,8 @@ class BufferShadow:
     def _changed(self) -> list[int]:
         return [
             index
-            for index, (owner, _, is_norm) in enumerate(self._slots)
-            if (is_norm and owner.training) or self._current(index)._version != self._versions[index]
+            for index, (_, _, is_norm) in enumerate(self._slots)
+            if is_norm or self._current(index)._version != self._versions[index]
         ]
 
     def watched(self) -> list[Tensor]:
@@ -209,29 +209,29 @@ class Transaction:
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
-        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._optimizers = [optimizer, *(held for held in vars(optimizer).values() if isinstance(held, Optimizer))]
+        parameters = (p for found in self._optimizers for group in found.param_groups for p in group["params"])
+        self._parameters = list(dict.fromkeys(parameters))
         self._values = [parameter.detach().clone() for parameter in self._parameters]
-        self._state = copy.deepcopy(_without_parameters(optimizer))
+        self._states = [self._copied(dict(found.state)) for found in self._optimizers]
 
     def holds(self) -> bool:
         """Whether parameters and state are finite now. Waits for the device."""
         tensors = [parameter.detach() for parameter in self._parameters]
-        tensors += [value for entry in self._optimizer.state.values() for value in _tensors(entry)]
+        tensors += [value for found in self._optimizers for entry in found.state.values() for value in _tensors(entry)]
         return all(_is_finite(tensor) for tensor in tensors)
 
     def take_back(self) -> None:
         with torch.no_grad():
             for parameter, value in zip(self._parameters, self._values, strict=True):
                 parameter.copy_(value)
-        self._optimizer.state.clear()
-        for position, entry in self._state.items():
-            self._optimizer.state[self._parameters[position]] = copy.deepcopy(entry)
+        for found, state in zip(self._optimizers, self._states, strict=True):
+            found.state.clear()
+            found.state.update(state)
 
-
-def _without_parameters(optimizer: Optimizer) -> dict[int, Any]:
-    positions = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
-    return {positions[id(parameter)]: entry for parameter, entry in optimizer.state.items() if id(parameter) in positions}
+    def _copied(self, state: dict[Any, Any]) -> dict[Any, Any]:
+        """A deep copy that keeps the parameters themselves as keys and values."""
+        return copy.deepcopy(state, {id(parameter): parameter for parameter in self._parameters})
 
 
 def _tensors(value: Any) -> list[Tensor]:
