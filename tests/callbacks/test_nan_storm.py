@@ -1,0 +1,108 @@
+"""2,000 steps in 2 processes with NaN, infinities and overflow striking inputs, activations, losses, gradients, statistics, single ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nan_storm import plan
+
+SCRIPT = Path(__file__).with_name("nan_storm.py")
+STEPS = 2000
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run(folder: Path, name: str, *, world: int = 2, expect: int = 0, **options: Any) -> list[dict[str, Any]]:
+    """Run the storm in `world` processes; the facts each rank wrote."""
+    shared = {"folder": str(folder), "name": name, "world": world, "port": free_port(), "steps": STEPS, "planned": STEPS} | options
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    processes = [
+        subprocess.Popen([sys.executable, str(SCRIPT), json.dumps(shared | {"rank": rank})], env=environment, stderr=subprocess.PIPE, text=True)
+        for rank in range(world)
+    ]
+    messages = [process.communicate(timeout=240)[1] for process in processes]
+    assert [process.returncode for process in processes] == [expect] * world, messages[0][-3000:]
+    if expect:
+        return []
+    return [json.loads((folder / f"{name}{rank}.json").read_text()) for rank in range(world)]
+
+
+def state(folder: Path, name: str, rank: int) -> dict[str, torch.Tensor]:
+    saved = torch.load(folder / f"{name}{rank}.pt", weights_only=True)
+    moments = {f"{index}.{key}": value for index, entry in saved["optimizer"].items() for key, value in entry.items()}
+    return {**saved["model"], **moments}
+
+
+def assert_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], without: tuple[str, ...] = ()) -> None:
+    assert left.keys() == right.keys()
+    assert [name for name in left if not torch.equal(left[name], right[name]) and name not in without] == []
+
+
+STATISTICS = ("net.norm.running_mean", "net.norm.running_var")
+EXPECTED = {  # site -> kind and place of the first producer
+    "input": ("batch", "batch['x']"),
+    "activation": ("forward", "net"),
+    "loss": ("forward", ""),
+    "gradient": ("backward", "net"),
+    "statistics": ("buffer", "net.norm.running_mean"),
+    "overflow": ("buffer", "net.norm.running_var"),
+}
+
+
+@pytest.fixture(scope="module")
+def storm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("storm")
+    return folder, run(folder, "guarded", guard="nan_guard", drop=False)
+
+
+def test_nothing_is_ever_non_finite_and_every_event_is_reported(storm: tuple[Path, list[dict[str, Any]]]) -> None:
+    harm = plan(STEPS, 2)
+    assert {entry["site"] for entry in harm.values()} == set(EXPECTED)
+    for facts in storm[1]:
+        assert facts["first_bad"] is None
+        assert facts["error"] == ""
+        assert [event["batch"] for event in facts["events"]] == list(harm)
+        assert facts["skips"] == len(harm)
+        for event, wanted in zip(facts["events"], harm.values(), strict=True):
+            assert (event["kind"], event["module"]) == EXPECTED[wanted["site"]], (event, wanted)
+            assert event["ranks"] == ([0, 1] if wanted["rank"] == -1 else [wanted["rank"]])
+
+
+def test_ranks_stay_bit_equal(storm: tuple[Path, list[dict[str, Any]]]) -> None:
+    # running statistics belong to each rank until DDP broadcasts those of rank 0 before the next forward
+    assert_equal(state(storm[0], "guarded", 0), state(storm[0], "guarded", 1), without=STATISTICS)
+
+
+def test_the_trajectory_equals_a_run_without_those_batches(storm: tuple[Path, list[dict[str, Any]]]) -> None:
+    run(storm[0], "clean", guard="none", drop=True)
+    for rank in (0, 1):
+        assert_equal(state(storm[0], "clean", rank), state(storm[0], "guarded", rank))
+
+
+@pytest.mark.parametrize(("guard", "error"), [("spike", "TrainingSpikeException"), ("early", "")])
+def test_lightnings_own_checks_act_after_the_weights_are_nan(guard: str, error: str, tmp_path: Path) -> None:
+    (facts,) = run(tmp_path, guard, world=1, guard=guard, drop=False, steps=100)
+    assert facts["first_bad"] == min(plan(STEPS, 1))
+    assert facts["error"] == error
+
+
+def test_a_killed_run_resumes_bit_equal(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"world": 1, "guard": "nan_guard", "drop": False, "steps": 300}
+    (whole,) = run(tmp_path, "whole", **options)
+    run(tmp_path, "killed", expect=-9, die_at=173, checkpoint_every=50, **options)
+    (resumed,) = run(tmp_path, "resumed", resume=str(tmp_path / "stepstep=150.ckpt"), **options)
+    assert_equal(state(tmp_path, "whole", 0), state(tmp_path, "resumed", 0))
+    assert whole["skips"] == resumed["skips"] == sum(step < 300 for step in plan(STEPS, 1))
