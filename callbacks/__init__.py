@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["DropoutPlacement", "ModelAudit", "StochasticPooling"]
+__all__ = ["DropoutPlacement", "ModelAudit", "NaNGuard", "StochasticPooling"]
 
 from pl_normkit.callbacks.dropout_placement import DropoutPlacement
 from pl_normkit.callbacks.model_audit import ModelAudit
+from pl_normkit.callbacks.nan_guard import NaNGuard
 from pl_normkit.callbacks.stochastic_pooling import StochasticPooling

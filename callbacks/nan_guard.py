@@ -306,10 +306,10 @@ class NaNGuard(pl.Callback):
         bad = (~torch.isfinite(gradient_total(gradients(optimizer)))).float()
         optimizer.found_inf = bad  # type: ignore[attr-defined]
         self._shadow.settle(bad)
-        arrived = torch.cuda.Event() if bad.is_cuda else None
+        arrived = torch.cuda.Event() if bad.is_cuda else None  # type: ignore[no-untyped-call]
         self._pending.append((bad.to("cpu", non_blocking=True), arrived, self._window, step))
         if arrived is not None:
-            arrived.record()  # type: ignore[no-untyped-call]
+            arrived.record()
         self._deferred = True
 
     def _read_pending(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, wait: bool = False) -> None:

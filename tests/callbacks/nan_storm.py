@@ -103,16 +103,18 @@ class Net(nn.Module):
 
 
 class Module(pl.LightningModule):
-    def __init__(self) -> None:
+    def __init__(self, *, logs: bool) -> None:
         super().__init__()
         self.net = Net()
+        self.logs = logs
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         out = self.net(batch["x"], batch["site"], batch["value"])
         loss = F.mse_loss(out, batch["y"])
         if batch["site"] == "loss":
             loss = loss + batch["value"]
-        self.log("train_loss", loss, sync_dist=False)
+        if self.logs:
+            self.log("train_loss", loss)
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -129,7 +131,8 @@ class Watch(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         tensors = [*pl_module.parameters(), *pl_module.buffers()]
         tensors += [value for entry in trainer.optimizers[0].state.values() for value in entry.values()]
-        if self.first_bad is None and not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        norms = torch.stack(torch._foreach_norm([tensor.detach() for tensor in tensors if tensor.is_floating_point()], float("inf")))
+        if self.first_bad is None and not bool(torch.isfinite(norms).all()):
             self.first_bad = int(batch["step"])
         if trainer.global_step == self.die_at:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -140,7 +143,7 @@ def main(options: dict[str, Any]) -> None:
     folder = Path(options["folder"])
     harm = plan(options["planned"], world)
     torch.manual_seed(0)
-    module = Module()
+    module = Module(logs=options["guard"] == "early")
     watch = Watch(options.get("die_at", -1))
     callbacks: list[pl.Callback] = [watch]
     guard = NaNGuard(folder=folder / "replay", max_files=3)
@@ -168,12 +171,24 @@ def main(options: dict[str, Any]) -> None:
     except Exception as caught:
         error = type(caught).__name__
     events = [
-        {"batch": event["batch_index"], "ranks": event["ranks"], "kind": event["first"].kind, "module": event["first"].module, "op": event["first"].op}
+        {
+            "batch": event["batch_index"],
+            "ranks": event["ranks"],
+            "kind": event["first"].kind,
+            "module": event["first"].module,
+            "op": event["first"].op,
+        }
         for event in guard.events
     ]
     optimizer = {str(key): value for key, value in trainer.optimizers[0].state_dict()["state"].items()}
     torch.save({"model": module.state_dict(), "optimizer": optimizer}, folder / f"{options['name']}{rank}.pt")
-    facts = {"first_bad": watch.first_bad, "events": events, "error": error, "global_step": trainer.global_step, "skips": guard.budget.skips}
+    facts = {
+        "first_bad": watch.first_bad,
+        "events": events,
+        "error": error,
+        "global_step": trainer.global_step,
+        "skips": guard.budget.skips,
+    }
     (folder / f"{options['name']}{rank}.json").write_text(json.dumps(facts))
 
 

@@ -11,11 +11,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
 from pl_normkit.callbacks.nan_guard import NaNGuard
 from pl_normkit.errors import ConfigError, NonFiniteError
 from pl_normkit.methods.nan_safety.replay import replay
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers.*", "ignore:.*log_every_n_steps.*", "ignore:.*isinstance.treespec.*", "ignore:Checkpoint directory"

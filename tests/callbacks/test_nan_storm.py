@@ -1,4 +1,4 @@
-"""2,000 steps in 2 processes with NaN, infinities and overflow striking inputs, activations, losses, gradients, statistics, single ranks."""
+"""2,000 steps in 2 processes; NaN, infinities and overflow strike inputs, activations, losses, gradients, statistics, single ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from nan_storm import plan
+from tests.callbacks import nan_storm
+from tests.callbacks.nan_storm import plan
 
 SCRIPT = Path(__file__).with_name("nan_storm.py")
 STEPS = 2000
@@ -30,14 +31,21 @@ def run(folder: Path, name: str, *, world: int = 2, expect: int = 0, **options: 
     shared = {"folder": str(folder), "name": name, "world": world, "port": free_port(), "steps": STEPS, "planned": STEPS} | options
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     processes = [
-        subprocess.Popen([sys.executable, str(SCRIPT), json.dumps(shared | {"rank": rank})], env=environment, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), json.dumps(shared | {"rank": rank})], env=environment, stderr=subprocess.PIPE, text=True
+        )
         for rank in range(world)
     ]
     messages = [process.communicate(timeout=240)[1] for process in processes]
     assert [process.returncode for process in processes] == [expect] * world, messages[0][-3000:]
-    if expect:
-        return []
-    return [json.loads((folder / f"{name}{rank}.json").read_text()) for rank in range(world)]
+    return [] if expect else [json.loads((folder / f"{name}{rank}.json").read_text()) for rank in range(world)]
+
+
+def run_here(folder: Path, name: str, **options: Any) -> dict[str, Any]:
+    """The storm in this process, on one rank."""
+    nan_storm.main({"folder": str(folder), "name": name, "world": 1, "rank": 0, "steps": 300, "planned": STEPS} | options)
+    facts: dict[str, Any] = json.loads((folder / f"{name}0.json").read_text())
+    return facts
 
 
 def state(folder: Path, name: str, rank: int) -> dict[str, torch.Tensor]:
@@ -92,17 +100,18 @@ def test_the_trajectory_equals_a_run_without_those_batches(storm: tuple[Path, li
         assert_equal(state(storm[0], "clean", rank), state(storm[0], "guarded", rank))
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(("guard", "error"), [("spike", "TrainingSpikeException"), ("early", "")])
 def test_lightnings_own_checks_act_after_the_weights_are_nan(guard: str, error: str, tmp_path: Path) -> None:
-    (facts,) = run(tmp_path, guard, world=1, guard=guard, drop=False, steps=100)
+    facts = run_here(tmp_path, guard, guard=guard, drop=False)
     assert facts["first_bad"] == min(plan(STEPS, 1))
     assert facts["error"] == error
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_killed_run_resumes_bit_equal(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"world": 1, "guard": "nan_guard", "drop": False, "steps": 300}
-    (whole,) = run(tmp_path, "whole", **options)
-    run(tmp_path, "killed", expect=-9, die_at=173, checkpoint_every=50, **options)
-    (resumed,) = run(tmp_path, "resumed", resume=str(tmp_path / "stepstep=150.ckpt"), **options)
+    whole = run_here(tmp_path, "whole", guard="nan_guard", drop=False)
+    run(tmp_path, "killed", world=1, expect=-9, guard="nan_guard", drop=False, steps=300, die_at=173, checkpoint_every=50)
+    resumed = run_here(tmp_path, "resumed", guard="nan_guard", drop=False, checkpoint_every=50, resume=str(tmp_path / "stepstep=150.ckpt"))
     assert_equal(state(tmp_path, "whole", 0), state(tmp_path, "resumed", 0))
     assert whole["skips"] == resumed["skips"] == sum(step < 300 for step in plan(STEPS, 1))

@@ -16,7 +16,7 @@ from torch.autograd.graph import Node
 from torch.overrides import resolve_name
 
 from pl_normkit.methods.nan_safety.ranges import base
-from pl_normkit.methods.nan_safety.sources import SourceRecorder, place_of, source_line, tensors_in
+from pl_normkit.methods.nan_safety.sources import SourceRecorder, notes_of, place_of, source_line, tensors_in
 from pl_normkit.preserve import preserved
 
 RECORD = "pl_normkit.record"
@@ -135,7 +135,7 @@ class _Watcher(SourceRecorder):
             self.maker[id(tensor)] = record
         for tensor in changed:
             if tensor.grad_fn is not None:
-                tensor.grad_fn.metadata.setdefault(RECORD, record)
+                notes_of(tensor.grad_fn).setdefault(RECORD, record)
 
 
 def _has_nan_or_plus_inf(tensor: Tensor) -> bool:
@@ -264,11 +264,11 @@ def _watch_backward(loss: Tensor, model: nn.Module) -> tuple[Diagnosis, Record |
                 blamed.append(node)
 
         handles.append(node.register_hook(check))
-    loss.sum().backward()
+    loss.sum().backward()  # type: ignore[no-untyped-call]
     for handle in handles:
         handle.remove()
     if blamed:
-        record = blamed[0].metadata.get(RECORD)
+        record = notes_of(blamed[0]).get(RECORD)
         detail = f"{base(blamed[0])}'s backward turns finite gradients into non-finite ones"
         if record is None:
             place = place_of(blamed[0])

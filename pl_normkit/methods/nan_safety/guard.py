@@ -93,7 +93,7 @@ def poison(loss: Tensor, buffers: Sequence[Tensor] = ()) -> None:
     if buffers:
         norms = torch._foreach_norm(list(buffers), math.inf)
         mark = mark + (torch.stack([norm.to(mark.device, mark.dtype) for norm in norms]) * 0).sum()
-    loss.register_hook(lambda gradient: gradient + mark.to(gradient.dtype))
+    loss.register_hook(lambda gradient: gradient + mark.to(gradient.dtype))  # type: ignore[no-untyped-call]
 
 
 def steps_once(optimizer: Optimizer) -> bool:
@@ -144,9 +144,7 @@ class BufferShadow:
 
     def _changed(self) -> list[int]:
         return [
-            index
-            for index, (_, _, is_norm) in enumerate(self._slots)
-            if is_norm or self._current(index)._version != self._versions[index]
+            index for index, (_, _, is_norm) in enumerate(self._slots) if is_norm or self._current(index)._version != self._versions[index]
         ]
 
     def watched(self) -> list[Tensor]:

@@ -159,15 +159,17 @@ def _replay_step(document: dict[str, Any], module: nn.Module, step: Callable[[An
         RandomState.from_dict(document["random_state"]).use()
         if step is not None:
             return step(batch)
-        outcome = module.training_step(batch, index)  # type: ignore[operator]
-        return outcome["loss"] if isinstance(outcome, Mapping) else outcome
+        outcome: Any = module.training_step(batch, index)  # type: ignore[operator]
+        loss: Tensor = outcome["loss"] if isinstance(outcome, Mapping) else outcome
+        return loss
 
     try:
         if weights:
             module.load_state_dict(weights)
         with preserved(module):
             if step is None:
-                module.log = module.log_dict = lambda *args, **kwargs: None
+                for name in ("log", "log_dict"):
+                    object.__setattr__(module, name, lambda *args, **kwargs: None)
             module.train()
             return diagnose(run, module, batch)[0]
     finally:

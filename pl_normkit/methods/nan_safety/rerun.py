@@ -66,8 +66,7 @@ def _diagnose_one(module: nn.Module, batch: Batch, context: Callable[[], Abstrac
 
 
 def _call_training_step(module: nn.Module, batch: Batch) -> Any:
-    step = module.training_step
-    assert callable(step)
+    step: Any = module.training_step
     parameters = inspect.signature(step).parameters
     takes_index = "batch_idx" in parameters or len(parameters) > 1
     return step(batch.values, batch.index) if takes_index else step(batch.values)
@@ -81,9 +80,8 @@ def _silence(module: nn.Module, losses: list[Tensor]) -> None:
         "manual_backward": lambda loss, *args, **kwargs: losses.append(loss),
     }
     if not getattr(module, "automatic_optimization", True):
-        optimizers, schedulers = module.optimizers, module.lr_schedulers
-        assert callable(optimizers)
-        assert callable(schedulers)
+        optimizers: Any = module.optimizers
+        schedulers: Any = module.lr_schedulers
         stand_ins["optimizers"] = lambda *args, **kwargs: _idle(optimizers(*args, **kwargs))
         stand_ins["lr_schedulers"] = lambda *args, **kwargs: _idle(schedulers(*args, **kwargs))
     for name, stand_in in stand_ins.items():

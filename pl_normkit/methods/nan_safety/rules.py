@@ -1,4 +1,3 @@
-# ruff: noqa: D416 (the sections are those of pl_normkit.rules.SECTIONS)
 """NK401-NK406: what in a loss can turn into NaN, judged on the autograd graph of one real step."""
 
 from __future__ import annotations
@@ -381,7 +380,8 @@ def _is_high_power(node: Node) -> bool:
 
 def _summed(node: Node) -> int:
     sizes: Any = saved(node, "self_sym_sizes") or ()
-    return max(1, math.prod(int(size) for size in sizes) // max(1, math.prod(node._input_metadata[0].shape)))
+    outputs: int = math.prod(node._input_metadata[0].shape)
+    return max(1, math.prod(int(size) for size in sizes) // max(1, outputs))
 
 
 def _overflowing(node: Node, what: str, kept: Any, grow: Callable[[float], float]) -> Case:

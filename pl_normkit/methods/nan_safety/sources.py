@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["SourceRecorder", "place_of", "scalar_of", "source_line"]
+__all__ = ["SourceRecorder", "notes_of", "place_of", "scalar_of", "source_line"]
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,15 +23,21 @@ PLACE, SCALAR = "pl_normkit.place", "pl_normkit.scalar"
 _HIDDEN = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
 
+def notes_of(node: Node) -> dict[str, Any]:
+    """The free dict that autograd keeps with each node."""
+    return cast(dict[str, Any], node.metadata)
+
+
 def place_of(node: Node) -> Place:
     """Where `node` was made; Place("loss") where nothing was recorded."""
-    place: Place = node.metadata.get(PLACE, Place("loss"))
+    place: Place = notes_of(node).get(PLACE, Place("loss"))
     return place
 
 
 def scalar_of(node: Node) -> float | None:
     """The Python number added to or subtracted from a tensor by `node`, where it was recorded."""
-    return node.metadata.get(SCALAR)
+    number: float | None = notes_of(node).get(SCALAR)
+    return number
 
 
 def source_line(frame: FrameType | None) -> str:
@@ -70,12 +76,12 @@ class SourceRecorder(TorchFunctionMode):
     def seen(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Called after each operation."""
         for tensor in tensors_in(output):
-            if tensor.grad_fn is not None and PLACE not in tensor.grad_fn.metadata:
+            if tensor.grad_fn is not None and PLACE not in notes_of(tensor.grad_fn):
                 place = Place(self.module, source_line(sys._getframe(2)))
                 _tag(tensor.grad_fn, place)
                 numbers = [value for value in args if isinstance(value, (int, float)) and not isinstance(value, bool)]
                 if len(numbers) == 1:
-                    tensor.grad_fn.metadata[SCALAR] = float(numbers[0])
+                    notes_of(tensor.grad_fn)[SCALAR] = float(numbers[0])
 
     @contextmanager
     def watching(self) -> Iterator[SourceRecorder]:
@@ -103,9 +109,9 @@ def _tag(node: Node, place: Place) -> None:
     waiting = [node]
     while waiting:
         current = waiting.pop()
-        if PLACE in current.metadata or not current.name().rstrip("0123456789").endswith("Backward"):
+        if PLACE in notes_of(current) or not current.name().rstrip("0123456789").endswith("Backward"):
             continue
-        current.metadata[PLACE] = place
+        notes_of(current)[PLACE] = place
         waiting += [following for following, _ in current.next_functions if following is not None]
 
 
