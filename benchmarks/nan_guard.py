@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.callbacks.spike import SpikeDetection
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from pl_normkit.callbacks.nan_guard import NaNGuard
 
@@ -89,7 +90,7 @@ class Clock(pl.Callback):
         self.ends.append(time.perf_counter())
 
 
-def run(batches: list[tuple[Tensor, Tensor]], callbacks: list[pl.Callback], **options: Any) -> float:
+def run(batches: Any, callbacks: list[pl.Callback], **options: Any) -> float:
     """Median step time in seconds, the first step left out."""
     first, last = Clock(), Clock()
     with tempfile.TemporaryDirectory() as folder:
@@ -97,7 +98,7 @@ def run(batches: list[tuple[Tensor, Tensor]], callbacks: list[pl.Callback], **op
             max_epochs=1, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False, default_root_dir=folder, callbacks=[first, *callbacks, last], **options,
         )  # fmt: skip
-        trainer.fit(Classifier(), batches)
+        trainer.fit(Classifier(), DataLoader(batches, batch_size=None))
     durations = [end - start for start, end in zip(first.starts, last.ends, strict=True)]
     return statistics.median(durations[1:])
 
