@@ -514,10 +514,14 @@ def test_replay_files_are_small_and_few(tmp_path: Path) -> None:
     assert sum(bool(event["file"]) for event in guard.events) == 2
 
 
+@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:The .grad attribute:UserWarning")
-def test_compiled_modules(tmp_path: Path) -> None:
+def test_compiled_modules(whole: bool, tmp_path: Path) -> None:
     module, guard = make(), NaNGuard()
-    module.last = torch.compile(module.last, backend="aot_eager")  # type: ignore[assignment]
+    if whole:
+        module.compile(backend="aot_eager")
+    else:
+        module.last = torch.compile(module.last, backend="aot_eager")  # type: ignore[assignment]
     bad = {3: "input", 7: "activation"}
     trainer = fit(module, Batches(10, bad), tmp_path, guard)
     assert [event["batch_index"] for event in guard.events] == list(bad)
