@@ -1,0 +1,30 @@
+"""What this room adds to the command line: `lint --loss` and `replay`."""
+
+from __future__ import annotations
+
+__all__: list[str] = []
+
+import argparse
+
+from pl_normkit.commands import command, lint_part
+from pl_normkit.methods.nan_safety.lint import lint_loss
+from pl_normkit.methods.nan_safety.replay import replay
+from pl_normkit.rules import Subject
+
+
+@lint_part(
+    {
+        "--loss": {"metavar": "MODULE:NAME", "help": "a loss function or class, called once on example arguments"},
+        "--example": {"metavar": "MODULE:NAME", "help": "a function without arguments that returns the arguments of --loss"},
+    }
+)
+def _fill_loss(subject: Subject, options: argparse.Namespace) -> None:
+    subject.loss = lint_loss(options.loss, options.example)
+
+
+@command("replay", "run the operation of a NaNGuard file again", {"file": {"help": "a .pt file from a nan_guard folder"}})
+def _replay(options: argparse.Namespace) -> int:
+    """0 when the event came again, 1 when it did not or the file alone does not allow it."""
+    report = replay(options.file)
+    print(report)  # noqa: T201
+    return int(not report.reproduced)
