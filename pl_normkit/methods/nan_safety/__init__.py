@@ -8,7 +8,7 @@ from __future__ import annotations
 
 __all__ = ["lint_loss", "replace_unsafe_losses", "replay"]
 
-from pl_normkit.methods.nan_safety import commands, rules  # noqa: F401 (registers lint --loss, replay and NK401-NK406)
+from pl_normkit.methods.nan_safety import commands, precision_rules, rules  # noqa: F401 (they register themselves)
 from pl_normkit.methods.nan_safety.lint import lint_loss
 from pl_normkit.methods.nan_safety.replay import replay
 from pl_normkit.methods.nan_safety.swap import replace_unsafe_losses

@@ -1,78 +1,29 @@
-"""NK401-NK406: what in a loss can turn into NaN, judged on the autograd graph of one real step."""
+"""NK401-NK404: what in a loss can turn into NaN, judged on the autograd graph of one real step."""
 
 from __future__ import annotations
 
 __all__: list[str] = []
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
 
-from pl_normkit.findings import Evidence, Severity
+from pl_normkit.findings import Severity
+from pl_normkit.methods.nan_safety.cases import LOGS, Case, can_divide, denominator, hazard, is_root, lost_epsilons, observations
 from pl_normkit.methods.nan_safety.loss_graph import (
     LossGraph,
-    adds_constant,
     cancelling_differences,
     fed_by_saturating,
-    is_reshaping,
-    is_square,
     masked_origin,
     read_loss_graph,
-    scales_by_constant,
-    smallest,
-    through,
 )
 from pl_normkit.methods.nan_safety.ranges import base, output_dtype, saved
-from pl_normkit.methods.nan_safety.sources import place_of, scalar_of
+from pl_normkit.methods.nan_safety.sources import place_of
 from pl_normkit.rules import Mark, Needs, Observation, Subject, rule
 
 PAPER = "Analysis of NaN Divergence in Training Monocular Depth Estimation Model, arXiv 2311.03938"
-LOGS = ("Log", "Log2", "Log10")
-WORDS = {"Sqrt": "sqrt", "Rsqrt": "rsqrt", "Hypot": "hypot", "Pow": "power", "Div": "division", "Reciprocal": "reciprocal"}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One node that a rule objects to, with the number seen there in this step."""
-
-    node: Node
-    what: str
-    seen: float | None = None
-    certain: bool = False
-
-
-def _observations(
-    cases: Iterable[Case], message: str, advice: str, measured: str, expected: str, worst: Callable[..., float] = min
-) -> Iterator[Observation]:
-    """One observation per kind of operation, with all its places and the worst number seen."""
-    groups: dict[str, list[Case]] = {}
-    for case in cases:
-        groups.setdefault(case.what, []).append(case)
-    for what, group in groups.items():
-        numbers = [case.seen for case in group if case.seen is not None]
-        evidence = [Evidence(measured, worst(numbers), expected)] if numbers else []
-        places = dict.fromkeys(place_of(case.node) for case in group)
-        severity = Severity.ERROR if any(case.certain for case in group) else None
-        yield Observation(message.format(what=what), tuple(places), advice, evidence, severity, cause=what)
-
-
-def _hazard(graph: LossGraph, node: Node, position: int = 0) -> Case | None:
-    """A case where the argument provably reaches 0, or was seen at or below 0 in this step."""
-    seen = smallest(node)
-    certain = seen is not None and seen <= 0
-    if not certain and not graph.input_range(node, position).reaches_zero:
-        return None
-    return Case(node, WORDS.get(base(node), base(node).lower()), seen, certain)
-
-
-def _is_root(node: Node) -> bool:
-    exponent = saved(node, "exponent")
-    return base(node) in ("Sqrt", "Rsqrt", "Hypot") or (isinstance(exponent, (int, float)) and 0 < exponent < 1)
 
 
 @rule(
@@ -109,9 +60,9 @@ def root_of_zero(subject: Subject) -> Iterator[Observation]:
         autograd graph), tested in tests/methods/nan_safety/test_rules.py.
     """
     graph = subject.once(read_loss_graph)
-    lost = {id(case.node) for case in _lost_epsilons(graph)}
-    cases = [_hazard(graph, node) for node in graph.named("Sqrt", "Rsqrt", "Hypot", "Pow") if _is_root(node) and id(node) not in lost]
-    yield from _observations(
+    lost = {id(case.node) for case in lost_epsilons(graph)}
+    cases = [hazard(graph, node) for node in graph.named("Sqrt", "Rsqrt", "Hypot", "Pow") if is_root(node) and id(node) not in lost]
+    yield from observations(
         [case for case in cases if case is not None],
         "the argument of {what} can reach 0, where its gradient is infinite",
         "drop the root, or add an epsilon or a clamp under it, or use pl_normkit.nn.safe_sqrt",
@@ -153,7 +104,7 @@ def log_of_sigmoid(subject: Subject) -> Iterator[Observation]:
         Published: the cause (abstract of arXiv 2311.03938). Derived: thresholds and criterion.
     """
     graph = subject.once(read_loss_graph)
-    yield from _observations(
+    yield from observations(
         _log_cases(graph),
         "the logarithm of a {what} is taken: it is -inf where the {what} rounds to 0, and the gradient there is NaN",
         "use F.logsigmoid(z), F.logsigmoid(-z) or F.log_softmax(z, dim) on the logits (in half precision cast them to float32 first)",
@@ -218,21 +169,21 @@ def variance_of_few(subject: Subject) -> Iterator[Observation]:
         cancelling difference and the empty mean.
     """
     graph = subject.once(read_loss_graph)
-    yield from _observations(
+    yield from observations(
         _variance_cases(graph),
         "{what} divides by N - 1 and N depends on the data: one valid element gives NaN, none gives NaN in any form",
         "use correction=0 and skip an empty mask, or pl_normkit.nn.stable_variance(x, mask)",
         "elements seen",
         "2 or more in every batch",
     )
-    yield from _observations(
+    yield from observations(
         [Case(node, "cancelling difference") for node in cancelling_differences(graph)],
         "mean(x^2) - mean(x)^2 can round to a negative number under a root or logarithm (derived here, not the paper's)",
         "use torch.var(x, correction=0) or pl_normkit.nn.stable_variance",
         "",
         "",
     )
-    yield from _observations(
+    yield from observations(
         _empty_means(graph),
         "{what} was taken over no element in this step (derived here, not the paper's)",
         "skip the term when nothing is valid, for example prediction.sum() * 0",
@@ -293,176 +244,13 @@ def division_by_zero(subject: Subject) -> Iterator[Observation]:
         Derived: the criterion and its fixtures.
     """
     graph = subject.once(read_loss_graph)
-    excluded = {id(case.node) for case in (*_lost_epsilons(graph), *_log_cases(graph))}
+    excluded = {id(case.node) for case in (*lost_epsilons(graph), *_log_cases(graph))}
     excluded |= {id(node) for node in graph.named(*LOGS) if (found := fed_by_saturating(node)) and not found[1]}
-    cases = [_hazard(graph, node, _denominator(node)) for node in graph.nodes if _can_divide(node) and id(node) not in excluded]
-    yield from _observations(
+    cases = [hazard(graph, node, denominator(node)) for node in graph.nodes if can_divide(node) and id(node) not in excluded]
+    yield from observations(
         [case for case in cases if case is not None],
         "{what} of something that can be 0, without an epsilon",
         "add an epsilon, clamp, or select the valid elements before the operation, not after it",
         "smallest argument seen",
         "bounded away from 0",
     )
-
-
-def _can_divide(node: Node) -> bool:
-    name = base(node)
-    if name == "Pow":
-        exponent = saved(node, "exponent")
-        return isinstance(exponent, (int, float)) and exponent < 0
-    return name in (*LOGS, "Div", "Reciprocal")
-
-
-def _denominator(node: Node) -> int:
-    return 1 if base(node) == "Div" else 0
-
-
-@rule(
-    "NK405",
-    "float16-overflow",
-    mark=Mark.DERIVED,
-    source="tests/methods/nan_safety/test_rules.py",
-    needs=(Needs.LOSS,),
-)
-def float16_overflow(subject: Subject) -> Iterator[Observation]:
-    """
-    What it does
-        Finds exp, squares and sums computed in float16 whose result is not bounded below 65504.
-
-    Why it hurts
-        exp(11.1), 256^2 and a sum over 65504 ones are infinite in float16; inf - inf and inf / inf are NaN.
-
-    Evidence
-        The largest value seen in this step.
-
-    Example
-        `((pred.half() - target.half()) ** 2).sum()`.
-
-    Use instead
-        `((pred.float() - target.float()) ** 2).sum()`, or autocast, which runs these operations in float32.
-
-    Fix and its safety
-        Advice only.
-
-    Source
-        Derived: float16 has 65504 as its largest number.
-    """
-    graph = subject.once(read_loss_graph)
-    half = [node for node in graph.nodes if output_dtype(node) == torch.float16]
-    yield from _observations(
-        [case for node in half if (case := _overflow(graph, node)) is not None],
-        "{what} in float16 can pass 65504, the largest number it holds",
-        "cast to float32 before it (.float()), or leave the cast to autocast",
-        "largest value seen",
-        "well below 65504",
-        max,
-    )
-
-
-def _overflow(graph: LossGraph, node: Node) -> Case | None:
-    bound = graph.input_range(node)
-    largest = bound.largest if bound.known else math.inf
-    if base(node) == "Exp" and (bound.high if bound.known else math.inf) > 11:
-        return _overflowing(node, "exp", saved(node, "result"), lambda value: value)
-    if (is_square(node) or _is_high_power(node)) and largest > 255:
-        return _overflowing(node, "a square or power", saved(node, "self"), lambda value: value ** float(saved(node, "exponent") or 2))
-    if base(node) == "MseLoss":
-        return Case(node, "a squared error")
-    if base(node) == "Sum" and not largest * _summed(node) <= 65504:
-        return Case(node, "a sum")
-    return None
-
-
-def _is_high_power(node: Node) -> bool:
-    exponent = saved(node, "exponent")
-    return base(node) == "Pow" and isinstance(exponent, (int, float)) and exponent > 1
-
-
-def _summed(node: Node) -> int:
-    sizes: Any = saved(node, "self_sym_sizes") or ()
-    outputs: int = math.prod(node._input_metadata[0].shape)
-    return max(1, math.prod(int(size) for size in sizes) // max(1, outputs))
-
-
-def _overflowing(node: Node, what: str, kept: Any, grow: Callable[[float], float]) -> Case:
-    if not isinstance(kept, Tensor) or kept.numel() == 0:
-        return Case(node, what)
-    seen = grow(float(kept.detach().abs().amax()))
-    return Case(node, what, seen, certain=not seen <= 65504)
-
-
-@rule(
-    "NK406",
-    "epsilon-lost-in-half-precision",
-    mark=Mark.DERIVED,
-    source="tests/methods/nan_safety/test_rules.py",
-    needs=(Needs.LOSS,),
-)
-def epsilon_lost(subject: Subject) -> Iterator[Observation]:
-    """
-    What it does
-        Finds an epsilon that rounds to 0 in the precision it is added or clamped in.
-
-    Why it hurts
-        1e-8 is 0 in float16: the guard is written in the code and is not there in the numbers.
-
-    Evidence
-        The epsilon after rounding, or the 0 that reached the root, logarithm or division although something was added.
-
-    Example
-        `torch.sqrt(x.half() + 1e-8)`, `x.half().clamp_min(1e-8).log()`.
-
-    Use instead
-        `torch.sqrt(x.float() + 1e-8)`, or an epsilon of 1e-4 and more in float16.
-
-    Fix and its safety
-        Advice only.
-
-    Source
-        Derived: the smallest positive float16 is 6e-8, half of it rounds to 0. Added numbers are known only from
-        `pl-normkit lint --loss`; on a training step the rule goes by the 0 it sees.
-    """
-    graph = subject.once(read_loss_graph)
-    yield from _observations(
-        _lost_epsilons(graph),
-        "the epsilon of a {what} is 0 in the precision it is used in",
-        "compute it in float32 (.float() before it), or use an epsilon that float16 can hold (1e-4)",
-        "epsilon after rounding",
-        "positive",
-    )
-
-
-def _lost_epsilons(graph: LossGraph) -> list[Case]:
-    return [case for node in graph.nodes if (case := _lost_clamp(node) or _lost_sum(node)) is not None]
-
-
-def _lost_clamp(node: Node) -> Case | None:
-    low, dtype = saved(node, "min"), output_dtype(node)
-    if base(node) not in ("Clamp", "ClampMin") or not isinstance(low, (int, float)) or dtype is None or not low > 0:
-        return None
-    return Case(node, "clamp", 0.0) if _rounds_to_zero(low, dtype) else None
-
-
-def _lost_sum(node: Node) -> Case | None:
-    """A root, logarithm or division whose argument is `x + constant` in half precision, where the constant is lost."""
-    if not (_can_divide(node) or _is_root(node)):
-        return None
-    edge = node.next_functions[_denominator(node)][0]
-    found = edge if edge is None or not (is_reshaping(edge) or scales_by_constant(edge)) else through(edge, _is_transparent)
-    dtype = None if found is None else output_dtype(found)
-    if found is None or not adds_constant(found) or dtype not in (torch.float16, torch.bfloat16):
-        return None
-    number = scalar_of(found)
-    if number is not None:
-        lost = number != 0 and _rounds_to_zero(number, dtype)
-    else:
-        lost = smallest(node) == 0
-    return Case(node, WORDS.get(base(node), base(node).lower()), 0.0, certain=smallest(node) == 0) if lost else None
-
-
-def _is_transparent(node: Node) -> bool:
-    return is_reshaping(node) or scales_by_constant(node)
-
-
-def _rounds_to_zero(number: float, dtype: torch.dtype) -> bool:
-    return float(torch.tensor(number, dtype=torch.float64).to(dtype)) == 0
