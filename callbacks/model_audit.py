@@ -5,27 +5,29 @@ from __future__ import annotations
 __all__ = ["ModelAudit"]
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from torch import nn
+from torch import Tensor, nn
 
 from pl_normkit.audit import audit_subject, fix_findings
 from pl_normkit.callbacks._network import InputCapture, after_configure_model
 from pl_normkit.errors import AuditFailedError, NormkitError, NormkitWarning
 from pl_normkit.findings import Severity
 from pl_normkit.report import Report, merge_reports
-from pl_normkit.rules import Selection, Subject
+from pl_normkit.rules import Needs, Selection, Subject
 
 
 class ModelAudit(Callback):
-    """Lints the network when the fit is set up, or on its first training batch; nothing else about the run changes.
+    """Lints the network when the fit is set up, its loss and optimizers on the first step; nothing else about the run changes.
 
-    The audit runs in `setup` when inputs are known then: `example_inputs`, else the LightningModule's
+    The network is audited in `setup` when inputs are known then: `example_inputs`, else the LightningModule's
     `example_input_array`. Otherwise the inputs are caught on their way into the network during the first training step
-    (nothing runs twice), and the audit follows before the first backward. Every rank audits, rank zero speaks.
+    (nothing runs twice), and the audit follows before the first backward. There the rules on optimizers and on the
+    autograd graph of the loss run too, once. Every rank audits, rank zero speaks.
 
     Args:
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments for the LightningModule's forward.
@@ -64,17 +66,21 @@ class ModelAudit(Callback):
         self.fix = fix
         self.report: Report | None = None
         self._capture: InputCapture | None = None
+        self._networks: list[Subject] = []
+        self._run_is_audited = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
             self.report = self._capture = None
+            self._networks = []
+            self._run_is_audited = False
             after_configure_model(pl_module, lambda: self._audit_early(trainer, pl_module))
 
     def _audit_early(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         inputs = self.example_inputs if self.example_inputs is not None else pl_module.example_input_array
         if inputs is None:
             return
-        report = self._judge(pl_module, pl_module, inputs)
+        report = self._judge_network(pl_module, pl_module, inputs)
         if self.fix != "none":
             report = self._mend(pl_module, inputs, report)
         self._conclude(trainer, report)
@@ -89,6 +95,9 @@ class ModelAudit(Callback):
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Any) -> None:
         self._audit_captured(trainer, pl_module)
+        if not self._run_is_audited:
+            self._run_is_audited = True
+            self._audit_run(trainer, pl_module, loss)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._audit_captured(trainer, pl_module)
@@ -96,7 +105,7 @@ class ModelAudit(Callback):
     def _audit_captured(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.report is not None or self._capture is None:
             return
-        reports = [self._judge(pl_module, network, inputs) for network, inputs in self._capture.finish()]
+        reports = [self._judge_network(pl_module, network, inputs) for network, inputs in self._capture.finish()]
         if not reports:
             reports.append(Report(notes=["no network ran in the first training step: give ModelAudit(example_inputs=...)"]))
         elif self.fix != "none" and any(report.findings for report in reports):
@@ -105,21 +114,38 @@ class ModelAudit(Callback):
         self._conclude(trainer, report)
         _log_counts(trainer, report)
 
-    def _judge(self, root: nn.Module, network: nn.Module, inputs: Any) -> Report:
-        """An audit that fails must not end the run: it becomes a note, which is shown as one warning."""
+    def _audit_run(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Any) -> None:
+        """What exists from the first step on: the optimizers, and the autograd graph of the loss."""
+        found = [self._judge(replace(network, optimizers=trainer.optimizers), {Needs.OPTIMIZERS}) for network in self._networks]
+        if isinstance(loss, Tensor) and loss.grad_fn is not None:
+            found.append(self._judge(Subject(root=pl_module, loss=loss, measure=False), {Needs.LOSS}))
+        self._networks = []
+        before, now = self.report or Report(), merge_reports(type(pl_module).__name__, found)
+        if now.findings or now.notes:
+            self._conclude(trainer, now)
+            _log_counts(trainer, now)
+        self.report = merge_reports(now.subject, [before, now])
+
+    def _judge_network(self, root: nn.Module, network: nn.Module, inputs: Any) -> Report:
         subject = Subject(model=network, root=root, example_inputs=inputs, measure=False)
+        self._networks.append(subject)
+        return self._judge(subject, set(Needs) - {Needs.OPTIMIZERS, Needs.LOSS})
+
+    def _judge(self, subject: Subject, needing: Set[Needs]) -> Report:
+        """An audit that fails must not end the run: it becomes a note, which is shown as one warning."""
         try:
-            return audit_subject(subject, self.selection)
+            return audit_subject(subject, self.selection, needing=needing)
         except NormkitError:
             raise
         except Exception as error:
-            return Report(
-                notes=[f"the audit failed with {type(error).__name__}: {error}; training goes on. Please report it with the model"]
-            )
+            failure = f"{type(error).__name__}: {error}"
+            return Report(notes=[f"the audit failed with {failure}; training goes on. Please report it with the model"])
 
     def _mend(self, network: nn.Module, inputs: Any, before: Report) -> Report:
         changes = fix_findings(network, inputs, before.findings, allow_unsafe=self.fix == "unsafe")
-        after = self._judge(network, network, inputs) if changes else before
+        if changes:
+            self._networks.clear()
+        after = self._judge_network(network, network, inputs) if changes else before
         made = [f"fixed: {change}" for change in changes.made]
         skipped = [f"not fixed: {change}" for change in changes.skipped]
         return Report(after.findings, after.subject, [*after.notes, *skipped], made)

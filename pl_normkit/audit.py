@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["audit", "audit_subject", "fix_findings"]
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -60,12 +60,14 @@ def audit(
     return audit_subject(subject, Selection(select, ignore or (), per_module_ignore or {}))
 
 
-def audit_subject(subject: Subject, selection: Selection) -> Report:
+def audit_subject(subject: Subject, selection: Selection, *, needing: Set[Needs] | None = None) -> Report:
     """Run the selected rules whose needs `subject` meets; traces the model first where a rule needs the graph.
+
+    With `needing` only rules that need one of these parts run, as when a run has come to have optimizers and a loss.
 
     Raises ConfigError for an unknown rule or a pattern that matches no module.
     """
-    rules = selection.rules()
+    rules = [rule for rule in selection.rules() if needing is None or rule.needs & needing]
     notes: list[str] = []
     if any(Needs.GRAPH in rule.needs for rule in rules):
         _add_graph(subject, notes)

@@ -31,10 +31,6 @@ class Report:
     notes: Sequence[str] = field(default_factory=list)
     fixed: Sequence[str] = field(default_factory=list)
 
-    def __bool__(self) -> bool:
-        """Whether there is anything to report."""
-        return bool(self.findings)
-
     def counts(self) -> dict[Severity, int]:
         """Number of findings by severity, zeros included."""
         found = Counter(finding.severity for finding in self.findings)

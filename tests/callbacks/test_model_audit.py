@@ -245,6 +245,24 @@ def _ddp_rank(rank: int, folder: str) -> None:
     Path(folder, f"rank{rank}.txt").write_text(f"{audit.report.findings[0].code} {spoken}")
 
 
+class RootLoss(Module):
+    """Ends its loss in a square root of something that can be 0."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        logits = self.net(batch[0])
+        return (logits * logits).mean().sqrt()
+
+
+@pytest.mark.parametrize("example", [True, False])
+def test_the_loss_is_read_on_the_first_step_alone(example: bool) -> None:
+    audit = ModelAudit(select=["NK401"])
+    with pytest.warns(NormkitWarning, match="NK401") as caught:
+        fit(RootLoss(RIGHT, example=example), audit, steps=3)
+    assert audit.report is not None
+    assert [finding.code for finding in audit.report.findings] == ["NK401"]
+    assert len([warning for warning in caught if issubclass(warning.category, NormkitWarning)]) == 1
+
+
 def test_fix_findings_leaves_unsafe_fixes_alone() -> None:
     net, x = Net(WRONG), torch.zeros(2, 3, 8, 8)
     from pl_normkit import audit

@@ -9,7 +9,7 @@ import yaml
 from PIL import Image
 
 from pl_normkit.cli import main
-from pl_normkit.errors import ConfigError, DataError
+from pl_normkit.errors import ConfigError
 from pl_normkit.recipes.segmentation import TEXTURES, run
 
 SMALL = ["--model.architecture=Unet", "--model.encoder_name=tu-test_resnet"]
@@ -192,11 +192,14 @@ def test_bad_data_is_one_message_and_exit_code_two(here, folder, capsys, spoil, 
     assert "Traceback" not in message
 
 
-def test_debug_shows_the_traceback(here, folder):
+def test_debug_shows_the_traceback(here, folder, capsys):
     _empty_folder(folder)
 
-    with pytest.raises(DataError, match="image folder is empty"):
-        main(["run", "segmentation", "--debug", *_on_folder(folder)])
+    code = main(["run", "segmentation", "--debug", *_on_folder(folder)])
+
+    assert code == 2
+    assert "image folder is empty" in (errors := capsys.readouterr().err)
+    assert "Traceback" in errors
 
 
 @pytest.mark.parametrize(
