@@ -13,11 +13,13 @@ __all__ = [
     "ModelGraph",
     "Node",
     "Norm",
+    "Read",
     "ResidualAdd",
+    "Step",
     "call_arguments",
 ]
 
 from pl_normkit.graph.model import ModelGraph
-from pl_normkit.graph.nodes import Kind, Node
+from pl_normkit.graph.nodes import Kind, Node, Read, Step
 from pl_normkit.graph.structure import Attention, Branch, Dropout, Fusion, FusionInput, Head, Norm, ResidualAdd
 from pl_normkit.graph.trace import call_arguments

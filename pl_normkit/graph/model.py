@@ -132,8 +132,8 @@ class ModelGraph:
 
 
 def _module_norm(node: Node) -> Norm:
-    gamma, beta = ([*node.parameters, "", ""])[:2]
-    return Norm(node, _NORMS[node.op], gamma, beta)
+    name_at = {read.path[-1].argument: read.parameter for read in node.reads}
+    return Norm(node, _NORMS[node.op], name_at.get("weight", ""), name_at.get("bias", ""))
 
 
 def _written_out_norms(nodes: list[Node]) -> list[Norm]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Kind", "Node", "kind_of"]
+__all__ = ["Kind", "Node", "Read", "Step", "kind_of"]
 
 import math
 import re
@@ -78,6 +78,29 @@ def kind_of(op: str, parameters: Iterable[str]) -> Kind:
     return Kind.WEIGHT if kind is Kind.MATMUL and tuple(parameters) else kind
 
 
+@dataclass(frozen=True)
+class Step:
+    """One operation that a parameter's value enters: by which argument of the aten schema, and with which shape."""
+
+    op: str
+    argument: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Read:
+    """How an operation on activations comes by a parameter.
+
+    Attributes:
+        parameter: its name, as in `model.named_parameters()`.
+        path: the operations its value enters, views left out: first those on parameters and constants alone (the gather of a
+            table, the concatenation of biases), last the reading operation itself.
+    """
+
+    parameter: str
+    path: tuple[Step, ...]
+
+
 @dataclass(eq=False)
 class Node:
     """One operation that works on values of the model's input.
@@ -88,7 +111,7 @@ class Node:
         kind: what the operation does.
         inputs: operations whose values it consumes, in argument order (never parameters or masks).
         users: operations that consume its value.
-        parameters: names of the parameters it consumes, as in `model.named_parameters()`.
+        reads: the parameters it consumes, and how they come to it.
         module: path of the innermost module that ran it.
         shape: shape of the result; () for operations with several results.
         target: the node of the exported graph.
@@ -98,7 +121,7 @@ class Node:
     op: str
     kind: Kind
     inputs: tuple[Node, ...]
-    parameters: tuple[str, ...]
+    reads: tuple[Read, ...]
     module: str
     shape: tuple[int, ...]
     target: torch.fx.Node
@@ -106,6 +129,11 @@ class Node:
 
     def __repr__(self) -> str:
         return f"<{self.index} {self.op} {self.module}>"
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the parameters it consumes, in argument order."""
+        return tuple(dict.fromkeys(read.parameter for read in self.reads))
 
     @property
     def numel(self) -> int:

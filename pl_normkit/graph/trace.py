@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["call_arguments", "trace"]
 
+import dataclasses
 import io
 import logging
 import traceback
@@ -21,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pl_normkit.errors import TraceError
-from pl_normkit.graph.nodes import SHAPE_ONLY, Kind, Node, kind_of, shorten
+from pl_normkit.graph.nodes import SHAPE_ONLY, Kind, Node, Read, Step, kind_of, shorten
 from pl_normkit.preserve import preserved
 
 
@@ -44,7 +45,7 @@ def trace(model: nn.Module, example_inputs: Any) -> list[Node]:
 
 def _export(model: nn.Module, example_inputs: Any) -> ExportedProgram:
     arguments = _place(model, call_arguments(example_inputs))
-    with preserved(model), _plain_sync_norms(model), torch.compiler.set_stance("force_eager"), _quiet():
+    with preserved(model), _plain_sync_norms(model), _plain_outputs(model), torch.compiler.set_stance("force_eager"), _quiet():
         if not model.training:
             model.train()
         for args, kwargs in (arguments, _double_batch(arguments)):
@@ -105,6 +106,27 @@ def _accept_any(_: Tensor) -> None:
     return
 
 
+@contextmanager
+def _plain_outputs(model: nn.Module) -> Iterator[None]:
+    """Let the model return the tensors of its output alone: export refuses containers it does not know (key-value caches)."""
+    handle = model.register_forward_hook(lambda _module, _args, output: _tensors_in(output) or output)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _tensors_in(output: Any) -> list[Tensor]:
+    """Tensors of nested containers and of dataclass fields."""
+    found: list[Tensor] = []
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif dataclasses.is_dataclass(leaf):
+            found += [tensor for tensor in tree_leaves(vars(leaf)) if isinstance(tensor, Tensor)]
+    return found
+
+
 def _explain(model: nn.Module, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TraceError:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename]
     inner = [frame for frame in frames if "pl_normkit/graph/" not in frame.filename]
@@ -123,7 +145,7 @@ class _Value:
     """What a node of the exported graph stands for: an operation on the input's values, or parameters, or neither."""
 
     node: Node | None = None
-    parameters: tuple[str, ...] = ()
+    reads: tuple[Read, ...] = ()
 
 
 @dataclass
@@ -142,7 +164,7 @@ class _Reader:
             if target.op == "placeholder":
                 spec = specs.get(target.name)
                 if spec is not None and spec.kind is InputKind.PARAMETER and spec.target is not None:
-                    self._values[target] = _Value(parameters=(first_name.get(spec.target, spec.target),))
+                    self._values[target] = _Value(reads=(Read(first_name.get(spec.target, spec.target), ()),))
                 elif spec is None or spec.kind is InputKind.USER_INPUT:
                     self._values[target] = _Value(self._append(target, "input", Kind.INPUT, (), ()))
         self._read_body(program.graph_module)
@@ -169,13 +191,13 @@ class _Reader:
         results = self._results.get(target.all_input_nodes[0]) if name == "getitem" else None
         if results is not None:
             return results[int(str(target.args[1]))]
-        inputs, parameters = self._gather(target)
         if name in SHAPE_ONLY:
             return _Value()
-        if not inputs:
-            return _Value(parameters=parameters)
         op = name.rstrip("_") if name.endswith("_") and not name.startswith("__") else name
-        node = self._append(target, op, kind_of(op, parameters), inputs, parameters)
+        inputs, reads = self._gather(target, op)
+        if not inputs:
+            return _Value(reads=reads)
+        node = self._append(target, op, kind_of(op, [read.parameter for read in reads]), inputs, reads)
         value = _Value(node)
         if op != name:
             self._overwrite(target, value)
@@ -201,27 +223,31 @@ class _Reader:
         self._results[target] = results
         return _Value()
 
-    def _gather(self, target: torch.fx.Node) -> tuple[tuple[Node, ...], tuple[str, ...]]:
+    def _gather(self, target: torch.fx.Node, op: str) -> tuple[tuple[Node, ...], tuple[Read, ...]]:
+        """What the call consumes: operations on activations, and parameters with the step into this call added to their path."""
         inputs: dict[Node, None] = {}
-        parameters: dict[str, None] = {}
-        for argument in target.all_input_nodes:
-            value = self._values.get(argument)
-            if value is not None:
-                if value.node is not None:
-                    inputs[value.node] = None
-                parameters.update(dict.fromkeys(value.parameters))
-        return tuple(inputs), tuple(parameters)
+        reads: dict[tuple[str, Step], Read] = {}
+        for argument, operand in _operands(target):
+            value = self._values.get(operand, _Value())
+            if value.node is not None:
+                inputs[value.node] = None
+            step = Step(op, argument, _shape_of(operand))
+            for read in value.reads:
+                path = (*read.path, step)
+                reads.setdefault((read.parameter, path[0]), Read(read.parameter, path))
+        if not inputs and kind_of(op, ()) is Kind.VIEW:
+            return (), tuple(Read(read.parameter, read.path[:-1]) for read in reads.values())
+        return tuple(inputs), tuple(reads.values())
 
-    def _append(self, target: torch.fx.Node, op: str, kind: Kind, inputs: tuple[Node, ...], parameters: tuple[str, ...]) -> Node:
-        value = target.meta.get("val")
+    def _append(self, target: torch.fx.Node, op: str, kind: Kind, inputs: tuple[Node, ...], reads: tuple[Read, ...]) -> Node:
         node = Node(
             index=len(self.nodes),
             op=op,
             kind=kind,
             inputs=inputs,
-            parameters=parameters,
+            reads=reads,
             module=_module_of(target),
-            shape=tuple(value.shape) if isinstance(value, Tensor) else (),
+            shape=_shape_of(target),
             target=target,
         )
         for source in inputs:
@@ -236,6 +262,21 @@ class _Reader:
             self._values[changed] = value
             is_view = changed.op == "call_function" and kind_of(_name_of(changed), ()) is Kind.VIEW
             changed = changed.args[0] if is_view and changed.args else None
+
+
+def _operands(target: torch.fx.Node) -> Iterator[tuple[str, torch.fx.Node]]:
+    """The nodes a call reads, each with the name of its argument in the operation's schema (the position where there is none)."""
+    schema = target.target._schema.arguments if isinstance(target.target, torch._ops.OpOverload) else ()
+    for position, argument in enumerate(target.args):
+        name = schema[position].name if position < len(schema) else str(position)
+        yield from ((name, leaf) for leaf in tree_leaves(argument) if isinstance(leaf, torch.fx.Node))
+    for name, argument in target.kwargs.items():
+        yield from ((name, leaf) for leaf in tree_leaves(argument) if isinstance(leaf, torch.fx.Node))
+
+
+def _shape_of(target: torch.fx.Node) -> tuple[int, ...]:
+    value = target.meta.get("val")
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
 def _name_of(target: torch.fx.Node) -> str:
