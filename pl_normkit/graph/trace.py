@@ -191,7 +191,7 @@ class _Reader:
         results = self._results.get(target.all_input_nodes[0]) if name == "getitem" else None
         if results is not None:
             return results[int(str(target.args[1]))]
-        if name in SHAPE_ONLY:
+        if name in SHAPE_ONLY or _returns_nothing(target):
             return _Value()
         op = name.rstrip("_") if name.endswith("_") and not name.startswith("__") else name
         inputs, reads = self._gather(target, op)
@@ -277,6 +277,11 @@ def _operands(target: torch.fx.Node) -> Iterator[tuple[str, torch.fx.Node]]:
 def _shape_of(target: torch.fx.Node) -> tuple[int, ...]:
     value = target.meta.get("val")
     return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def _returns_nothing(target: torch.fx.Node) -> bool:
+    """Assertions on metadata and the like, which stand beside the flow of values."""
+    return isinstance(target.target, torch._ops.OpOverload) and not target.target._schema.returns
 
 
 def _name_of(target: torch.fx.Node) -> str:
