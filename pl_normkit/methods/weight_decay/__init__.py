@@ -1,0 +1,1 @@
+"""Weight decay that knows what each parameter is for."""
