@@ -1,1 +1,40 @@
-"""Weight decay that knows what each parameter is for."""
+"""Weight decay that knows what each parameter is for: roles from the graph, groups by policy, rules NK201 to NK206."""
+
+from __future__ import annotations
+
+__all__ = [
+    "PRESETS",
+    "DecayLine",
+    "DecayPolicy",
+    "GroupSplitter",
+    "ModelRoles",
+    "OptimizerLayout",
+    "Role",
+    "build_optimizer",
+    "check_layouts",
+    "describe_decay",
+    "gamma_norms",
+    "optimizer_layout",
+    "param_groups",
+    "parameter_names",
+    "parameter_roles",
+    "plot_gamma_norms",
+    "read_model",
+    "resolve_policy",
+    "splitting_optimizer_groups",
+]
+
+from pl_normkit.methods.weight_decay import rules as _rules  # noqa: F401
+from pl_normkit.methods.weight_decay.groups import (
+    GroupSplitter,
+    describe_decay,
+    param_groups,
+    parameter_names,
+    splitting_optimizer_groups,
+)
+from pl_normkit.methods.weight_decay.layout import OptimizerLayout, check_layouts, optimizer_layout
+from pl_normkit.methods.weight_decay.norms import gamma_norms, plot_gamma_norms
+from pl_normkit.methods.weight_decay.optimizer_text import build_optimizer
+from pl_normkit.methods.weight_decay.policy import PRESETS, DecayLine, DecayPolicy, resolve_policy
+from pl_normkit.methods.weight_decay.role import Role
+from pl_normkit.methods.weight_decay.roles import ModelRoles, parameter_roles, read_model

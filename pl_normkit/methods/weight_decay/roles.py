@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["GAMMAS", "Role", "owners", "parameter_roles", "roles_from_graph", "roles_from_modules"]
+__all__ = ["GAMMAS", "ModelRoles", "Role", "owners", "parameter_roles", "read_graph", "read_model", "read_modules", "unwrapped_name"]
 
-from enum import StrEnum
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -12,31 +13,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from pl_normkit.graph import ModelGraph
-
-
-class Role(StrEnum):
-    """What a parameter does in the model, as far as weight decay cares."""
-
-    WEIGHT = "weight"
-    GAMMA_LAST = "gamma_last"
-    GAMMA_SHORTCUT = "gamma_shortcut"
-    GAMMA_BRANCH = "gamma_branch"
-    GAMMA_TRUNK = "gamma_trunk"
-    BETA = "beta"
-    BIAS = "bias"
-    POSITION = "position"
-    TOKEN = "token"
-    RELATIVE_POSITION = "relative_position"
-    LAYER_SCALE = "layer_scale"
-    EMBEDDING = "embedding"
-    TEMPERATURE = "temperature"
-    GAIN = "gain"
-    SLOPE = "slope"
-    OWN = "own"
-    UNKNOWN = "unknown"
-
-
-GAMMAS = (Role.GAMMA_LAST, Role.GAMMA_SHORTCUT, Role.GAMMA_BRANCH, Role.GAMMA_TRUNK)
+from pl_normkit.methods.weight_decay.reading import Context, core_gammas, read_roles
+from pl_normkit.methods.weight_decay.role import GAMMAS, Role
 
 
 def parameter_roles(model: nn.Module, example_inputs: Any = None) -> dict[str, Role]:
@@ -71,30 +49,61 @@ def parameter_roles(model: nn.Module, example_inputs: Any = None) -> dict[str, R
     Source: the classes `gamma_last`, `gamma_shortcut`, `gamma_branch` and the stem are derived here from the principles in the
     abstract of arXiv 2205.07260; the abstract does not name the classes.
     """
+    return dict(read_model(model, example_inputs).roles)
+
+
+@dataclass(frozen=True)
+class ModelRoles:
+    """What is known of a model's parameters.
+
+    Attributes:
+        roles: the role of every parameter by name.
+        core_gammas: scales that our derivation speaks about with more than low confidence: batch norms in post-activation
+            residual branches without depthwise convolutions, on their shortcuts, and in the stem before the first of them.
+        is_traced: whether the graph was read, or module types alone.
+    """
+
+    roles: Mapping[str, Role]
+    core_gammas: frozenset[str] = frozenset()
+    is_traced: bool = True
+
+
+def read_model(model: nn.Module, example_inputs: Any = None) -> ModelRoles:
+    """`parameter_roles` with what a decay policy needs beside them; one trace at most. Raises TraceError as that does."""
     if example_inputs is None:
-        return roles_from_modules(model)
-    return roles_from_graph(model, ModelGraph.from_model(model, example_inputs))
+        return read_modules(model)
+    return read_graph(model, ModelGraph.from_model(model, example_inputs))
 
 
-def roles_from_graph(model: nn.Module, graph: ModelGraph) -> dict[str, Role]:
-    """`parameter_roles` on a graph that is there already."""
-    from pl_normkit.methods.weight_decay.reading import read_roles
-
-    read = read_roles(graph)
+def read_graph(model: nn.Module, graph: ModelGraph) -> ModelRoles:
+    """`read_model` on a graph that is there already."""
+    context = Context(graph)
+    read = read_roles(context)
     holders = owners(model)
     roles = {}
     for name, _ in model.named_parameters():
         role = read.get(name, Role.UNKNOWN)
         roles[name] = Role.OWN if _is_own(holders[name][0]) and role not in _PLAIN else role
-    return roles
+    return ModelRoles(roles, core_gammas(context))
 
 
 _PLAIN = (Role.WEIGHT, Role.BIAS, Role.BETA, Role.EMBEDDING, *GAMMAS)
 
 
-def roles_from_modules(model: nn.Module) -> dict[str, Role]:
+def read_modules(model: nn.Module) -> ModelRoles:
     """Roles by the type of the owning module alone: `unknown` wherever the graph is needed."""
-    return {name: _role_in_module(*holder) for name, holder in owners(model).items()}
+    roles = {name: _role_in_module(*holder) for name, holder in owners(model).items()}
+    return ModelRoles({name: roles[name] for name, _ in model.named_parameters()}, is_traced=False)
+
+
+_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+
+
+def unwrapped_name(name: str) -> str:
+    """A parameter name without the parts that FSDP, activation checkpointing and torch.compile put in."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
 
 
 def owners(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:

@@ -1,0 +1,213 @@
+"""Parameter groups by role: built from a model, or split from groups that exist."""
+
+from __future__ import annotations
+
+__all__ = ["GroupSplitter", "describe_decay", "param_groups", "parameter_names", "splitting_optimizer_groups"]
+
+import fnmatch
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pl_normkit.errors import ConfigError, NormkitWarning
+from pl_normkit.methods.weight_decay.policy import DecayPolicy, resolve_policy
+from pl_normkit.methods.weight_decay.role import Role
+from pl_normkit.methods.weight_decay.roles import ModelRoles, read_model, unwrapped_name
+
+Group = dict[str, Any]
+
+
+def param_groups(
+    model: nn.Module,
+    weight_decay: float,
+    example_inputs: Any = None,
+    *,
+    policy: str | DecayPolicy = "gamma_roles",
+    overrides: Mapping[str, float] | None = None,
+    groups: Sequence[Mapping[str, Any]] | None = None,
+    known: ModelRoles | None = None,
+) -> list[Group]:
+    """Parameter groups for an optimizer, with weight decay only where the role of a parameter wants it.
+
+    Every parameter of the model (frozen ones too) is in exactly one group. The order is fixed: the given groups in their order,
+    in each the stronger decay first, parameters in the model's order; groups with equal options are one group.
+
+    Args:
+        model: the module.
+        weight_decay: decay of the weights, as the optimizer takes it (L2 in SGD, decoupled in AdamW).
+        example_inputs: as for `parameter_roles`. Without it only module types are read and no norm's scale is decayed.
+        policy: `"gamma_roles"`, `"gamma_roles_extended"`, `"no_norm"`, `"all"` or a policy of your own.
+        overrides: parameter-name pattern -> multiple of `weight_decay` (0 = none); the last match decides.
+        groups: existing groups to split; their other options (`lr`, `betas`, layer-wise learning rates) are kept. `params` are
+            tensors or (name, tensor) pairs. Parameters of the model that are in none of them stay out.
+        known: roles read earlier with `read_model`, to save the trace.
+
+    Raises:
+        ConfigError: for a negative decay, an unknown policy, an override that matches nothing, a parameter in two groups.
+        TraceError: when the model cannot be traced.
+    """
+    if not weight_decay >= 0:
+        raise ConfigError(f"weight_decay is 0 or positive, not {weight_decay!r}", where="param_groups")
+    known = known or read_model(model, example_inputs)
+    splitter = GroupSplitter(known, resolve_policy(policy, overrides), parameter_names(model), weight_decay)
+    wanted = [{"params": list(model.parameters())}] if groups is None else [dict(group) for group in groups]
+    _refuse_doubles(wanted, splitter.names)
+    split = [part for group in wanted for part in splitter.split(group, {})]
+    if weight_decay > 0:
+        splitter.warn_unknown(part for group in wanted for part in group["params"])
+    return _merge_equal(split)
+
+
+def parameter_names(model: nn.Module) -> dict[int, str]:
+    """`id(parameter)` -> its name without the prefixes of wrappers (FSDP, torch.compile, activation checkpointing)."""
+    return {id(parameter): unwrapped_name(name) for name, parameter in model.named_parameters()}
+
+
+@dataclass
+class GroupSplitter:
+    """Splits optimizer groups by the decay each parameter should get.
+
+    Attributes:
+        known: roles of the model.
+        policy: which roles are decayed.
+        names: `id(parameter)` -> name, as the parameters are now (`parameter_names`).
+        weight_decay: decay of the weights; None takes each group's own, so a group without decay stays without.
+    """
+
+    known: ModelRoles
+    policy: DecayPolicy
+    names: Mapping[int, str]
+    weight_decay: float | None = None
+
+    def __post_init__(self) -> None:
+        self._factors = {unwrapped_name(name): factor for name, factor in self.policy.factors(self.known).items()}
+
+    def split(self, group: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[Group]:
+        """`group` in parts of equal decay, the stronger first; one part when nothing differs.
+
+        Args:
+            group: `params` (tensors or (name, tensor) pairs) and options.
+            defaults: the optimizer's defaults, which hold for options the group does not name.
+        """
+        own = group.get("weight_decay", defaults.get("weight_decay", 0.0))
+        base = own if self.weight_decay is None else self.weight_decay
+        parts: dict[float, list[Any]] = defaultdict(list)
+        for item in _items(group["params"]):
+            parts[base * self._factor_of(_tensor_of(item))].append(item)
+        rest = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        if not parts:
+            return [{**rest, "params": [], "weight_decay": base}]
+        return [{**rest, "params": parts[decay], "weight_decay": decay} for decay in sorted(parts, reverse=True)]
+
+    def _factor_of(self, parameter: Tensor) -> float:
+        name = self.names.get(id(parameter), "")
+        return self._factors.get(name, self.policy.line(Role.UNKNOWN).factor)
+
+    def warn_unknown(self, items: Iterable[Any]) -> None:
+        """One warning naming the parameters whose role is unknown and that no override decides on."""
+        roles = {unwrapped_name(name): role for name, role in self.known.roles.items()}
+        unknown = []
+        for item in items:
+            name = self.names.get(id(_tensor_of(item)), "")
+            decided = any(fnmatch.fnmatchcase(name, pattern) for pattern in self.policy.overrides)
+            if roles.get(name, Role.UNKNOWN) is Role.UNKNOWN and not decided:
+                unknown.append(name or "a tensor outside the model")
+        if unknown:
+            shown = ", ".join(unknown[:6]) + (f" and {len(unknown) - 6} more" if len(unknown) > 6 else "")
+            why = "" if self.known.is_traced else "; norm scales, embeddings and bare parameters need example_inputs"
+            warnings.warn(
+                f"the role of {len(unknown)} parameters is unknown, so policy {self.policy.name!r} gives them "
+                f"{self.policy.line(Role.UNKNOWN).factor:g} x weight decay: {shown}{why}. Decide with overrides={{pattern: factor}}",
+                NormkitWarning,
+                stacklevel=3,
+            )
+
+
+@contextmanager
+def splitting_optimizer_groups(splitter: GroupSplitter) -> Iterator[list[Optimizer]]:
+    """While the block runs, every optimizer that is built gets its groups split; the list holds those optimizers.
+
+    Groups pass through `Optimizer.add_param_group` while the optimizer is built, so they are split before a scheduler reads them.
+    Optimizers that know no weight decay keep their groups.
+    """
+    original = Optimizer.add_param_group
+    built: list[Optimizer] = []
+    made: list[Group] = []
+
+    def add_split(self: Optimizer, param_group: Group) -> None:
+        if not any(self is known for known in built):
+            built.append(self)
+        takes_decay = "weight_decay" in param_group or "weight_decay" in self.defaults
+        is_ours = any(param_group is part for part in made)
+        parts = splitter.split(param_group, self.defaults) if takes_decay and not is_ours else [param_group]
+        made.extend(parts)
+        for part in parts:
+            original(self, part)
+
+    Optimizer.add_param_group = add_split  # type: ignore[method-assign]
+    try:
+        yield built
+    finally:
+        Optimizer.add_param_group = original  # type: ignore[method-assign]
+
+
+def describe_decay(known: ModelRoles, policy: str | DecayPolicy = "gamma_roles") -> str:
+    """A table: for each role in the model how many parameters it has, their factor, and what stands behind that."""
+    policy = resolve_policy(policy)
+    factors = policy.factors(known)
+    rows = ["role               count  x decay  ground"]
+    for role in Role:
+        of_role = [factors[name] for name, found in known.roles.items() if found is role]
+        line = policy.line(role)
+        confidence = f", {line.confidence} confidence" if line.confidence else ""
+        rows += [
+            f"{role:<18} {of_role.count(factor):>5}  {factor:>7g}  {line.mark}{confidence}: {line.reason}"
+            if factor == line.factor
+            else f"{role:<18} {of_role.count(factor):>5}  {factor:>7g}  an override, or low confidence (policy.extensions is off)"
+            for factor in sorted(set(of_role), reverse=True)
+        ]
+    return "\n".join(rows)
+
+
+def _items(params: Any) -> list[Any]:
+    return [params] if isinstance(params, Tensor) else list(params)
+
+
+def _tensor_of(item: Any) -> Tensor:
+    tensor: Tensor = item[1] if isinstance(item, tuple) else item
+    return tensor
+
+
+def _refuse_doubles(groups: Sequence[Group], names: Mapping[int, str]) -> None:
+    """Reads generators into lists, and refuses a tensor that comes twice."""
+    seen: set[int] = set()
+    for index, group in enumerate(groups):
+        group["params"] = _items(group["params"])
+        for item in group["params"]:
+            tensor = _tensor_of(item)
+            if id(tensor) in seen:
+                raise ConfigError(
+                    f"parameter {names.get(id(tensor), '(not of the model)')!r} is in two groups",
+                    where=f"groups[{index}]",
+                    mend="list every parameter once",
+                )
+            seen.add(id(tensor))
+
+
+def _merge_equal(groups: Sequence[Group]) -> list[Group]:
+    """Groups with equal options become one, at the place of the first."""
+    merged: list[Group] = []
+    for group in groups:
+        options = {key: value for key, value in group.items() if key != "params"}
+        twin = next((known for known in merged if {key: value for key, value in known.items() if key != "params"} == options), None)
+        if twin is None:
+            merged.append(dict(group))
+        else:
+            twin["params"] = [*twin["params"], *group["params"]]
+    return merged

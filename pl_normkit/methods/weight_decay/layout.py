@@ -1,0 +1,66 @@
+"""Which parameter sits where in an optimizer: stored with a checkpoint, compared before its state is restored by position."""
+
+from __future__ import annotations
+
+__all__ = ["OptimizerLayout", "check_layouts", "optimizer_layout"]
+
+from collections.abc import Mapping, Sequence
+from typing import TypedDict
+
+from torch.optim import Optimizer
+
+from pl_normkit.errors import ConfigError
+
+
+class OptimizerLayout(TypedDict):
+    """Parameter names of each group of one optimizer, in the order in which its state is stored."""
+
+    optimizer: str
+    groups: list[list[str]]
+
+
+def optimizer_layout(optimizer: Optimizer, names: Mapping[int, str]) -> OptimizerLayout:
+    """The layout of `optimizer`; `names` maps `id(parameter)` to a name (`parameter_names`), others become "(not of the model)"."""
+    groups = [[names.get(id(parameter), "(not of the model)") for parameter in group["params"]] for group in optimizer.param_groups]
+    return {"optimizer": type(optimizer).__name__, "groups": groups}
+
+
+def check_layouts(saved: Sequence[OptimizerLayout], current: Sequence[OptimizerLayout]) -> None:
+    """Refuse a checkpoint whose optimizer state belongs to another layout.
+
+    Torch restores the state by position: with another layout it fails without a name, or gives one parameter the Adam moments
+    of another. Raises ConfigError naming the optimizer and the parameters that moved.
+    """
+    if len(saved) != len(current):
+        raise ConfigError(
+            f"the checkpoint holds {len(saved)} optimizers, this run has {len(current)}", where="resume", mend="resume with the same ones"
+        )
+    for index, (before, now) in enumerate(zip(saved, current, strict=True)):
+        if before["groups"] != now["groups"]:
+            raise ConfigError(
+                f"the checkpoint's parameter groups are not those of this run (optimizer {index}, {now['optimizer']})",
+                where="resume",
+                evidence="; ".join(_differences(before["groups"], now["groups"])),
+                mend="resume with the same weight-decay policy, overrides and model, or load the weights alone",
+            )
+
+
+def _differences(before: Sequence[Sequence[str]], now: Sequence[Sequence[str]]) -> list[str]:
+    was, is_now = _group_of(before), _group_of(now)
+    moved = [name for name in was if name in is_now and was[name] != is_now[name]]
+    facts = {
+        "in another group": [f"{name} ({was[name]} -> {is_now[name]})" for name in moved],
+        "only in the checkpoint": [name for name in was if name not in is_now],
+        "only in this run": [name for name in is_now if name not in was],
+    }
+    told = [f"{len(before)} groups in the checkpoint, {len(now)} now"] if len(before) != len(now) else []
+    told += [f"{what}: {_listed(names)}" for what, names in facts.items() if names]
+    return told or ["the same groups in another order"]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _group_of(groups: Sequence[Sequence[str]]) -> dict[str, int]:
+    return {name: index for index, group in enumerate(groups) for name in group}

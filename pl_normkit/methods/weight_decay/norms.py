@@ -1,0 +1,66 @@
+"""How large the scales of each role are, over the steps of a run."""
+
+from __future__ import annotations
+
+__all__ = ["NormHistory", "gamma_norms", "plot_gamma_norms", "squared_gamma_norms"]
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from pl_normkit.errors import DataError
+from pl_normkit.methods.weight_decay.role import GAMMAS, Role
+from pl_normkit.methods.weight_decay.roles import ModelRoles, unwrapped_name
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NormHistory = dict[str, list[tuple[int, float]]]
+"""Role -> (step, norm) pairs."""
+
+
+def gamma_norms(model: nn.Module, known: ModelRoles) -> dict[Role, float]:
+    """L2 norm of all norm scales of each role, float32; roles that the model lacks are left out."""
+    return {role: float(square) ** 0.5 for role, square in squared_gamma_norms(model, known).items()}
+
+
+def squared_gamma_norms(model: nn.Module, known: ModelRoles) -> dict[Role, Tensor]:
+    """Sum of the squared scales of each role, () float32 on their device: of this process's shard where parameters are sharded.
+
+    A role that `known` names is there also when this process holds none of its elements.
+    """
+    roles = {unwrapped_name(name): role for name, role in known.roles.items()}
+    squares: dict[Role, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        role = roles.get(unwrapped_name(name))
+        if role in GAMMAS:
+            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter  # DTensor: this process's shard
+            square = local.detach().float().square().sum()
+            squares[role] = squares[role] + square if role in squares else square
+    return {role: squares[role] for role in GAMMAS if role in squares}
+
+
+def plot_gamma_norms(history: NormHistory, path: Path | None = None) -> Figure:
+    """Lines of gamma norm over steps, one per role, each relative to its first value; also written to `path` (PNG) when given.
+
+    Raises DataError when there is nothing to draw, ImportError without matplotlib (`pip install pl_normkit[demo]`).
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = {role: points for role, points in history.items() if points}
+    if not lines:
+        raise DataError("no gamma norms were recorded", mend="train at least one step of a model with norm scales")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for role, points in lines.items():
+        first = points[0][1] or 1.0
+        axes.plot([step for step, _ in points], [norm / first for _, norm in points], label=f"{role} (starts at {points[0][1]:.3g})")
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("norm of the scales / first value")
+    axes.legend(fontsize="small")
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure
