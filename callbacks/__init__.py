@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["DropoutPlacement", "ModelAudit", "NaNGuard", "StochasticPooling"]
+__all__ = ["DropoutPlacement", "GammaDecay", "ModelAudit", "NaNGuard", "StochasticPooling"]
 
 from pl_normkit.callbacks.dropout_placement import DropoutPlacement
+from pl_normkit.callbacks.gamma_decay import GammaDecay
 from pl_normkit.callbacks.model_audit import ModelAudit
 from pl_normkit.callbacks.nan_guard import NaNGuard
 from pl_normkit.callbacks.stochastic_pooling import StochasticPooling

@@ -11,6 +11,7 @@ __all__ = [
     "OptimizerLayout",
     "Role",
     "build_optimizer",
+    "check_group_sizes",
     "check_layouts",
     "describe_decay",
     "gamma_norms",
@@ -20,8 +21,10 @@ __all__ = [
     "parameter_roles",
     "plot_gamma_norms",
     "read_model",
+    "read_part",
     "resolve_policy",
     "splitting_optimizer_groups",
+    "squared_gamma_norms",
 ]
 
 from pl_normkit.methods.weight_decay import rules as _rules  # noqa: F401
@@ -32,9 +35,9 @@ from pl_normkit.methods.weight_decay.groups import (
     parameter_names,
     splitting_optimizer_groups,
 )
-from pl_normkit.methods.weight_decay.layout import OptimizerLayout, check_layouts, optimizer_layout
-from pl_normkit.methods.weight_decay.norms import gamma_norms, plot_gamma_norms
+from pl_normkit.methods.weight_decay.layout import OptimizerLayout, check_group_sizes, check_layouts, optimizer_layout
+from pl_normkit.methods.weight_decay.norms import gamma_norms, plot_gamma_norms, squared_gamma_norms
 from pl_normkit.methods.weight_decay.optimizer_text import build_optimizer
 from pl_normkit.methods.weight_decay.policy import PRESETS, DecayLine, DecayPolicy, resolve_policy
 from pl_normkit.methods.weight_decay.role import Role
-from pl_normkit.methods.weight_decay.roles import ModelRoles, parameter_roles, read_model
+from pl_normkit.methods.weight_decay.roles import ModelRoles, parameter_roles, read_model, read_part

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["OptimizerLayout", "check_layouts", "optimizer_layout"]
+__all__ = ["OptimizerLayout", "check_group_sizes", "check_layouts", "optimizer_layout"]
 
 from collections.abc import Mapping, Sequence
 from typing import TypedDict
@@ -43,6 +43,21 @@ def check_layouts(saved: Sequence[OptimizerLayout], current: Sequence[OptimizerL
                 evidence="; ".join(_differences(before["groups"], now["groups"])),
                 mend="resume with the same weight-decay policy, overrides and model, or load the weights alone",
             )
+
+
+def check_group_sizes(saved: Sequence[Sequence[int]], current: Sequence[OptimizerLayout]) -> None:
+    """The same for a checkpoint that was written without a layout: only the number of parameters in each group is known.
+
+    Raises ConfigError when they differ.
+    """
+    sizes = [[len(names) for names in layout["groups"]] for layout in current]
+    if [list(groups) for groups in saved] != sizes:
+        raise ConfigError(
+            "the checkpoint was written without GammaDecay, and its parameter groups are not those of this run",
+            where="resume",
+            evidence=f"parameters in each group of each optimizer: {[list(groups) for groups in saved]} before, {sizes} now",
+            mend="finish that run without GammaDecay, or load the weights alone",
+        )
 
 
 def _differences(before: Sequence[Sequence[str]], now: Sequence[Sequence[str]]) -> list[str]:

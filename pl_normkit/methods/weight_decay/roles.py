@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-__all__ = ["GAMMAS", "ModelRoles", "Role", "owners", "parameter_roles", "read_graph", "read_model", "read_modules", "unwrapped_name"]
+__all__ = [
+    "GAMMAS",
+    "ModelRoles",
+    "Role",
+    "owners",
+    "parameter_roles",
+    "read_graph",
+    "read_model",
+    "read_modules",
+    "read_part",
+    "unwrapped_name",
+]
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -73,6 +84,14 @@ def read_model(model: nn.Module, example_inputs: Any = None) -> ModelRoles:
     if example_inputs is None:
         return read_modules(model)
     return read_graph(model, ModelGraph.from_model(model, example_inputs))
+
+
+def read_part(model: nn.Module, path: str, example_inputs: Any = None) -> ModelRoles:
+    """`read_model` where only the submodule at `path` can be traced; `example_inputs` are its own, the rest stays `unknown`."""
+    part = read_model(model.get_submodule(path), example_inputs)
+    found = {f"{path}.{name}": role for name, role in part.roles.items()}
+    roles = {name: found.get(name, Role.UNKNOWN) for name, _ in model.named_parameters()}
+    return ModelRoles(roles, frozenset(f"{path}.{name}" for name in part.core_gammas), part.is_traced)
 
 
 def read_graph(model: nn.Module, graph: ModelGraph) -> ModelRoles:
