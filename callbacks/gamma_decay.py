@@ -33,6 +33,7 @@ from pl_normkit.methods.weight_decay import (
     read_model,
     read_part,
     resolve_policy,
+    split_prebuilt,
     splitting_optimizer_groups,
     squared_gamma_norms,
 )
@@ -58,7 +59,8 @@ class GammaDecay(Callback):
 
     Raises:
         ConfigError: for an unknown policy or an override that matches nothing, and on resume with another layout.
-        EditError: when an optimizer was built before `configure_optimizers` ran under this callback.
+        EditError: when an optimizer exists before this callback could act, and has stepped or is driven by a scheduler that torch
+            did not make. One that is merely built early (LightningCLI does that) is split together with torch's schedulers.
     """
 
     def __init__(
@@ -86,7 +88,9 @@ class GammaDecay(Callback):
         if any(True for _ in pl_module.parameters()):
             self._read(trainer, pl_module)
         after_configure_model(pl_module, lambda: self._read(trainer, pl_module))
-        if is_overridden("configure_optimizers", pl_module):
+        if not is_overridden("configure_optimizers", pl_module):
+            self._layouts = []
+        else:
             self._wrap_configure_optimizers(trainer, pl_module)
 
     def _read(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, last_chance: bool = False) -> None:
@@ -129,7 +133,7 @@ class GammaDecay(Callback):
         optimizers = [leaf for leaf in tree_leaves(configured) if isinstance(leaf, Optimizer)]
         for optimizer in optimizers:
             if not any(optimizer is known for known in built):
-                raise _too_late(type(optimizer).__name__)
+                split_prebuilt(optimizer, _schedulers_of(optimizer, configured), splitter)
         splitter.warn_unknown(parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"])
         self._layouts = [optimizer_layout(optimizer, names) for optimizer in optimizers]
         self._check_saved()
@@ -195,6 +199,11 @@ class GammaDecay(Callback):
                 board.add_figure("normkit/gamma_norms", figure, trainer.global_step)
             elif hasattr(logger, "log_image"):
                 logger.log_image("normkit/gamma_norms", [str(folder / "gamma_norms.png")])
+
+
+def _schedulers_of(optimizer: Optimizer, configured: Any) -> list[Any]:
+    """The schedulers in the value of configure_optimizers that drive `optimizer`."""
+    return [leaf for leaf in tree_leaves(configured) if leaf is not optimizer and getattr(leaf, "optimizer", None) is optimizer]
 
 
 def _read_network(pl_module: pl.LightningModule, inputs: Any) -> ModelRoles:

@@ -23,6 +23,7 @@ __all__ = [
     "read_model",
     "read_part",
     "resolve_policy",
+    "split_prebuilt",
     "splitting_optimizer_groups",
     "squared_gamma_norms",
 ]
@@ -39,5 +40,6 @@ from pl_normkit.methods.weight_decay.layout import OptimizerLayout, check_group_
 from pl_normkit.methods.weight_decay.norms import gamma_norms, plot_gamma_norms, squared_gamma_norms
 from pl_normkit.methods.weight_decay.optimizer_text import build_optimizer
 from pl_normkit.methods.weight_decay.policy import PRESETS, DecayLine, DecayPolicy, resolve_policy
+from pl_normkit.methods.weight_decay.prebuilt import split_prebuilt
 from pl_normkit.methods.weight_decay.role import Role
 from pl_normkit.methods.weight_decay.roles import ModelRoles, parameter_roles, read_model, read_part

@@ -22,7 +22,9 @@ def branch(x: Tensor, gamma_last: float) -> Tensor:
     return gamma_last * normalized(convolution(torch.relu(normalized(x))))
 
 
-@pytest.mark.parametrize(("gamma", "variance_ratio", "cosine"), [(1.0, 1.47, 0.80), (0.5, 0.367, 0.93), (0.2, 0.059, 0.986), (0.1, 0.015, 0.996)])
+@pytest.mark.parametrize(
+    ("gamma", "variance_ratio", "cosine"), [(1.0, 1.47, 0.80), (0.5, 0.367, 0.93), (0.2, 0.059, 0.986), (0.1, 0.015, 0.996)]
+)
 def test_a_smaller_last_scale_brings_the_block_closer_to_identity(gamma: float, variance_ratio: float, cosine: float) -> None:
     x = torch.relu(normalized(normal_input()))
     x = x * (0.68 / x.var()).sqrt()
