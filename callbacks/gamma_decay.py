@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
@@ -37,6 +38,8 @@ from pl_normkit.methods.weight_decay import (
     splitting_optimizer_groups,
     squared_gamma_norms,
 )
+
+_SHARDED = "configure_model both builds and shards the network; build it in __init__, or pass overrides"
 
 
 class GammaDecay(Callback):
@@ -88,15 +91,16 @@ class GammaDecay(Callback):
         if any(True for _ in pl_module.parameters()):
             self._read(trainer, pl_module)
         after_configure_model(pl_module, lambda: self._read(trainer, pl_module))
-        if not is_overridden("configure_optimizers", pl_module):
-            self._layouts = []
-        else:
-            self._wrap_configure_optimizers(trainer, pl_module)
+        self._wrap_configure_optimizers(trainer, pl_module)
 
     def _read(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, last_chance: bool = False) -> None:
         """Read the roles unless they are known; what cannot be traced is read from module types, with a warning."""
         names = {name for name, _ in pl_module.named_parameters()}
         if self.known is not None and (self.known.is_traced or last_chance) and names <= set(self.known.roles):
+            return
+        if any(isinstance(parameter, DTensor) for parameter in pl_module.parameters()):
+            self.known = read_model(pl_module)
+            warnings.warn(f"GammaDecay reads module types alone: {_SHARDED}", NormkitWarning, stacklevel=2)
             return
         inputs = next((known for known in (self.example_inputs, pl_module.example_input_array) if known is not None), None)
         inputs = guess_inputs(trainer, pl_module) if inputs is None else inputs
@@ -175,8 +179,9 @@ class GammaDecay(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._record(trainer, pl_module)
-        if trainer.is_global_zero and trainer.log_dir is not None and any(self.history.values()):
-            self._draw(trainer, Path(trainer.log_dir))
+        folder = trainer.log_dir  # broadcast from rank zero, so every rank asks
+        if trainer.is_global_zero and folder is not None and any(self.history.values()):
+            self._draw(trainer, Path(folder))
 
     def _record(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self.record_every or self.known is None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
@@ -63,15 +63,9 @@ class Module(pl.LightningModule):
         return [optimizer], [{"scheduler": torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=20), "interval": "step"}]
 
 
-class CpuFSDP(FSDPStrategy):
-    """Lightning refuses FSDPStrategy itself without a GPU; torch shards on CPU with gloo all the same."""
-
-
 def strategy_for(kind: str) -> Any:
     if kind == "ddp":
         return DDPStrategy(process_group_backend="gloo")
-    if kind.startswith("fsdp1"):
-        return CpuFSDP(process_group_backend="gloo", use_orig_params=kind != "fsdp1_flat", auto_wrap_policy={nn.Sequential})
     return ModelParallelStrategy(process_group_backend="gloo", data_parallel_size=2, tensor_parallel_size=1)
 
 

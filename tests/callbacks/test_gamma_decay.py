@@ -219,15 +219,6 @@ def test_no_configure_optimizers_and_an_optimizer_without_decay_are_left_alone()
     assert decays_of(trainer, nothing) == {}
 
 
-def test_a_module_without_configure_optimizers_is_left_to_lightning() -> None:
-    class Bare(Module):
-        configure_optimizers = pl.LightningModule.configure_optimizers
-
-    module = Bare(manual=True)
-    module.training_step = lambda batch, batch_idx: None  # type: ignore[method-assign,assignment,return-value]
-    assert decays_of(fit(module, GammaDecay(), max_epochs=1), module) == {}
-
-
 @pytest.mark.parametrize("reason", ["it has stepped", "its scheduler Own may keep a value per group"])
 def test_an_optimizer_built_too_early_is_refused(reason: str) -> None:
     class Own(schedulers.StepLR):

@@ -21,7 +21,7 @@ from pl_normkit.errors import NormkitError
 from pl_normkit.findings import Evidence, Place, Severity
 from pl_normkit.methods.weight_decay.groups import parameter_names
 from pl_normkit.methods.weight_decay.role import GAMMAS, Role
-from pl_normkit.methods.weight_decay.roles import ModelRoles, read_graph, read_modules
+from pl_normkit.methods.weight_decay.roles import ModelRoles, read_graph
 from pl_normkit.rules import Mark, Needs, Observation, Subject, rule
 
 _SHEET = "derived here from the two principles in the abstract of arXiv 2205.07260; tests/methods/weight_decay/test_derivation.py"
@@ -29,9 +29,9 @@ _USE = "build the optimizer's groups with pl_normkit.methods.weight_decay.param_
 
 
 def _known(subject: Subject) -> ModelRoles:
-    if subject.model is None:
-        raise NormkitError("a rule about roles needs the model")
-    return read_modules(subject.model) if subject.graph is None else read_graph(subject.model, subject.graph)
+    if subject.model is None or subject.graph is None:
+        raise NormkitError("a rule about roles needs the model and its graph")
+    return read_graph(subject.model, subject.graph)
 
 
 def _decays(subject: Subject) -> dict[str, float]:
@@ -180,7 +180,7 @@ _SHIFTS = {Role.BIAS: "biases", Role.BETA: "norm shifts"}
     "decay-on-special-parameters",
     mark=Mark.DERIVED,
     source="derived here; the exclusion lists (`no_weight_decay`) of timm's own models name the same parameters",
-    needs=(Needs.MODEL, Needs.OPTIMIZERS),
+    needs=(Needs.MODEL, Needs.GRAPH, Needs.OPTIMIZERS),
 )
 def decay_on_special_parameters(subject: Subject) -> Iterator[Observation]:
     """What it does

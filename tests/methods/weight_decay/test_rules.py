@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import timm.optim
+import torch
+from torch import nn
+
+from pl_normkit.audit import audit
+from pl_normkit.findings import Finding
+from pl_normkit.methods.weight_decay import build_optimizer, param_groups
+from tests.methods.weight_decay.models import build
+from tests.methods.weight_decay.test_groups import Block, X
+
+FAMILY = ("NK201", "NK202", "NK203", "NK204", "NK205")
+
+
+def findings(model: nn.Module, inputs: Any, *optimizers: torch.optim.Optimizer, select: tuple[str, ...] = FAMILY) -> list[Finding]:
+    report = audit(model, inputs, optimizers=optimizers, select=select)
+    assert report.notes == []
+    return report.findings
+
+
+def places(found: list[Finding]) -> dict[str, int]:
+    return {f"{finding.code} {finding.cause}".strip(): len(finding.places) for finding in found}
+
+
+@pytest.fixture(scope="module")
+def block() -> Block:
+    return Block()
+
+
+def test_plain_adamw_on_resnet50_gives_three_findings_at_most() -> None:
+    model, inputs = build("tv:resnet50")
+    found = findings(model, inputs, build_optimizer("torch.optim.AdamW(lr=1e-3, weight_decay=0.05)", model))
+
+    assert places(found) == {"NK201 gamma_shortcut": 4, "NK201 gamma_trunk": 1, "NK203": 54}
+    by_code = {f"{finding.code} {finding.cause}": finding for finding in found}
+    shortcuts = by_code["NK201 gamma_shortcut"]
+    assert shortcuts.places[0].module == "layer1.0.downsample.1.weight"
+    assert [(evidence.value, evidence.expected) for evidence in shortcuts.evidence] == [(0.05, "0")]
+    assert by_code["NK203 "].severity == "note"
+
+
+@pytest.mark.parametrize("policy", ["gamma_roles", "gamma_roles_extended"])
+def test_groups_by_role_give_none(block: Block, policy: str) -> None:
+    optimizer = torch.optim.AdamW(param_groups(block, 0.05, X, policy=policy))
+
+    assert findings(block, X, optimizer, select=(*FAMILY, "NK206")) == []
+
+
+def test_excluding_every_norm_is_noted(block: Block) -> None:
+    optimizer = torch.optim.AdamW(param_groups(block, 0.05, X, policy="no_norm"))
+
+    assert places(findings(block, X, optimizer)) == {"NK202": 1}
+
+
+def test_each_rule_alone_finds_what_it_finds_among_the_others() -> None:
+    model, inputs = build("timm:deit_tiny_patch16_224")
+    optimizer = torch.optim.Adam(list(model.parameters())[:-2], weight_decay=0.05)
+    together = findings(model, inputs, optimizer)
+    alone = [finding for code in FAMILY for finding in findings(model, inputs, optimizer, select=(code,))]
+
+    assert sorted(finding.fingerprint for finding in alone) == sorted(finding.fingerprint for finding in together)
+    assert places(together)["NK203"] == 50 + 25 + 2 - 1
+
+
+def test_no_decay_at_all_gives_none(block: Block) -> None:
+    assert findings(block, X, torch.optim.SGD(block.parameters(), lr=0.1)) == []
+
+
+def test_timms_helper_decays_position_and_token_unless_told() -> None:
+    model, inputs = build("timm:vit_base_patch16_224")
+    by_helper = torch.optim.AdamW(timm.optim.param_groups_weight_decay(model, 0.05))
+    told = torch.optim.AdamW(timm.optim.param_groups_weight_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay()))
+
+    assert {place.module for finding in findings(model, inputs, by_helper) for place in finding.places} == {"pos_embed", "cls_token"}
+    assert findings(model, inputs, told) == []
+
+
+def test_low_confidence_verdicts_only_when_selected() -> None:
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, norm_first=True, batch_first=True), 1, nn.LayerNorm(8), False)
+    x = torch.zeros(2, 5, 8)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
+
+    assert places(findings(model, x, optimizer)) == {"NK203": 7}
+    assert places(findings(model, x, optimizer, select=("NK206",))) == {"NK206 gamma_trunk": 1}
+    by_practice = torch.optim.AdamW(param_groups(model, 0.05, x, policy="no_norm"))
+    assert places(findings(model, x, by_practice, select=("NK206",))) == {"NK206 gamma_branch": 2}
+
+
+def test_parameters_in_no_optimizer_and_in_two(block: Block) -> None:
+    first = torch.optim.SGD(block.branch.parameters(), lr=0.1)
+    second = torch.optim.SGD([*block.branch[0].parameters(), *block.stem.parameters()], lr=0.1)
+    found = findings(block, X, first, second, select=("NK204",))
+
+    assert {finding.cause: [place.module for place in finding.places] for finding in found} == {
+        "no optimizer": ["shortcut.0.weight", "shortcut.1.weight", "shortcut.1.bias"],
+        "two optimizers": ["branch.0.weight"],
+    }
+    total = sum(parameter.numel() for parameter in block.parameters())
+    assert found[0].evidence[0].value == pytest.approx(24 / total)
+
+
+def test_frozen_parameters_are_nobodys_business(block: Block) -> None:
+    block.shortcut.requires_grad_(False)
+    rest = [parameter for parameter in block.parameters() if parameter.requires_grad]
+    found = findings(block, X, torch.optim.AdamW(rest, weight_decay=0.05))
+    with_frozen = findings(block, X, torch.optim.AdamW(block.parameters(), weight_decay=0.05))
+    block.shortcut.requires_grad_(True)
+
+    assert places(found) == places(with_frozen) == {"NK201 gamma_trunk": 1, "NK203": 4}
+
+
+COUPLED = [
+    (torch.optim.Adam, {"weight_decay": 0.05}, True),
+    (torch.optim.Adam, {"weight_decay": 1e-4}, False),
+    (torch.optim.Adam, {"weight_decay": 0.05, "decoupled_weight_decay": True}, False),
+    (torch.optim.NAdam, {"weight_decay": 0.01}, True),
+    (torch.optim.NAdam, {"weight_decay": 0.01, "decoupled_weight_decay": True}, False),
+    (torch.optim.RAdam, {"weight_decay": 0.01}, True),
+    (torch.optim.Adamax, {"weight_decay": 0.01}, True),
+    (torch.optim.AdamW, {"weight_decay": 0.05}, False),
+    (torch.optim.SGD, {"lr": 0.1, "weight_decay": 0.05}, False),
+]
+
+
+@pytest.mark.parametrize(("kind", "options", "fires"), COUPLED)
+def test_l2_through_adam(block: Block, kind: type[torch.optim.Optimizer], options: dict[str, Any], fires: bool) -> None:
+    found = findings(block, X, kind(block.parameters(), **options), select=("NK205",))
+
+    assert [finding.code for finding in found] == (["NK205"] if fires else [])
+
+
+def test_rules_that_need_no_graph_run_without_inputs(block: Block) -> None:
+    optimizer = torch.optim.Adam(block.parameters(), weight_decay=0.05)
+
+    assert places(findings(block, None, optimizer)) == {"NK205 optimizer 0": 1}
