@@ -212,15 +212,15 @@ def _role_in_weight_layer(step: Step) -> Role:
 
 def _role_of_table(read: Read, node: Node, context: Context) -> Role:
     """A table looked up by the input is an embedding, one looked up by constants is what its rows are used for."""
-    rows = read.path[0].shape[0]
+    looked_up = node.shape if len(read.path) == 1 else read.path[1].shape
+    positions = looked_up[-2] if len(looked_up) > 1 else 1
+    has_row_for_each = read.path[0].shape[0] >= positions > 1
     if len(read.path) == 1:
         counts_positions = any(source.op == "cumsum" for source in _chain_before(node.inputs))
-        return Role.POSITION if counts_positions else Role.EMBEDDING
+        return Role.POSITION if counts_positions and has_row_for_each else Role.EMBEDDING
     if _is_logit_term(read.path[-1], node, context):
         return Role.RELATIVE_POSITION
-    looked_up = read.path[1].shape
-    positions = looked_up[-2] if len(looked_up) > 1 else 1
-    return Role.POSITION if rows >= positions > 1 else Role.EMBEDDING
+    return Role.POSITION if has_row_for_each else Role.EMBEDDING
 
 
 def _chain_before(inputs: Sequence[Node]) -> list[Node]:

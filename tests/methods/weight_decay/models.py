@@ -44,6 +44,11 @@ def _transformers(name: str) -> tuple[nn.Module, Any]:
     small: dict[str, Any] = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
     if name == "bert":
         return transformers.BertForSequenceClassification(transformers.BertConfig(**small)), ids
+    if name == "roberta":
+        return transformers.RobertaModel(transformers.RobertaConfig(**small)), ids
+    if name == "t5":
+        config = transformers.T5Config(d_model=32, d_kv=16, num_heads=2, d_ff=64, num_layers=1)
+        return transformers.T5EncoderModel(config), ids
     if name == "gpt2":
         return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=2, n_embd=64, n_head=4)), ids
     if name == "llama":

@@ -324,6 +324,34 @@ def test_rarer_roles() -> None:
     assert expected == parameter_roles(Small(), torch.zeros(2, 5, 8))
 
 
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        (
+            "hf:roberta",  # positions are counted from the input ids
+            {
+                "embeddings.word_embeddings.weight": R.EMBEDDING,
+                "embeddings.token_type_embeddings.weight": R.EMBEDDING,
+                "embeddings.position_embeddings.weight": R.POSITION,
+            },
+        ),
+        (
+            "hf:t5",  # a table of relative positions kept in an nn.Embedding
+            {
+                "shared.weight": R.EMBEDDING,
+                "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": R.RELATIVE_POSITION,
+            },
+        ),
+    ],
+)
+def test_tables_go_by_what_looks_them_up(spec: str, expected: dict[str, Role]) -> None:
+    model = build(spec)[0]
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in tables}
+
+    assert expected == {name: role for name, role in read_real_model(spec).roles.items() if name in names}
+
+
 def test_without_inputs_only_module_types_are_read() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.PReLU(), nn.Embedding(4, 8), nn.MultiheadAttention(8, 2), nn.GRU(8, 8))
     model.register_parameter("bare", nn.Parameter(torch.zeros(8)))
