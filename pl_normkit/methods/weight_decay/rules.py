@@ -93,7 +93,7 @@ def decay_on_shortcut_or_stem_scale(subject: Subject) -> Iterator[Observation]:
     Evidence
     The number of such scales in a group with weight decay, and the largest decay among them.
 
-    Example:
+    Example
     torch.optim.AdamW(resnet50().parameters(), weight_decay=0.05)
 
     Use instead
@@ -139,7 +139,7 @@ def no_decay_on_last_scale(subject: Subject) -> Iterator[Observation]:
     Evidence
     The number of last scales in groups without decay.
 
-    Example:
+    Example
     Parameter groups that exclude every one-dimensional parameter from weight decay.
 
     Use instead
@@ -193,7 +193,7 @@ def decay_on_special_parameters(subject: Subject) -> Iterator[Observation]:
     Evidence
     The number of parameters of each kind in groups with weight decay, and the largest decay among them.
 
-    Example:
+    Example
     torch.optim.AdamW(vit.parameters(), weight_decay=0.05); also timm's `param_groups_weight_decay` when it is not given the model's
     `no_weight_decay()` list: it goes by dimensions, and `pos_embed` and `cls_token` have three.
 
@@ -238,7 +238,7 @@ def parameter_not_in_one_optimizer(subject: Subject) -> Iterator[Observation]:
     Evidence
     The number of such parameters and their share of all trainable elements.
 
-    Example:
+    Example
     torch.optim.SGD(model.encoder.parameters(), lr=0.1) in a run that means to train the decoder too.
 
     Use instead
@@ -307,7 +307,7 @@ def coupled_decay_in_adam(subject: Subject) -> Iterator[Observation]:
     Evidence
     The largest weight decay of the optimizer's groups.
 
-    Example:
+    Example
     torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=0.05)
 
     Use instead
@@ -353,7 +353,7 @@ def decay_against_low_confidence_role(subject: Subject) -> Iterator[Observation]
     Evidence
     The number of scales in a group that goes against their role.
 
-    Example:
+    Example
     A pre-norm transformer whose final layer norm is decayed, or whose branch norms are not.
 
     Use instead
