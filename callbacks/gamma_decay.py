@@ -179,7 +179,7 @@ class GammaDecay(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._record(trainer, pl_module)
-        folder = trainer.log_dir  # broadcast from rank zero, so every rank asks
+        folder = trainer.log_dir if trainer.loggers else None  # broadcast from rank zero, so every rank asks
         if trainer.is_global_zero and folder is not None and any(self.history.values()):
             self._draw(trainer, Path(folder))
 
@@ -200,7 +200,7 @@ class GammaDecay(Callback):
             return
         for logger in trainer.loggers:
             board = getattr(logger, "experiment", None)
-            if hasattr(board, "add_figure"):
+            if board is not None and hasattr(board, "add_figure"):
                 board.add_figure("normkit/gamma_norms", figure, trainer.global_step)
             elif hasattr(logger, "log_image"):
                 logger.log_image("normkit/gamma_norms", [str(folder / "gamma_norms.png")])

@@ -511,6 +511,15 @@ def test_gamma_norms_are_recorded_and_drawn(kind: str, tmp_path: Path) -> None:
     assert logger.shown == [("normkit/gamma_norms", {"figures": 5, "images": [str(image)]}[kind])]
 
 
+def test_without_a_logger_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    callback = GammaDecay()
+    fit(Module(), callback)
+
+    assert list(callback.history) == ["gamma_last", "gamma_shortcut", "gamma_branch", "gamma_trunk"]
+    assert list(tmp_path.rglob("*")) == []
+
+
 def test_recording_can_be_switched_off(tmp_path: Path) -> None:
     callback = GammaDecay(record_every=0)
     fit(Module(), callback, logger=CSVLogger(tmp_path))
