@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-export PYTHONWARNINGS ?=
 
 .PHONY: demo test lint types zoo bench gpu docs clean
 
@@ -22,7 +21,7 @@ demo: $(VENV)/.demo  ## train a segmentation model on real photographs under aud
 	$(BIN)/pl-normkit run segmentation
 
 test: $(VENV)/.test lint types  ## lint, types and the whole test-suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not zoo and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not zoo and not gpu"
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

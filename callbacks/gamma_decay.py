@@ -22,6 +22,7 @@ from pl_normkit.callbacks._first_batch import guess_inputs
 from pl_normkit.callbacks._network import after_configure_model
 from pl_normkit.errors import EditError, NormkitWarning, TraceError
 from pl_normkit.methods.weight_decay import (
+    HISTORY_FILE,
     DecayPolicy,
     GroupSplitter,
     ModelRoles,
@@ -37,6 +38,7 @@ from pl_normkit.methods.weight_decay import (
     split_prebuilt,
     splitting_optimizer_groups,
     squared_gamma_norms,
+    write_history,
 )
 
 _SHARDED = "configure_model both builds and shards the network; build it in __init__, or pass overrides"
@@ -194,6 +196,8 @@ class GammaDecay(Callback):
                 points.append((trainer.global_step, float(total) ** 0.5))
 
     def _draw(self, trainer: pl.Trainer, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_history(self.history, folder / HISTORY_FILE)
         try:
             figure = plot_gamma_norms(self.history, folder / "gamma_norms.png")
         except ImportError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "HISTORY_FILE",
     "PRESETS",
     "DecayLine",
     "DecayPolicy",
@@ -20,14 +21,17 @@ __all__ = [
     "parameter_names",
     "parameter_roles",
     "plot_gamma_norms",
+    "read_history",
     "read_model",
     "read_part",
     "resolve_policy",
     "split_prebuilt",
     "splitting_optimizer_groups",
     "squared_gamma_norms",
+    "write_history",
 ]
 
+from pl_normkit.methods.weight_decay import commands as _commands  # noqa: F401
 from pl_normkit.methods.weight_decay import rules as _rules  # noqa: F401
 from pl_normkit.methods.weight_decay.groups import (
     GroupSplitter,
@@ -37,7 +41,14 @@ from pl_normkit.methods.weight_decay.groups import (
     splitting_optimizer_groups,
 )
 from pl_normkit.methods.weight_decay.layout import OptimizerLayout, check_group_sizes, check_layouts, optimizer_layout
-from pl_normkit.methods.weight_decay.norms import gamma_norms, plot_gamma_norms, squared_gamma_norms
+from pl_normkit.methods.weight_decay.norms import (
+    HISTORY_FILE,
+    gamma_norms,
+    plot_gamma_norms,
+    read_history,
+    squared_gamma_norms,
+    write_history,
+)
 from pl_normkit.methods.weight_decay.optimizer_text import build_optimizer
 from pl_normkit.methods.weight_decay.policy import PRESETS, DecayLine, DecayPolicy, resolve_policy
 from pl_normkit.methods.weight_decay.prebuilt import split_prebuilt

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["NormHistory", "gamma_norms", "plot_gamma_norms", "squared_gamma_norms"]
+__all__ = ["HISTORY_FILE", "NormHistory", "gamma_norms", "plot_gamma_norms", "read_history", "squared_gamma_norms", "write_history"]
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,32 @@ if TYPE_CHECKING:
 
 NormHistory = dict[str, list[tuple[int, float]]]
 """Role -> (step, norm) pairs."""
+
+
+HISTORY_FILE = "gamma_norms.json"
+
+
+def write_history(history: NormHistory, path: Path) -> None:
+    """Keep a run's history as JSON: role -> list of [step, norm]."""
+    path.write_text(json.dumps(history) + "\n")
+
+
+def read_history(path: Path) -> NormHistory:
+    """What `write_history` wrote. Raises DataError when the file is missing, empty or something else."""
+    try:
+        history = {
+            role: [(int(step), float(norm)) for step, norm in points] for role, points in json.loads(path.read_text()).items() if points
+        }
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise DataError(
+            "no gamma norms can be read",
+            where=str(path),
+            evidence=f"{type(error).__name__}: {error}",
+            mend="name the log folder of a run trained with GammaDecay and a logger",
+        ) from error
+    if not history:
+        raise DataError("no gamma norms were recorded", where=str(path), mend="train at least one step of a model with norm scales")
+    return history
 
 
 def gamma_norms(model: nn.Module, known: ModelRoles) -> dict[Role, float]:

@@ -1,0 +1,39 @@
+"""What this room adds to the command line: `lint --optimizer` and `report`."""
+
+from __future__ import annotations
+
+__all__: list[str] = []
+
+import argparse
+from pathlib import Path
+
+from pl_normkit.commands import command, lint_part
+from pl_normkit.errors import ConfigError
+from pl_normkit.methods.weight_decay.norms import HISTORY_FILE, plot_gamma_norms, read_history
+from pl_normkit.methods.weight_decay.optimizer_text import build_optimizer
+from pl_normkit.rules import Subject
+
+
+@lint_part({"--optimizer": {"metavar": "CALL", "help": 'judge this optimizer too: "torch.optim.AdamW(lr=1e-3, weight_decay=0.05)"'}})
+def _fill_optimizer(subject: Subject, options: argparse.Namespace) -> None:
+    if subject.model is None:
+        raise ConfigError("an optimizer needs a model to optimize", mend="name one: pl-normkit lint timm:resnet50 --optimizer ...")
+    subject.optimizers = (build_optimizer(options.optimizer, subject.model),)
+
+
+@command(
+    "report",
+    "draw what GammaDecay recorded in a run: the norms of the scales by role",
+    {
+        "folder": {"type": Path, "help": f"log folder of the run, with {HISTORY_FILE} in it"},
+        "--out": {"type": Path, "metavar": "FILE", "help": "PNG to write, gamma_norms.png in the folder by default"},
+    },
+)
+def _report(options: argparse.Namespace) -> int:
+    out = options.out or options.folder / "gamma_norms.png"
+    history = read_history(options.folder / HISTORY_FILE)
+    plot_gamma_norms(history, out)
+    for role, points in history.items():
+        print(f"{role}: {points[0][1]:.4g} at step {points[0][0]} -> {points[-1][1]:.4g} at step {points[-1][0]}")  # noqa: T201
+    print(out)  # noqa: T201
+    return 0
