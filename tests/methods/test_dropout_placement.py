@@ -267,3 +267,25 @@ def test_a_dropout_that_is_also_used_rightly_stays() -> None:
     changes = place_dropout(model, x)
     assert changes.made == []
     assert "other places" in changes.skipped[0].what
+
+
+class TwoUses(nn.Module):
+    """A pre-activation block whose one attribute is the probability of a functional dropout and the scale of the branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn1, self.bn2 = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.conv1, self.conv2 = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.rate = 0.3
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.dropout(self.conv1(self.bn1(x).relu()), self.rate, self.training)
+        return x + self.rate * self.conv2(self.bn2(y).relu())
+
+
+def test_an_attribute_that_does_more_than_drop_is_left_alone() -> None:
+    model, x = TwoUses().eval(), torch.randn(2, 4, 6, 6)
+    before = model(x)
+    changes = place_dropout(model, x)
+    assert torch.equal(before, model(x))
+    assert (changes.made, ["switches it off alone" in change.what for change in changes.skipped]) == ([], [True])

@@ -9,12 +9,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._pytree import tree_leaves
 
 from pl_normkit.errors import NothingMatchedError
-from pl_normkit.graph import Dropout, ModelGraph, Node
+from pl_normkit.graph import Dropout, Kind, ModelGraph, Node
 from pl_normkit.methods.dropout_placement.placement import (
     BranchDropout,
     HeadDropout,
@@ -110,7 +111,7 @@ class _Plan:
             if self.graph.calls[path, first.node.op] != len(moves):
                 self._skip(first, "the same dropout is called in other places too")
             elif switch_off is None:
-                self._skip(first, "it is a function call and no attribute switches it off; move it in the code")
+                self._skip(first, "it is a function call and no attribute switches it off alone; move it in the code")
             else:
                 edits += [switch_off, *(move.insert for move in moves if move.insert is not None)]
         return edits
@@ -154,13 +155,20 @@ class _Plan:
         return None
 
     def _silences(self, edit: Edit, dropout: Dropout) -> bool:
-        """Whether the edit switches the dropouts of this module off: made, seen in a second trace, and taken back."""
+        """Whether the edit switches the dropouts of this module off and does nothing else: made, seen in a second trace, and taken back."""
         changes = apply_edits(self.model, [edit])
         try:
             traced = ModelGraph.from_model(self.model, self.example_inputs)
         finally:
             changes.undo()
-        return not any(other.p > 0 and other.module == dropout.module for other in traced.dropouts)
+        is_off = not any(other.p > 0 and other.module == dropout.module for other in traced.dropouts)
+        return is_off and _beside_dropout(traced) == _beside_dropout(self.graph)
+
+
+def _beside_dropout(graph: ModelGraph) -> list[tuple[str, str, list[Any]]]:
+    """The operations that are no dropouts, with the constants they are called with: an attribute may be a scale or a drop path too."""
+    calls = ((node, tree_leaves((node.target.args, node.target.kwargs))) for node in graph.nodes if node.kind is not Kind.DROPOUT)
+    return [(node.module, node.op, [repr(leaf) for leaf in leaves if not isinstance(leaf, fx.Node)]) for node, leaves in calls]
 
 
 def _why_no_slot(slot: Node | None) -> str:
