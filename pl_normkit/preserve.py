@@ -55,7 +55,8 @@ def _module_contents(attributes: dict[str, Any], seen: set[int]) -> Iterator[Cal
     """Restorers of what the attributes hold; of the registries only the entries, since their tensors may be large."""
     for name, value in attributes.items():
         if name in _REGISTRIES:
-            yield _container_content(value)
+            if isinstance(value, dict):  # TorchScript keeps views of its own there, which nothing can put back
+                yield _container_content(value)
         else:
             yield from _contents(value, seen)
 
