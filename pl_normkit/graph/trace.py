@@ -7,6 +7,7 @@ __all__ = ["call_arguments", "trace"]
 import dataclasses
 import io
 import logging
+import sysconfig
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from pl_normkit.errors import TraceError
 from pl_normkit.graph.nodes import SHAPE_ONLY, Kind, Node, Read, Step, kind_of, shorten
 from pl_normkit.preserve import preserved
+
+_STANDARD_LIBRARY = f"{sysconfig.get_path('stdlib')}/"
 
 
 def call_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -129,15 +132,20 @@ def _tensors_in(output: Any) -> list[Tensor]:
 
 def _explain(model: nn.Module, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TraceError:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename]
-    inner = [frame for frame in frames if "pl_normkit/graph/" not in frame.filename]
+    inner = [frame for frame in frames if "pl_normkit/graph/" not in frame.filename and not _is_standard_library(frame.filename)]
     shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
     message = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return TraceError(
         f"{type(model).__name__} cannot be read by torch.export with inputs {shapes or 'given'}",
         where=f"{shorten(inner[-1].filename)}:{inner[-1].lineno}" if inner else "",
         evidence=f"{type(error).__name__}: {message[:300]}",
-        mend="check the input shapes; take data-dependent control flow out of forward, or audit the submodule that holds the layers",
+        mend="check the input shapes; take data-dependent control flow out of forward, or audit the submodule that holds the layers"
+        + ("; a dict is passed as keyword arguments: write ({...},) for a forward that takes the dict itself" if kwargs else ""),
     )
+
+
+def _is_standard_library(file: str) -> bool:
+    return file.startswith(_STANDARD_LIBRARY) and "-packages/" not in file
 
 
 @dataclass
