@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     forms = "timm:NAME, smp:ARCHITECTURE, torchvision:NAME or package.module:builder, each with ?argument=value&..."
     lint.add_argument("model", nargs="?", help=forms)
     lint.add_argument("--input", action="append", default=[], metavar="SIZES", help="sizes without the batch: 3,224,224 or 128:int64")
-    lint.add_argument("--real", action="store_true", help="build with real weights, so that findings carry measurements")
+    lint.add_argument("--real", action="store_true", help="build in memory, so that findings carry measurements on noise")
     lint.add_argument("--format", choices=FORMATS, default="text")
     lint.add_argument("--output", type=Path, metavar="FILE", help="write the report there instead of to standard output")
     lint.add_argument("--select", type=_words, metavar="RULES", help="comma-separated codes, prefixes or names; DEFAULT, ALL")

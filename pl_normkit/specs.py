@@ -129,7 +129,7 @@ def import_object(spec: str) -> Any:
     source, _, name = spec.partition(":")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
-    module = _import_library(source, source.partition(".")[0])
+    module = _import_library(source)
     try:
         found = module
         for part in name.split("."):
@@ -139,13 +139,14 @@ def import_object(spec: str) -> Any:
     return found
 
 
-def _import_library(module: str, package: str) -> Any:
+def _import_library(module: str, package: str = "") -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         known = "" if error.name == module.partition(".")[0] else f"while importing {module}"
+        get = f"pip install {package}" if package else "run where it can be imported from (a module, not a file: no .py)"
         raise ModelSpecError(
-            f"there is no module {error.name!r}", where=known, mend=f"pip install {package}, or check the spelling; forms: {_FORMS}"
+            f"there is no module {error.name!r}", where=known, mend=f"{get}, or check the spelling; forms: {_FORMS}"
         ) from error
     except Exception as error:
         if "torchvision::" not in str(error):
@@ -182,7 +183,7 @@ def parse_inputs(texts: Sequence[str], model: nn.Module, *, device: str = "meta"
     size = config.get("input_size") if hasattr(config, "get") else None
     if size is None:
         raise ModelSpecError("the input shape of this model is not known", mend="give it, without the batch: --input 3,224,224")
-    return (torch.zeros(BATCH, *size, device=device),)
+    return (_made_up(size, torch.float32, device),)
 
 
 def _parse_input(text: str, device: str) -> Tensor:
@@ -196,4 +197,11 @@ def _parse_input(text: str, device: str) -> Tensor:
         raise ModelSpecError(
             f"--input {text!r} is no shape", mend="write sizes without the batch, and a dtype if not float32: 3,224,224 or 128:int64"
         )
-    return torch.zeros(BATCH, *shape, dtype=dtype, device=device)
+    return _made_up(shape, dtype, device)
+
+
+def _made_up(shape: Sequence[int], dtype: torch.dtype, device: str) -> Tensor:
+    """A batch of noise, the same in every run, so that what is measured on it means something; zeros where noise has no dtype."""
+    if device == "meta" or not dtype.is_floating_point:
+        return torch.zeros(BATCH, *shape, dtype=dtype, device=device)
+    return torch.randn(BATCH, *shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)

@@ -263,3 +263,21 @@ def test_a_fix_that_finds_nothing_is_listed_as_skipped(make_rule: Any) -> None:
     model = nn.Linear(1, 1)
     changes = fix_findings(model, None, audit(model, select=["NK990"]).findings)
     assert (changes.made, [change.what for change in changes.skipped]) == ([], ["nothing to place"])
+
+
+def test_inputs_without_variance_measure_nothing(faulty_net: nn.Module) -> None:
+    """Behind zeros a batch norm sees dropout's noise alone in training and nothing in evaluation: a ratio near 0 that means nothing."""
+    report = audit(faulty_net, torch.zeros(2, 3, 8, 8))
+    assert [(finding.code, finding.evidence) for finding in report.findings] == [("NK101", ())]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:FutureWarning", "ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_a_scripted_model_becomes_a_note() -> None:
+    report = audit(torch.jit.script(nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.1))), torch.zeros(2, 3))
+    assert len(report.notes) == 1
+    assert "cannot be read by torch.export" in report.notes[0]
+
+
+def test_a_dict_that_does_not_fit_forward_says_how_a_dict_is_passed(faulty_net: nn.Module) -> None:
+    (note,) = audit(faulty_net, {"image": torch.zeros(2, 3, 8, 8)}).notes
+    assert ("write ({...},)" in note, "inspect.py" in note) == (True, False)

@@ -154,6 +154,7 @@ def test_real_weights_carry_measurements(run: Run) -> None:
         for real in (True, False)
     }
     assert ([item["what"] for item in evidence[True]], evidence[False]) == (["variance of the input of 1.bn2, eval over train"], [])
+    assert 0.3 < evidence[True][0]["value"] < 1
 
 
 def test_a_baseline_accepts_todays_findings_and_shows_new_ones(run: Run, working_directory: Path) -> None:

@@ -222,3 +222,16 @@ def test_the_models_own_inputs_are_taken_when_none_are_given() -> None:
 def test_a_model_that_says_nothing_about_its_inputs_is_refused() -> None:
     with pytest.raises(ModelSpecError, match="the input shape of this model is not known\n  mend: give it, without the batch"):
         parse_inputs([], nn.Linear(1, 1))
+
+
+def test_inputs_of_a_model_in_memory_vary_and_are_the_same_in_every_run() -> None:
+    (first,), (second,) = (parse_inputs(["3,8,8"], nn.Linear(1, 1), device="cpu") for _ in range(2))
+    assert (torch.equal(first, second), bool(first.std() > 0.5)) == (True, True)
+    (tokens,) = parse_inputs(["8:int64"], nn.Linear(1, 1), device="cpu")
+    assert tokens.unique().tolist() == [0]
+
+
+def test_the_users_own_module_is_not_looked_for_in_the_registry() -> None:
+    with pytest.raises(ModelSpecError) as caught:
+        build_model("my_nets.py:build")
+    assert ("pip install" in str(caught.value), "no .py" in caught.value.mend) == (False, True)

@@ -35,9 +35,11 @@ def _branch_dropouts(subject: Subject) -> list[BranchDropout]:
 
 
 def _variance_shift(subject: Subject) -> dict[str, float]:
-    """The measured ratio per norm; empty where the subject holds no real batch of two or more."""
+    """The measured ratio per norm; empty where the subject holds no real batch of two or more (zeros have no variance to shift)."""
     tensors = [leaf for leaf in tree_leaves(subject.example_inputs) if isinstance(leaf, Tensor)]
     if subject.model is None or not subject.measure or any(t.is_meta or t.dim() == 0 or t.shape[0] < 2 for t in tensors):
+        return {}
+    if tensors and all(bool((tensor == tensor.flatten()[:1]).all()) for tensor in tensors):
         return {}
     return measure_variance_shift(subject.model, subject.example_inputs)
 
