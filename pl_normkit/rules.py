@@ -142,11 +142,11 @@ class Rule:
 
     @property
     def summary(self) -> str:
-        """First sentence of the "What it does" section."""
-        return re.split(r"(?<=\.)\s", self.sections()["What it does"], maxsplit=1)[0]
+        """First sentence of the "What it does" section; of the docstring where another package's rule has no such section."""
+        return re.split(r"(?<=\.)\s", self.sections().get("What it does") or " ".join(self.doc.split()), maxsplit=1)[0]
 
     def sections(self) -> dict[str, str]:
-        """The docstring by section title. Raises KeyError-free: a missing section is simply absent."""
+        """The docstring by section title; a missing section is absent."""
         found: dict[str, list[str]] = {}
         current: list[str] = []
         for line in self.doc.splitlines():

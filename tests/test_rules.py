@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 import sys
 import warnings
@@ -11,7 +12,9 @@ import pytest
 import torch
 from torch import nn
 
+from pl_normkit import audit
 from pl_normkit import rules as rules_module
+from pl_normkit.cli import main
 from pl_normkit.errors import ConfigError, NormkitWarning
 from pl_normkit.findings import Finding, FixSafety, Place, Severity
 from pl_normkit.rules import SECTIONS, Mark, Needs, Observation, Rule, Selection, Subject, load_rules, rule
@@ -404,3 +407,12 @@ def test_a_package_that_takes_our_code_is_left_out(foreign: Path) -> None:
     offer_rules(foreign, "thief = foreign_thief")
     with pytest.warns(NormkitWarning, match="NK101 is taken twice"):
         assert load_rules()["NK101"] == ALL_RULES["NK101"]
+
+
+def test_a_foreign_rule_without_sections_is_listed_and_reported(foreign: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (foreign / "foreign_good.py").write_text(WORKING.replace("    yield", '    """Says hello to every model. And more."""\n    yield'))
+    offer_rules(foreign, "good = foreign_good")
+    assert main(["rules"]) == 0
+    assert "Says hello to every model." in capsys.readouterr().out
+    (described,) = json.loads(audit(nn.Identity(), select=["FRN"]).to_sarif())["runs"][0]["tool"]["driver"]["rules"]
+    assert described["fullDescription"]["text"] == "Says hello to every model."

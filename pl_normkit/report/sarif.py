@@ -45,7 +45,7 @@ def _rule(code: str) -> dict[str, Any]:
         "id": code,
         "name": known.name,
         "shortDescription": {"text": known.summary},
-        "fullDescription": {"text": known.sections()["Why it hurts"]},
+        "fullDescription": {"text": known.sections().get("Why it hurts") or known.summary},
         "help": {"text": known.doc},
         "defaultConfiguration": {"level": known.severity.value},
         "properties": {"mark": known.mark.value, "source": known.source},
@@ -74,5 +74,4 @@ def _location(place: Place) -> dict[str, Any]:
 
 
 def _uri(file: str) -> str:
-
     return PurePath(file).as_uri() if PurePath(file).is_absolute() else quote(PurePath(file).as_posix())
