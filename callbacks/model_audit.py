@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pl_normkit.audit import audit_subject, fix_findings
 from pl_normkit.callbacks._network import InputCapture, after_configure_model
 from pl_normkit.errors import AuditFailedError, NormkitError, NormkitWarning
-from pl_normkit.findings import Severity
+from pl_normkit.findings import Finding, Severity
 from pl_normkit.report import Report, merge_reports
 from pl_normkit.rules import Needs, Selection, Subject
 
@@ -168,10 +168,15 @@ class ModelAudit(Callback):
 
 def _warn(report: Report) -> None:
     if report.findings:
-        listed = "; ".join(f"{finding.code} {finding.message} ({len(finding.places)} places)" for finding in report.findings)
-        warnings.warn(f"{report.subject}: {listed}. Silence: {report.findings[0].silence}", NormkitWarning, stacklevel=2)
+        listed = "; ".join(f"{finding.code} {finding.message} ({_places(finding)})" for finding in report.findings)
+        codes = ", ".join(f'"{code}"' for code in dict.fromkeys(finding.code for finding in report.findings))
+        warnings.warn(f"{report.subject}: {listed}. Silence: ignore=[{codes}]", NormkitWarning, stacklevel=2)
     for note in report.notes:
         warnings.warn(f"{report.subject}: {note}", NormkitWarning, stacklevel=2)
+
+
+def _places(finding: Finding) -> str:
+    return f"{len(finding.places)} place{'s' if len(finding.places) != 1 else ''}"
 
 
 def _log_counts(trainer: pl.Trainer, report: Report) -> None:
