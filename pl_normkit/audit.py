@@ -83,12 +83,16 @@ def audit_subject(subject: Subject, selection: Selection, *, needing: Set[Needs]
 
 
 def _add_graph(subject: Subject, notes: list[str]) -> None:
-    if subject.graph is not None or subject.model is None or subject.example_inputs is None:
+    if subject.graph is not None or subject.model is None or subject.cannot_be_traced:
+        return
+    if subject.example_inputs is None:
+        notes.append("rules that need the traced model did not run: there are no example inputs")
         return
     try:
         subject.graph = ModelGraph.from_model(subject.model, subject.example_inputs)
     except TraceError as error:
-        notes.append(f"rules that need the traced model did not run: {error}")
+        subject.cannot_be_traced = True
+        notes.append(f"{error}\n  so: rules that need the traced model did not run")
 
 
 def _judge(rule: Rule, subject: Subject, notes: list[str]) -> list[Finding]:

@@ -6,12 +6,14 @@ __all__ = ["main"]
 
 import argparse
 import importlib
+import os
 import pkgutil
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from pl_normkit import __version__
@@ -33,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run([word for word in words[1:] if word != "--debug"])
         options = _parser().parse_args(words)
         return int(options.command(options))
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
     except NormkitError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         cause: Exception = error
@@ -110,6 +115,8 @@ def _lint(options: argparse.Namespace) -> int:
         if options.write_baseline:
             write_baseline(options.write_baseline, found.findings)
         _show(report, options.format, options.output)
+    except BrokenPipeError:
+        raise
     except OSError as error:
         raise ConfigError(
             "the file cannot be written",
@@ -117,6 +124,8 @@ def _lint(options: argparse.Namespace) -> int:
             evidence=error.strerror or str(error),
             mend="name a file in a folder that exists",
         ) from error
+    for note in report.notes:
+        print(f"error: {note}", file=sys.stderr)  # noqa: T201
     if report.notes:
         return 2
     return int(options.fail_on != "never" and bool(report.at_least(options.fail_on)))
@@ -131,8 +140,9 @@ def _subject(options: argparse.Namespace) -> Subject:
         device = "cpu" if options.real else "meta"
         subject.model = build_model(options.model, device=device)
         subject.example_inputs = parse_inputs(options.input, subject.model, device=device)
-        subject.graph = ModelGraph.from_model(subject.model, subject.example_inputs)
-    parts = [part for part in load_lint_parts() if getattr(options, next(iter(part.arguments)).lstrip("-")) is not None]
+        if options.debug:  # a model that cannot be traced then shows its traceback
+            subject.graph = ModelGraph.from_model(subject.model, subject.example_inputs)
+    parts = [part for part in load_lint_parts() if getattr(options, part.destination) is not None]
     for part in parts:
         part.fill(subject, options)
     if options.model is None and not parts:
@@ -154,6 +164,9 @@ def _show(report: Report, form: str, output: Path | None) -> None:
     from rich.console import Console
 
     if form == "text":
+        if report.notes and not report.findings:
+            return
+        report = replace(report, notes=())  # they go to standard error
         with output.open("w") if output else nullcontext(sys.stdout) as stream:
             report.print(Console(file=stream, width=None if stream.isatty() else 120))
         return

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pl_normkit.errors import ConfigError
 from pl_normkit.rules import Subject, load_rules
 
 Fill = Callable[[Subject, argparse.Namespace], None]
@@ -29,6 +30,11 @@ class LintPart:
     arguments: Arguments
     fill: Fill
 
+    @property
+    def destination(self) -> str:
+        """Name under which argparse keeps the first option."""
+        return next(iter(self.arguments)).lstrip("-").replace("-", "_")
+
 
 @dataclass(frozen=True)
 class Command:
@@ -48,7 +54,8 @@ def lint_part(arguments: Arguments) -> Callable[[Fill], Fill]:
     """Register the decorated function as a part of the subject of `pl-normkit lint`."""
 
     def register(fill: Fill) -> Fill:
-        _parts[next(iter(arguments))] = LintPart(arguments, fill)
+        part = LintPart(arguments, fill)
+        _refuse_second(part.destination, _parts.setdefault(part.destination, part).fill, fill)
         return fill
 
     return register
@@ -58,10 +65,19 @@ def command(name: str, help: str, arguments: Arguments) -> Callable[[Run], Run]:
     """Register the decorated function as the command `pl-normkit NAME`."""
 
     def register(run: Run) -> Run:
-        _commands[name] = Command(name, help, arguments, run)
+        _refuse_second(name, _commands.setdefault(name, Command(name, help, arguments, run)).run, run)
         return run
 
     return register
+
+
+def _refuse_second(name: str, first: Callable[..., Any], second: Callable[..., Any]) -> None:
+    if first is not second:
+        raise ConfigError(
+            f"{name!r} is on the command line already",
+            where=f"{first.__module__}.{first.__qualname__} and {second.__module__}.{second.__qualname__}",
+            mend="give one of them another name",
+        )
 
 
 def load_lint_parts() -> list[LintPart]:

@@ -65,6 +65,7 @@ class Subject:
         loss: the scalar loss of a real step, with its autograd graph.
         batch: a real batch, as the data loader gave it.
         measure: whether rules may run the model to measure (never done on meta-device models or under sharding).
+        cannot_be_traced: tracing failed and was reported; it is not tried again.
     """
 
     model: nn.Module | None = None
@@ -75,6 +76,7 @@ class Subject:
     loss: Tensor | None = None
     batch: Any = None
     measure: bool = True
+    cannot_be_traced: bool = False
     _memo: dict[Callable[..., Any], Any] = field(default_factory=dict, repr=False)
 
     def has(self, need: Needs) -> bool:

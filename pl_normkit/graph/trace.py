@@ -112,6 +112,9 @@ def _accept_any(_: Tensor) -> None:
 @contextmanager
 def _plain_outputs(model: nn.Module) -> Iterator[None]:
     """Let the model return the tensors of its output alone: export refuses containers it does not know (key-value caches)."""
+    if isinstance(model, torch.jit.ScriptModule):  # takes no hooks; export will say that it takes no script either
+        yield
+        return
     handle = model.register_forward_hook(lambda _module, _args, output: _tensors_in(output) or output)
     try:
         yield

@@ -21,8 +21,9 @@ from pl_normkit.methods.dropout_placement.variance_shift import measure_variance
 from pl_normkit.rules import Mark, Observation, Subject, rule
 
 PAPER = "arXiv 2302.06112, abstract"
-_MOVE = "move it to just before {slot}, the last weight layer of the branch, or call place_dropout(model, example_inputs)"
-_REMOVE = "remove it: the branch has no admissible slot, since no last weight layer follows its last batch norm"
+_FIX = "the DropoutPlacement callback or pl_normkit.methods.dropout_placement.place_dropout does it"
+_MOVE = f"Keep one dropout in the branch, just before its last weight layer; {_FIX}"
+_REMOVE = "Remove it: the branch has no admissible slot, since no last weight layer follows its last batch norm"
 
 
 def _graph(subject: Subject) -> ModelGraph:
@@ -62,19 +63,14 @@ def _observe(subject: Subject, found: Sequence[BranchDropout], message: str) -> 
     for has_slot in (True, False):
         group = [item for item in found if (item.slot is not None) is has_slot]
         if group:
-            slot = group[0].slot
             yield Observation(
-                message=message.format(count=_count(group)),
+                message=message,
                 places=[_place(item.dropout.node) for item in group],
                 evidence=_evidence(subject, [item.norm_after for item in group if item.norm_after is not None]),
-                advice=_MOVE.format(slot=slot.module) if slot is not None else _REMOVE,
+                advice=_MOVE if has_slot else _REMOVE,
                 fix_safety=None if has_slot else FixSafety.DISPLAY,
                 cause="" if has_slot else "no admissible slot",
             )
-
-
-def _count(group: Sequence[object]) -> str:
-    return "1 dropout stands" if len(group) == 1 else f"{len(group)} dropouts stand"
 
 
 @rule(
@@ -112,7 +108,7 @@ def dropout_before_batch_norm(subject: Subject) -> Iterator[Observation]:
     that a branch ending in a batch norm has no admissible slot.
     """
     found = [item for item in subject.once(_branch_dropouts) if item.verdict is Verdict.BEFORE_NORM]
-    yield from _observe(subject, found, "{count} before a batch norm inside a residual branch")
+    yield from _observe(subject, found, "Dropout before a batch norm inside a residual branch")
 
 
 @rule(
@@ -150,7 +146,7 @@ def dropout_after_last_weight(subject: Subject) -> Iterator[Observation]:
     test on the traced graph and the numbers above.
     """
     found = [item for item in subject.once(_branch_dropouts) if item.verdict is Verdict.AFTER_LAST_WEIGHT]
-    yield from _observe(subject, found, "{count} after the last weight layer of a residual branch")
+    yield from _observe(subject, found, "Dropout after the last weight layer of a residual branch")
 
 
 @rule(
@@ -191,12 +187,11 @@ def several_dropouts_in_branch(subject: Subject) -> Iterator[Observation]:
     crowded = [group for group in by_branch.values() if len(group) > 1]
     if crowded:
         worst = max(len(group) for group in crowded)
-        branches = "1 residual branch holds" if len(crowded) == 1 else f"{len(crowded)} residual branches hold"
         yield Observation(
-            message=f"{branches} more than one active dropout",
+            message="More than one active dropout in a residual branch",
             places=[_place(item.dropout.node) for group in crowded for item in group],
             evidence=[Evidence("active dropouts in one branch", worst, expected="1")],
-            advice="keep one, after the last batch norm and before the last weight layer, or call place_dropout(model, example_inputs)",
+            advice=_MOVE,
         )
 
 
@@ -239,10 +234,10 @@ def dropout_after_global_pooling(subject: Subject) -> Iterator[Observation]:
         pool = found[0].head.pool
         positions = pool.inputs[0].numel / max(pool.numel, 1)
         yield Observation(
-            message=f"{_count(found)} after global pooling in the head",
+            message="Dropout after global pooling in the head",
             places=[_place(item.dropout.node) for item in found],
             evidence=[Evidence("positions averaged by the pooling", positions)],
-            advice=f"move it before the pooling ({pool.module or pool.source}), element-wise, or call place_dropout(model, example_inputs)",
+            advice=f"Move it, element-wise, before the pooling ({_place(pool)}); {_FIX}",
         )
 
 
@@ -280,8 +275,8 @@ def dropout_upstream_of_batch_norm(subject: Subject) -> Iterator[Observation]:
     found = read_free_dropouts(_graph(subject))
     if found:
         yield Observation(
-            message=f"{_count(found)} upstream of a batch norm, outside residual branches",
+            message="Dropout upstream of a batch norm, outside residual branches",
             places=[_place(dropout.node) for dropout, _ in found],
             evidence=_evidence(subject, [norm for _, norm in found]),
-            advice="move it behind the last batch norm, before the global pooling, or remove it",
+            advice="Move it behind the last batch norm of the network, or remove it",
         )
