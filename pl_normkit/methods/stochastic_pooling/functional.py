@@ -33,7 +33,7 @@ SEED_LIMIT = 2**63 - 1
 
 def check_keep(keep: float) -> float:
     """`keep` as a float. Raises ConfigError outside (0, 1]."""
-    if isinstance(keep, bool) or not isinstance(keep, int | float) or not 0.0 < keep <= 1.0:
+    if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0.0 < keep <= 1.0:
         raise ConfigError(
             "keep must lie in (0, 1]",
             where="stochastic average pooling",
@@ -45,7 +45,7 @@ def check_keep(keep: float) -> float:
 
 def check_scale(scale: Scale) -> Scale:
     """`scale` unchanged. Raises ConfigError unless it is "sqrt", "none", "match" or a positive finite number."""
-    is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
+    is_number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
     if scale in SCALES or (is_number and 0.0 < float(scale) < math.inf):
         return scale
     raise ConfigError(
@@ -212,10 +212,10 @@ def pool_spec(module: nn.Module) -> tuple[PoolSpec, int]:
 
     Raises ConfigError for any other module.
     """
-    if isinstance(module, nn.AdaptiveAvgPool1d | nn.AdaptiveAvgPool2d):
+    if isinstance(module, (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)):
         dims = 1 if isinstance(module, nn.AdaptiveAvgPool1d) else 2
         return _adaptive_spec(module.output_size, dims), dims
-    if isinstance(module, nn.AvgPool1d | nn.AvgPool2d):
+    if isinstance(module, (nn.AvgPool1d, nn.AvgPool2d)):
         dims = 1 if isinstance(module, nn.AvgPool1d) else 2
         divisor = getattr(module, "divisor_override", None)
         flags = (module.ceil_mode, module.count_include_pad, divisor)
@@ -227,7 +227,7 @@ def _pool(x: Tensor, spec: PoolSpec, keep: float, scale: Scale, dims: int) -> Te
     """The training path, for maps of any of the four ranks."""
     maps = x.unsqueeze(-2) if dims == 1 else x
     batched = maps if maps.dim() == 4 else maps.unsqueeze(0)
-    factor = float(scale) if isinstance(scale, int | float) else 1.0
+    factor = float(scale) if isinstance(scale, (int, float)) else 1.0
     seed = torch.randint(SEED_LIMIT, (), dtype=torch.int64, device=x.device)
     out: Tensor = stochastic_pool(batched, seed, _rank(), spec.encode(), keep, factor, scale == "sqrt")
     if scale == "match":
