@@ -282,3 +282,8 @@ def test_a_scripted_model_becomes_a_note() -> None:
 def test_a_dict_that_does_not_fit_forward_says_how_a_dict_is_passed(faulty_net: nn.Module) -> None:
     (note,) = audit(faulty_net, {"image": torch.zeros(2, 3, 8, 8)}).notes
     assert ("write ({...},)" in note, "inspect.py" in note) == (True, False)
+
+
+def test_shapes_alone_are_enough_for_a_model_off_the_meta_device(faulty_net: nn.Module) -> None:
+    report = audit(faulty_net, X.to("meta"), measure=False)
+    assert (report.notes, report.findings) == ([], audit(faulty_net, X, measure=False).findings)

@@ -75,11 +75,11 @@ def _quiet() -> Iterator[None]:
 
 
 def _place(model: nn.Module, arguments: Any) -> Any:
-    """Arguments on the model's device; for a model on the meta device that costs no memory."""
+    """Arguments on the model's device; on the meta device that costs no memory, and off it only their shapes were known."""
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), None)
     if device is None:
         return arguments
-    return tree_map_only(Tensor, lambda tensor: tensor.to(device), arguments)
+    return tree_map_only(Tensor, lambda tensor: torch.zeros_like(tensor, device=device) if tensor.is_meta else tensor.to(device), arguments)
 
 
 def _is_batch_of_one(arguments: Any) -> bool:
