@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -110,8 +111,11 @@ def test_lightnings_own_checks_act_after_the_weights_are_nan(guard: str, error: 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_killed_run_resumes_bit_equal(tmp_path: Path) -> None:
+    die_at = random.SystemRandom().randrange(51, 300)
+    print(f"killed at step {die_at}")  # pytest shows it when the test fails
+    last = tmp_path / f"stepstep={(die_at - 1) // 50 * 50}.ckpt"
     whole = run_here(tmp_path, "whole", guard="nan_guard", drop=False)
-    run(tmp_path, "killed", world=1, expect=-9, guard="nan_guard", drop=False, steps=300, die_at=173, checkpoint_every=50)
-    resumed = run_here(tmp_path, "resumed", guard="nan_guard", drop=False, checkpoint_every=50, resume=str(tmp_path / "stepstep=150.ckpt"))
+    run(tmp_path, "killed", world=1, expect=-9, guard="nan_guard", drop=False, steps=300, die_at=die_at, checkpoint_every=50)
+    resumed = run_here(tmp_path, "resumed", guard="nan_guard", drop=False, checkpoint_every=50, resume=str(last))
     assert_equal(state(tmp_path, "whole", 0), state(tmp_path, "resumed", 0))
     assert whole["skips"] == resumed["skips"] == sum(step < 300 for step in plan(STEPS, 1))
