@@ -8,10 +8,9 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 from torch.utils.data import DataLoader
 
-from pl_normkit.errors import DataError
+from pl_normkit.recipes.loading import RecipeData, require_option
 from pl_normkit.recipes.segmentation.folder import FolderSource, SplitBy, check_files, find_predict_images, read_class_names, split_folder
 from pl_normkit.recipes.segmentation.mosaic import TEXTURES, MosaicSource, Part, load_photograph
 from pl_normkit.recipes.segmentation.samples import (
@@ -25,7 +24,7 @@ from pl_normkit.recipes.segmentation.samples import (
 )
 
 
-class SegmentationData(L.LightningDataModule):
+class SegmentationData(RecipeData):
     """Loaders over four sources of samples; a subclass says where these come from.
 
     Batches: (images (N, 3, H, W) normalized, masks (N, H, W) int64), and for prediction (images, names, sizes (N, 2)).
@@ -58,14 +57,14 @@ class SegmentationData(L.LightningDataModule):
         jitter: float,
     ) -> None:
         super().__init__()
-        _require(crop_size > 0 and crop_size % STRIDE == 0, "crop_size", crop_size, f"take a multiple of {STRIDE}")
-        _require(batch_size > 0, "batch_size", batch_size, "take at least 1")
-        _require(eval_batch_size > 0, "eval_batch_size", eval_batch_size, "take at least 1")
-        _require(num_workers >= 0, "num_workers", num_workers, "take 0 or more")
-        _require(0 < scale[0] <= scale[1], "scale", scale, "give the lower bound first, above 0")
-        _require(0 <= flip <= 1, "flip", flip, "take a probability")
-        _require(0 <= jitter < 1, "jitter", jitter, "take a share below 1")
-        _require(not 0 <= ignore_index < len(class_names), "ignore_index", ignore_index, "take a value that is no class, such as 255")
+        require_option(crop_size > 0 and crop_size % STRIDE == 0, "crop_size", crop_size, f"take a multiple of {STRIDE}")
+        require_option(batch_size > 0, "batch_size", batch_size, "take at least 1")
+        require_option(eval_batch_size > 0, "eval_batch_size", eval_batch_size, "take at least 1")
+        require_option(num_workers >= 0, "num_workers", num_workers, "take 0 or more")
+        require_option(0 < scale[0] <= scale[1], "scale", scale, "give the lower bound first, above 0")
+        require_option(0 <= flip <= 1, "flip", flip, "take a probability")
+        require_option(0 <= jitter < 1, "jitter", jitter, "take a share below 1")
+        require_option(not 0 <= ignore_index < len(class_names), "ignore_index", ignore_index, "take a value that is no class, such as 255")
         self.class_names = class_names
         self.ignore_index = ignore_index
         self.crop_size = crop_size
@@ -118,17 +117,6 @@ class SegmentationData(L.LightningDataModule):
             persistent_workers=self.num_workers > 0,
             collate_fn=collate,
         )
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Raise here, in the main process, the DataError that a loader worker handed over as its batch."""
-        if isinstance(batch, DataError):
-            raise batch
-        return batch
-
-
-def _require(holds: bool, option: str, value: object, mend: str) -> None:
-    if not holds:
-        raise DataError(f"the data option {option} cannot be used", where=f"--data.{option}", evidence=repr(value), mend=mend)
 
 
 class FolderData(SegmentationData):
@@ -187,7 +175,7 @@ class FolderData(SegmentationData):
             flip=flip,
             jitter=jitter,
         )
-        _require(0 < val_share < 1, "val_share", val_share, "take a share between 0 and 1")
+        require_option(0 < val_share < 1, "val_share", val_share, "take a share between 0 and 1")
         self.split: SplitBy = split
         self.val_share = val_share
         self.seed = seed
@@ -252,7 +240,7 @@ class TextureMosaic(SegmentationData):
             jitter=jitter,
         )
         for option, value in (("image_size", image_size), ("regions", regions), ("train_count", train_count), ("val_count", val_count)):
-            _require(value > 0, option, value, "take at least 1")
+            require_option(value > 0, option, value, "take at least 1")
         self.seed = seed
         self.image_size = image_size
         self.regions = regions

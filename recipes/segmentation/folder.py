@@ -14,13 +14,12 @@ from rich.progress import track
 from torch import Tensor
 
 from pl_normkit.errors import DataError, nearest
-from pl_normkit.recipes.segmentation.images import image_size, read_image, read_mask
+from pl_normkit.recipes.image_files import find_images, image_size, read_image, require_folder
+from pl_normkit.recipes.segmentation.images import mask_size, read_mask
 from pl_normkit.recipes.segmentation.mosaic import Part
 from pl_normkit.recipes.segmentation.samples import Sample, SampleSource
 
 SplitBy = Literal["auto", "seed", "files", "folders"]
-
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 _LAYOUT = "put the images into images/ and the masks, under the same names, into masks/"
 
@@ -66,7 +65,7 @@ def read_class_names(root: Path, classes: Sequence[str] | str | None) -> list[st
     if classes is not None and not isinstance(classes, str):
         return _check_class_names(list(classes), "--data.classes")
     path = Path(classes) if classes is not None else root / "classes.txt"
-    _require_folder(root, "the data folder")
+    require_folder(root, "the data folder")
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
@@ -94,43 +93,27 @@ def _check_class_names(names: list[str], where: str) -> list[str]:
     return names
 
 
-def _require_folder(folder: Path, what: str, mend: str = "give the right folder, such as --data.root PATH") -> None:
-    if not folder.is_dir():
-        seen = "a file" if folder.exists() else "nothing"
-        raise DataError(f"{what} is not there", where=str(folder), evidence=f"{seen} at this path", mend=mend)
-
-
-def _find_images(folder: Path) -> dict[str, Path]:
-    _require_folder(folder, "the image folder", _LAYOUT)
+def _name_images(folder: Path) -> dict[str, Path]:
+    require_folder(folder, "the image folder", _LAYOUT)
     found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file():
-            continue
+    for path in find_images(folder):
         name = path.relative_to(folder).with_suffix("").as_posix()
         if name in found:
             evidence = f"{found[name].name} and {path.name}"
             raise DataError("two images have one name", where=str(folder), evidence=evidence, mend="rename or remove one of them")
         found[name] = path
-    if not found:
-        held = len(list(folder.iterdir()))
-        raise DataError(
-            "the image folder is empty",
-            where=str(folder),
-            evidence=f"{held} entries, none of them an image" if held else "no entries",
-            mend=f"put images there ({', '.join(IMAGE_SUFFIXES)}), or give another folder",
-        )
     return found
 
 
 def find_predict_images(folder: Path) -> list[Pair]:
     """Images of `folder`, without masks. Raises DataError when there are none."""
-    return [Pair(name, path, None) for name, path in _find_images(folder).items()]
+    return [Pair(name, path, None) for name, path in _name_images(folder).items()]
 
 
 def pair_files(images: Path, masks: Path) -> list[Pair]:
     """Each image with the mask of the same name, sorted by name. Raises DataError naming the first image without a mask."""
-    found = _find_images(images)
-    _require_folder(masks, "the mask folder", _LAYOUT)
+    found = _name_images(images)
+    require_folder(masks, "the mask folder", _LAYOUT)
     pairs = [Pair(name, path, masks / f"{name}.png") for name, path in found.items()]
     lacking = [pair for pair in pairs if pair.mask is None or not pair.mask.is_file()]
     if lacking:
@@ -146,7 +129,7 @@ def pair_files(images: Path, masks: Path) -> list[Pair]:
 
 def split_folder(root: Path, split: SplitBy, val_share: float, seed: int) -> dict[Part, list[Pair]]:
     """Pairs for "train", "val" and, where the layout has one, "test". Raises DataError. See FolderData for the layouts."""
-    _require_folder(root, "the data folder")
+    require_folder(root, "the data folder")
     if split == "auto":
         split = "folders" if (root / "train").is_dir() else "files" if (root / "train.txt").is_file() else "seed"
     if split == "folders":
@@ -241,8 +224,8 @@ def check_files(pairs: Sequence[Pair], class_names: Sequence[str], ignore_index:
 
 
 def _check_pair_sizes(pair: Pair) -> None:
-    image = image_size(pair.image, "image")
-    mask = image_size(pair.mask, "mask") if pair.mask is not None else image
+    image = image_size(pair.image)
+    mask = mask_size(pair.mask) if pair.mask is not None else image
     if image != mask:
         raise DataError(
             "a mask has another size than its image",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pl_normkit.errors import DataError
-from pl_normkit.recipes.segmentation.images import read_gray
+from pl_normkit.recipes.image_files import read_gray
 from pl_normkit.recipes.segmentation.samples import Sample, SampleSource
 
 Part = Literal["train", "val", "test"]

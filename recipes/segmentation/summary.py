@@ -11,11 +11,11 @@ from pathlib import Path
 import lightning as L
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import ModelCheckpoint
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from pl_normkit.recipes.outcome import print_checkpoint, print_findings
 from pl_normkit.recipes.segmentation.data import SegmentationData
 from pl_normkit.recipes.segmentation.model import SegmentationModule
 from pl_normkit.recipes.segmentation.pictures import draw_sheet
@@ -49,35 +49,12 @@ def summarize_fit(trainer: L.Trainer, module: SegmentationModule, data: Segmenta
         return
     if module.class_iou:
         print_iou(console, module.class_iou, f"validation after {trainer.global_step} steps")
-    _print_findings(trainer, console)
-    _print_checkpoint(trainer, console)
+    print_findings(trainer, console)
+    print_checkpoint(trainer, console)
     if "val" in data.sources:
         path = Path(trainer.log_dir or trainer.default_root_dir) / "validation.png"
         _draw_validation(module, data, path)
         console.print(f"pictures:   {path}", soft_wrap=True, highlight=False)
-
-
-def _print_findings(trainer: L.Trainer, console: Console) -> None:
-    reports = [report for callback in trainer.callbacks if (report := getattr(callback, "report", None)) is not None]  # type: ignore[attr-defined]
-    findings = [finding for report in reports for finding in report.findings]
-    if not reports:
-        console.print("findings:   no audit in this run", highlight=False)
-        return
-    console.print(f"findings:   {len(findings)}", highlight=False)
-    for finding in findings:
-        first = f" at {finding.places[0]}" if finding.places else ""
-        more = f" and {len(finding.places) - 1} more" if len(finding.places) > 1 else ""
-        text = f"  {finding.code} {finding.name} ({finding.severity}): {finding.message}{first}{more}"
-        console.print(text, soft_wrap=True, highlight=False, markup=False)
-
-
-def _print_checkpoint(trainer: L.Trainer, console: Console) -> None:
-    checkpoint = trainer.checkpoint_callback
-    if not isinstance(checkpoint, ModelCheckpoint) or not checkpoint.best_model_path:
-        console.print("checkpoint: none was written", highlight=False)
-        return
-    score = "" if checkpoint.best_model_score is None else f" ({checkpoint.monitor} {float(checkpoint.best_model_score):.3f})"
-    console.print(f"checkpoint: {checkpoint.best_model_path}{score}", soft_wrap=True, highlight=False)
 
 
 @torch.no_grad()

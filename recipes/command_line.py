@@ -1,0 +1,169 @@
+"""`pl-normkit run RECIPE`: what every recipe's LightningCLI shares."""
+
+from __future__ import annotations
+
+__all__ = ["SUBCOMMANDS", "Recipe", "RecipeCLI", "run_recipe"]
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import yaml  # type: ignore[import-untyped]
+from jsonargparse import ArgumentError
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+from pl_normkit.errors import ConfigError, NormkitError, nearest
+
+SUBCOMMANDS = ("fit", "validate", "test", "predict")
+
+
+class RecipeCLI(LightningCLI):
+    """LightningCLI with a checkpoint callback and clear words about the checkpoint to start from."""
+
+    trainer: L.Trainer
+
+    def add_checkpoint_arguments(self, parser: LightningArgumentParser, monitor: str) -> None:
+        """Options `--checkpoint.*`: the last state, and the best by `monitor`, higher being better."""
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        # At the end of validation only: a resumed run first closes the epoch it was saved in, without a metric to go by.
+        checkpoint = {"monitor": monitor, "mode": "max", "save_last": True, "save_on_train_epoch_end": False}
+        parser.set_defaults({f"checkpoint.{option}": value for option, value in checkpoint.items()})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        # LightningCLI itself warns when sys.argv is not empty, which it never is under `pl-normkit run`.
+        self.config = parser.parse_args(args)  # type: ignore[arg-type]
+
+    def before_fit(self) -> None:
+        self._require_checkpoint_file()
+
+    def before_validate(self) -> None:
+        self._require_checkpoint_file(needed=True)
+
+    def before_test(self) -> None:
+        self._require_checkpoint_file(needed=True)
+
+    def before_predict(self) -> None:
+        self._require_checkpoint_file(needed=True)
+        # Predictions go to files; kept in memory as well, those of a large folder would not fit.
+        self.config_init[self.subcommand].return_predictions = False
+
+    def _require_checkpoint_file(self, needed: bool = False) -> None:
+        path = self.config[self.subcommand].ckpt_path
+        if path is None and needed:
+            raise ConfigError(f"{self.subcommand} needs a trained model", mend="give its checkpoint with --ckpt_path PATH")
+        if path is not None and not Path(path).is_file():
+            raise ConfigError("the checkpoint is not there", where=str(path), mend="give the path of a .ckpt file that `fit` wrote")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What `run_recipe` needs to know of a recipe.
+
+    Attributes:
+        name: as in `pl-normkit run NAME`.
+        cli: its command line.
+        model: its LightningModule.
+        data: base class of its DataModules.
+        default_config: YAML with the defaults of every run.
+        default_data: YAML with the data of a run that names none.
+    """
+
+    name: str
+    cli: type[RecipeCLI]
+    model: type[L.LightningModule]
+    data: type[L.LightningDataModule]
+    default_config: Path
+    default_data: Path
+
+
+def run_recipe(recipe: Recipe, args: Sequence[str]) -> int:
+    """Run `recipe` with command line arguments: `[fit|validate|test|predict] [options]`, "fit" being the default.
+
+    Options left out come from the recipe's YAML files. Returns 0. Raises NormkitError for bad input.
+    """
+    command = _choose_subcommand(args, recipe.name)
+    defaults = [str(recipe.default_config)]
+    if not _names_data(command):
+        # Given as a default beside another class, its settings would carry over to that class.
+        defaults.append(str(recipe.default_data))
+    parser_kwargs: dict[str, Any] = {"prog": f"pl-normkit run {recipe.name}", "exit_on_error": False}
+    for subcommand in SUBCOMMANDS:
+        parser_kwargs[subcommand] = {"default_config_files": defaults, "exit_on_error": False}
+    with warnings.catch_warnings():
+        _silence_lightning()
+        try:
+            recipe.cli(
+                recipe.model,
+                recipe.data,
+                subclass_mode_data=True,
+                seed_everything_default=0,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+                parser_kwargs=parser_kwargs,
+                args=command,
+            )
+        except (ArgumentError, ValueError) as error:
+            raise _explain_refusal(error, f"pl-normkit run {recipe.name} {command[0]}") from error
+        except SystemExit as stop:  # --help and --print_config end that way
+            return int(stop.code or 0)
+    return 0
+
+
+def _choose_subcommand(args: Sequence[str], recipe: str) -> list[str]:
+    """`args` with "fit" in front, unless a subcommand or the overall help is asked for."""
+    if args and (args[0] in SUBCOMMANDS or list(args) in (["--help"], ["-h"])):
+        return list(args)
+    if args and not args[0].startswith("-"):
+        raise ConfigError(
+            f"the {recipe} recipe has no such command",
+            where=f"pl-normkit run {recipe}",
+            evidence=repr(args[0]),
+            mend=f"one of {', '.join(SUBCOMMANDS)}; {nearest(args[0], SUBCOMMANDS)}".rstrip("; "),
+        )
+    return ["fit", *args]
+
+
+def _names_data(args: Sequence[str]) -> bool:
+    """Whether an argument or a configuration file among `args` names the class of the data."""
+    if any(arg in ("--data", "--data.class_path") or arg.startswith(("--data=", "--data.class_path=")) for arg in args):
+        return True
+    flags = ("--config", "-c")
+    files = [value for flag, value in pairwise(args) if flag in flags]
+    files += [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
+    return any("data" in _read_keys(Path(file)) for file in files)
+
+
+def _read_keys(path: Path) -> set[str]:
+    """Top-level keys of a YAML file; none when it cannot be read, which the parser itself will report."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return set()
+    return set(content) if isinstance(content, dict) else set()
+
+
+def _explain_refusal(error: Exception, command: str) -> Exception:
+    """Jsonargparse wraps what a constructor raises: give the NormkitError within, or one that quotes a parser's refusal."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, NormkitError):
+            return cause
+        cause = cause.__cause__
+    if not isinstance(error, ArgumentError):
+        return error
+    return ConfigError("the options cannot be used", where=command, evidence=str(error), mend=f"see {command} --help")
+
+
+def _silence_lightning() -> None:
+    # Reading a sample takes a few milliseconds; more workers would take the cores from the training.
+    warnings.filterwarnings("ignore", message=r"The '\w+_dataloader' does not have many workers")
+    # A resumed run has a folder of its own, so its best checkpoint is the best of that run.
+    warnings.filterwarnings("ignore", message=r"The dirpath has changed from")
+    # Lightning's own calls to names that jsonargparse and torch have since renamed.
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning\.pytorch\.cli")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"lightning\.pytorch\.utilities\._pytree")
