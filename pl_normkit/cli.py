@@ -23,6 +23,8 @@ from pl_normkit.findings import Severity, read_baseline, subtract_baseline, writ
 from pl_normkit.report import Report
 from pl_normkit.rules import Selection, Subject, load_rules
 
+_OF_RECIPES = (["run"], ["compare"])
+
 FORMATS = ("text", "json", "sarif", "github", "html")
 
 
@@ -31,8 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     try:
-        if words[:1] == ["run"]:
-            return _run([word for word in words[1:] if word != "--debug"])
+        if words[:1] in _OF_RECIPES:
+            return _hand_over([word for word in words if word != "--debug"])
         options = _parser().parse_args(words)
         return int(options.command(options))
     except BrokenPipeError:  # the reader of our output has seen enough
@@ -42,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         cause: Exception = error
     except Exception as error:
-        if words[:1] == ["run"]:  # the user's own training code, which wants its traceback
+        if words[:1] in _OF_RECIPES:  # the user's own training code, which wants its traceback
             raise
         print(f"internal error: {type(error).__name__}: {error}\n  mend: please report it with the output of --debug", file=sys.stderr)  # noqa: T201
         cause = error
@@ -89,6 +91,9 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="run a recipe: pl-normkit run segmentation --help", add_help=False)
     run.add_argument("recipe")
+    help_text = "train pairs of runs with and without callbacks: pl-normkit compare segmentation --help"
+    compare = commands.add_parser("compare", help=help_text, add_help=False)
+    compare.add_argument("recipe")
     return parser
 
 
@@ -208,12 +213,14 @@ def _explain(options: argparse.Namespace) -> int:
     return 0
 
 
-def _run(words: list[str]) -> int:
-    """Hand the rest of the line to the recipe's own LightningCLI."""
+def _hand_over(words: list[str]) -> int:
+    """`run RECIPE ...` to the recipe's own LightningCLI, `compare RECIPE ...` to what all recipes share."""
     recipes = importlib.import_module("pl_normkit.recipes")
     known = [found.name for found in pkgutil.iter_modules(recipes.__path__) if found.ispkg]
-    if not words or words[0] not in known:
-        word = words[0] if words else ""
-        raise ConfigError(f"there is no recipe {word!r}", mend=nearest(word, known) or f"recipes: {', '.join(known)}")
-    recipe = importlib.import_module(f"pl_normkit.recipes.{words[0]}.main")
-    return int(recipe.run(words[1:]))
+    command, name = words[0], words[1] if len(words) > 1 else ""
+    if name not in known:
+        raise ConfigError(f"there is no recipe {name!r}", mend=nearest(name, known) or f"recipes: {', '.join(known)}")
+    recipe = importlib.import_module(f"pl_normkit.recipes.{name}.main")
+    if command == "run":
+        return int(recipe.run(words[2:]))
+    return int(importlib.import_module("pl_normkit.recipes.comparing").compare(recipe.RECIPE, words[2:]))

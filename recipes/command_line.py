@@ -71,6 +71,7 @@ class Recipe:
         data: base class of its DataModules.
         default_config: YAML with the defaults of every run.
         default_data: YAML with the data of a run that names none.
+        metric: name under which the model logs its main validation metric, by which `pl-normkit compare` judges.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Recipe:
     data: type[L.LightningDataModule]
     default_config: Path
     default_data: Path
+    metric: str
 
 
 def run_recipe(recipe: Recipe, args: Sequence[str]) -> int:

@@ -55,6 +55,7 @@ RECIPE = Recipe(
     SegmentationData,
     default_config=Path(__file__).with_name("default.yaml"),
     default_data=Path(__file__).with_name("texture_mosaic.yaml"),
+    metric="val_miou",
 )
 
 
