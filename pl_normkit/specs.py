@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["build_model", "import_object", "parse_inputs"]
+__all__ = ["build_model", "parse_inputs"]
 
 import ast
-import importlib
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -16,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pl_normkit.errors import ModelSpecError, nearest
+from pl_normkit.importing import import_library, import_object
 
 BATCH = 2
 """Samples in the made-up batch: batch norm needs two where it sees one value per channel."""
@@ -77,14 +75,14 @@ def _literal(text: str) -> Any:
 
 
 def _from_timm(_: str, name: str, arguments: dict[str, Any]) -> Callable[[], Any]:
-    timm = _import_library("timm", "timm")
+    timm = import_library("timm", "timm")
     if not timm.is_model(name):
         raise ModelSpecError(f"timm has no model {name!r}", mend=nearest(name, timm.list_models()) or "see timm.list_models()")
     return lambda: timm.create_model(name, **arguments)
 
 
 def _from_smp(_: str, name: str, arguments: dict[str, Any]) -> Callable[[], Any]:
-    smp = _import_library("segmentation_models_pytorch", "segmentation-models-pytorch")
+    smp = import_library("segmentation_models_pytorch", "segmentation-models-pytorch")
     architectures = {kind.__name__.lower(): kind.__name__ for kind in smp.MODEL_ARCHITECTURES_MAPPING.values()}
     if name.lower() not in architectures:
         raise ModelSpecError(
@@ -95,7 +93,7 @@ def _from_smp(_: str, name: str, arguments: dict[str, Any]) -> Callable[[], Any]
 
 
 def _from_torchvision(_: str, name: str, arguments: dict[str, Any]) -> Callable[[], Any]:
-    models = _import_library("torchvision.models", "torchvision")
+    models = import_library("torchvision.models", "torchvision")
     if name not in models.list_models():
         raise ModelSpecError(
             f"torchvision has no model {name!r}", mend=nearest(name, models.list_models()) or "see torchvision.models.list_models()"
@@ -122,44 +120,6 @@ _LIBRARIES: dict[str, Callable[[str, str, dict[str, Any]], Callable[[], Any]]] =
     "smp": _from_smp,
     "torchvision": _from_torchvision,
 }
-
-
-def import_object(spec: str) -> Any:
-    """The object `package.module:name`, looked for in the working directory too. Raises ModelSpecError."""
-    source, _, name = spec.partition(":")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    module = _import_library(source)
-    try:
-        found = module
-        for part in name.split("."):
-            found = getattr(found, part)
-    except AttributeError as error:
-        raise ModelSpecError(f"{source} has no {name!r}", mend=nearest(name, dir(module)) or f"see dir({source})") from error
-    return found
-
-
-def _import_library(module: str, package: str = "") -> Any:
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        known = "" if error.name == module.partition(".")[0] else f"while importing {module}"
-        get = f"pip install {package}" if package else "run where it can be imported from (a module, not a file: no .py)"
-        raise ModelSpecError(
-            f"there is no module {error.name!r}", where=known, mend=f"{get}, or check the spelling; forms: {_FORMS}"
-        ) from error
-    except Exception as error:
-        if "torchvision::" not in str(error):
-            raise ModelSpecError(
-                f"{module} cannot be imported",
-                evidence=f"{type(error).__name__}: {error}",
-                mend="mend the module, or check the spelling; --debug shows the traceback",
-            ) from error
-        raise ModelSpecError(
-            "torchvision does not fit the installed torch",
-            evidence=str(error).splitlines()[0],
-            mend="a CPU-only build of torch lacks what torchvision needs: install torch and torchvision together from the package registry",
-        ) from error
 
 
 def parse_inputs(texts: Sequence[str], model: nn.Module, *, device: str = "meta") -> Any:

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from pl_normkit.errors import ModelSpecError
-from pl_normkit.specs import build_model, import_object, parse_inputs
+from pl_normkit.importing import import_object
+from pl_normkit.specs import build_model, parse_inputs
 
 USER_MODULE = """
 import torch

@@ -45,7 +45,7 @@ _ARITHMETIC = frozenset(("sub", "rsub", "div", "neg", "addcmul", "addcdiv", "ler
 
 @dataclass
 class ModelGraph:
-    """One training-mode forward pass of a model, as operations and as the structures they form.
+    """One forward pass of a model, as operations and as the structures they form.
 
     Attributes:
         nodes: the operations on activations in execution order.
@@ -54,19 +54,20 @@ class ModelGraph:
     nodes: list[Node]
 
     @classmethod
-    def from_model(cls, model: nn.Module, example_inputs: Any) -> ModelGraph:
+    def from_model(cls, model: nn.Module, example_inputs: Any, *, training: bool = True) -> ModelGraph:
         """Trace `model` in training mode; the model, its buffers, mode and every RNG stay as they are.
 
         Args:
             model: any module, also on the meta device. A compiled module is read through to the original.
             example_inputs: a tensor, a tuple of positional or a dict of keyword arguments, nested containers allowed;
                 a batch of one is repeated where a batch norm needs two samples.
+            training: False traces it in eval mode.
 
         Raises:
             TraceError: when `torch.export` cannot read the model; the message names the line.
         """
         original = getattr(model, "_orig_mod", model)
-        return cls(trace(original, example_inputs))
+        return cls(trace(original, example_inputs, training=training))
 
     @cached_property
     def calls(self) -> Counter[tuple[str, str]]:

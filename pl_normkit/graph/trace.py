@@ -38,19 +38,19 @@ def call_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]
     return (example_inputs,), {}
 
 
-def trace(model: nn.Module, example_inputs: Any) -> list[Node]:
-    """Operations of one training-mode forward pass, in execution order.
+def trace(model: nn.Module, example_inputs: Any, *, training: bool = True) -> list[Node]:
+    """Operations of one forward pass in training (or eval) mode, in execution order.
 
     Raises TraceError, with the user's line, when the model cannot be exported.
     """
-    return _Reader(model).read(_export(model, example_inputs))
+    return _Reader(model).read(_export(model, example_inputs, training))
 
 
-def _export(model: nn.Module, example_inputs: Any) -> ExportedProgram:
+def _export(model: nn.Module, example_inputs: Any, training: bool) -> ExportedProgram:
     arguments = _place(model, call_arguments(example_inputs))
     with preserved(model), _plain_sync_norms(model), _plain_outputs(model), torch.compiler.set_stance("force_eager"), _quiet():
-        if not model.training:
-            model.train()
+        if model.training is not training:
+            model.train(training)
         for args, kwargs in (arguments, _double_batch(arguments)):
             try:
                 return torch.export.export(model, args, kwargs, strict=False)

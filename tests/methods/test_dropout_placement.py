@@ -289,3 +289,21 @@ def test_an_attribute_that_does_more_than_drop_is_left_alone() -> None:
     changes = place_dropout(model, x)
     assert torch.equal(before, model(x))
     assert (changes.made, ["switches it off alone" in change.what for change in changes.skipped]) == ([], [True])
+
+
+class AlwaysDrops(nn.Module):
+    """A functional dropout without `training=`, so that eval mode samples too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head, self.rate = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), nn.Linear(4, 2), 0.3
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled: Tensor = F.adaptive_avg_pool2d(self.stem(x), 1).flatten(1)
+        return self.head(F.dropout(pooled, self.rate))  # type: ignore[no-any-return]
+
+
+def test_monte_carlo_dropout_keeps_its_samples() -> None:
+    model, x = AlwaysDrops(), torch.randn(2, 3, 6, 6)
+    changes = place_dropout(model, x)
+    assert (changes.made, ["eval mode too" in change.what for change in changes.skipped], model.rate) == ([], [True], 0.3)

@@ -7,6 +7,7 @@ __all__ = ["place_dropout"]
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import fx, nn
@@ -34,7 +35,8 @@ def place_dropout(model: nn.Module, example_inputs: Any) -> Changes:
 
     Keeps each drop probability and every state_dict key. Of several dropouts in one branch one stays: "one dropout"
     (arXiv 2302.06112, abstract). The output in eval mode is unchanged. Post-activation branches have no admissible slot
-    and are left alone, as is a dropout that is shared with code outside the plan; both are listed in `Changes.skipped`.
+    and are left alone, as is a dropout that is shared with code outside the plan or that acts in eval mode too (Monte Carlo
+    dropout); all are listed in `Changes.skipped`.
 
     Args:
         model: any module that `ModelGraph.from_model` can read.
@@ -110,6 +112,8 @@ class _Plan:
             switch_off = self._switch_off(first)
             if self.graph.calls[path, first.node.op] != len(moves):
                 self._skip(first, "the same dropout is called in other places too")
+            elif self._acts_in_eval_mode(first):
+                self._skip(first, "it drops in eval mode too (Monte Carlo dropout); if that is not meant, pass training=self.training")
             elif switch_off is None:
                 self._skip(first, "it is a function call and no attribute switches it off alone; move it in the code")
             else:
@@ -153,6 +157,15 @@ class _Plan:
             if self._silences(edit, dropout):
                 return edit
         return None
+
+    def _acts_in_eval_mode(self, dropout: Dropout) -> bool:
+        if self._module_of(dropout) is not None:
+            return False
+        return any(other.p > 0 and other.module == dropout.module for other in self._eval_graph.dropouts)
+
+    @cached_property
+    def _eval_graph(self) -> ModelGraph:
+        return ModelGraph.from_model(self.model, self.example_inputs, training=False)
 
     def _silences(self, edit: Edit, dropout: Dropout) -> bool:
         """Whether the edit switches the dropouts of this module off and does nothing else: made, seen in a second trace, and taken back."""

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 __all__ = ["example_arguments", "lint_loss"]
 
-import importlib
 import inspect
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pl_normkit.errors import ModelSpecError, nearest
+from pl_normkit.errors import ModelSpecError
+from pl_normkit.importing import import_object
 from pl_normkit.methods.nan_safety.sources import SourceRecorder, tensors_in
 
 SHAPE = (2, 1, 8, 8)
@@ -87,21 +86,9 @@ def example_arguments(function: Callable[..., Any], dtype: torch.dtype = torch.f
 
 
 def _resolve(spec: str) -> Any:
-    module_name, _, name = spec.partition(":")
-    if not name:
+    if ":" not in spec:
         raise ModelSpecError(f"{spec!r} is no loss", mend='write it as "package.module:name"')
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise ModelSpecError(f"{module_name!r} cannot be imported", evidence=f"{type(error).__name__}: {error}") from error
-    found: Any = module
-    for part in name.split("."):
-        if not hasattr(found, part):
-            raise ModelSpecError(f"{module_name!r} has no {name!r}", mend=nearest(part, dir(found)))
-        found = getattr(found, part)
-    return found
+    return import_object(spec)
 
 
 def _as_function(found: Any, spec: str) -> Callable[..., Any]:
