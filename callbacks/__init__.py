@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["DropoutPlacement", "GammaDecay", "ModelAudit", "NaNGuard", "StochasticPooling"]
+__all__ = ["DropoutPlacement", "GammaDecay", "GaussianBias", "ModelAudit", "NaNGuard", "StochasticPooling"]
 
 from pl_normkit.callbacks.dropout_placement import DropoutPlacement
 from pl_normkit.callbacks.gamma_decay import GammaDecay
+from pl_normkit.callbacks.gaussian_bias import GaussianBias
 from pl_normkit.callbacks.model_audit import ModelAudit
 from pl_normkit.callbacks.nan_guard import NaNGuard
 from pl_normkit.callbacks.stochastic_pooling import StochasticPooling

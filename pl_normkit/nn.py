@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "BinaryFocalLoss",
     "BinaryLogLoss",
+    "GaussianAttentionBias",
     "RMSELoss",
     "SILogLoss",
     "StochasticAdaptiveAvgPool1d",
@@ -16,6 +17,7 @@ __all__ = [
     "stable_variance",
 ]
 
+from pl_normkit.methods.gaussian_bias import GaussianAttentionBias
 from pl_normkit.methods.nan_safety.losses import BinaryFocalLoss, BinaryLogLoss, RMSELoss, SILogLoss
 from pl_normkit.methods.nan_safety.ops import safe_log, safe_sqrt, stable_variance
 from pl_normkit.methods.stochastic_pooling import (

@@ -6,7 +6,7 @@ keeps the existing state_dict keys and parameter objects, and `Changes.undo()` p
 
 from __future__ import annotations
 
-__all__ = ["Change", "Changes", "Edit", "Insert", "Replace", "SetAttributes", "apply_edits", "get_module"]
+__all__ = ["Attach", "Change", "Changes", "Edit", "Insert", "MixIn", "PreHook", "Replace", "SetAttributes", "apply_edits", "get_module"]
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from pl_normkit.errors import EditError, nearest
 
 Undo = Callable[[], None]
+PreHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
+"""Forward pre-hook: (module, positional, keyword arguments) -> the arguments its forward gets."""
 
 _ABSENT = object()
 
@@ -163,15 +165,7 @@ class Insert:
     where: Literal["before", "after"] = "before"
 
     def check(self, model: nn.Module) -> None:
-        host = get_module(model, self.path)
-        if not self.name or "." in self.name:
-            raise EditError(f"{self.name!r} is no name for a child module", where=self.path, mend="use an identifier")
-        if type(host).forward in (nn.Sequential.forward, nn.Module.forward):
-            raise EditError(
-                f"{type(host).__name__} runs its own children, or is never called", where=self.path, mend="insert at a module inside it"
-            )
-        if hasattr(host, self.name) and not self.is_done(model):
-            raise EditError(f"{self.path}.{self.name} exists already", where=self.path, mend="undo the earlier edit first")
+        _check_child(model, self)
 
     def is_done(self, model: nn.Module) -> bool:
         return get_module(model, self.path)._modules.get(self.name) is self.new
@@ -190,6 +184,124 @@ class Insert:
             del host._modules[self.name]
 
         return Change(self.path, self.what), undo
+
+
+def _check_child(model: nn.Module, edit: Insert | Attach) -> None:
+    """Whether `edit.name` can become a child of the module at `edit.path` that its hook calls."""
+    host = get_module(model, edit.path)
+    if not edit.name or "." in edit.name:
+        raise EditError(f"{edit.name!r} is no name for a child module", where=edit.path, mend="use an identifier")
+    is_called = isinstance(edit, Insert) or edit.hook is not None
+    if is_called and type(host).forward in (nn.Sequential.forward, nn.Module.forward):
+        raise EditError(
+            f"{type(host).__name__} runs its own children, or is never called", where=edit.path, mend="insert at a module inside it"
+        )
+    if hasattr(host, edit.name) and not edit.is_done(model):
+        raise EditError(f"{edit.path}.{edit.name} exists already", where=edit.path, mend="undo the earlier edit first")
+
+
+@dataclass(frozen=True)
+class Attach:
+    """Make `new` the child `name` of the module at `path`, and let `hook` use it on all arguments of a call.
+
+    The hook reads the child from the module it receives, never from a closure: then copies and unpickled models use their own.
+    None leaves the call alone, for a child that a `MixIn` uses. Keys are added under `path.name`, no existing key moves.
+    """
+
+    path: str
+    name: str
+    new: nn.Module
+    what: str
+    hook: PreHook | None = None
+
+    def check(self, model: nn.Module) -> None:
+        _check_child(model, self)
+
+    def is_done(self, model: nn.Module) -> bool:
+        return get_module(model, self.path)._modules.get(self.name) is self.new
+
+    def apply(self, model: nn.Module) -> tuple[Change, Undo]:
+        host = get_module(model, self.path)
+        self.new.train(host.training)
+        host.add_module(self.name, self.new)
+        handle = host.register_forward_pre_hook(self.hook, with_kwargs=True) if self.hook is not None else None
+
+        def undo() -> None:
+            if handle is not None:
+                handle.remove()
+            del host._modules[self.name]
+
+        return Change(self.path, self.what), undo
+
+
+@dataclass(frozen=True)
+class MixIn:
+    """Give the module at `path` a subclass of its own class in which the methods of `mixin` come first.
+
+    The module stays the same object with the same keys. The subclass bears the name and the module of the class it stands for, and
+    is rebuilt from the two where a model is unpickled.
+    """
+
+    path: str
+    mixin: type[nn.Module]
+    what: str
+
+    def check(self, model: nn.Module) -> None:
+        module = get_module(model, self.path)
+        overridden = [name for name in vars(self.mixin) if name in vars(module)]
+        if overridden:
+            raise EditError(
+                f"{', '.join(overridden)} of this {type(module).__name__} is set on the instance and would hide the edit",
+                where=self.path,
+                mend="define it in a class",
+            )
+
+    def is_done(self, model: nn.Module) -> bool:
+        return isinstance(get_module(model, self.path), self.mixin)
+
+    def apply(self, model: nn.Module) -> tuple[Change, Undo]:
+        module = get_module(model, self.path)
+        before = type(module)
+        module.__class__ = _subclass(self.mixin, before)
+
+        def undo() -> None:
+            if type(module) is not _subclass(self.mixin, before):
+                raise EditError(
+                    f"the class of this {before.__name__} was changed after the edit, so the edit cannot be undone",
+                    where=self.path,
+                    evidence=type(module).__qualname__,
+                )
+            module.__class__ = before
+
+        return Change(self.path, self.what), undo
+
+
+_subclasses: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
+
+
+def _subclass(mixin: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
+    """One class for each pair, so that two modules of one class are still of one class."""
+    if (mixin, base) not in _subclasses:
+        _subclasses[mixin, base] = _make_subclass(mixin, base)
+    return _subclasses[mixin, base]
+
+
+def _make_subclass(mixin: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
+    parts: tuple[type[nn.Module], ...] = (mixin, *vars(base).get("_parts", (base,)))
+
+    def reduce(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        return _new_instance, parts, base.__reduce_ex__(module, protocol)[2]
+
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__, "__reduce_ex__": reduce}
+    return type(base.__name__, (mixin, base), {**names, "_parts": parts})
+
+
+def _new_instance(*parts: type[nn.Module]) -> nn.Module:
+    """An empty module of the class that mix-ins, the first in front, make of the last of `parts`."""
+    *mixins, kind = parts
+    for mixin in reversed(mixins):
+        kind = _subclass(mixin, kind)
+    return kind.__new__(kind)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pl_normkit.errors import EditError
-from pl_normkit.surgery import Change, Changes, Edit, Insert, Replace, SetAttributes, apply_edits, get_module
+from pl_normkit.surgery import Attach, Change, Changes, Edit, Insert, MixIn, Replace, SetAttributes, apply_edits, get_module
 
 
 class Leaf(nn.Module):
@@ -57,8 +57,28 @@ class Shift(nn.Module):
         return x + self.by
 
 
+class Doubled(nn.Module):
+    """Mix-in that uses a method of the class behind it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Raised(nn.Module):
+    """A second one; it uses a child where there is one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        child = self._modules.get("inserted_child")
+        return super().forward(x) + (1 if child is None else child(torch.zeros(())))
+
+
 def noop_hook(*_: Any) -> None:
     return
+
+
+def shift_first(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    child = host.get_submodule("inserted_call")
+    return (child(args[0]), *args[1:]), kwargs
 
 
 trees = st.recursive(
@@ -79,7 +99,7 @@ def snapshot(model: nn.Module) -> Any:
         return id(value), repr(value) if isinstance(value, (bool, int, float, str)) else ""
 
     tree = [
-        (name, id(module), [(key, plain(value)) for key, value in vars(module).items()])
+        (name, id(module), type(module), [(key, plain(value)) for key, value in vars(module).items()])
         for name, module in model.named_modules(remove_duplicate=False)
     ]
     return tree, [(key, id(value), value.detach().clone().numpy().tobytes()) for key, value in model.state_dict(keep_vars=True).items()]
@@ -108,6 +128,13 @@ def edits_for(draw: st.DrawFn, model: nn.Module) -> list[Edit]:
         elif isinstance(module, (Leaf, nn.Linear, nn.BatchNorm1d, Tree)):
             for where in draw(st.sets(st.sampled_from(["before", "after"]))):
                 edits.append(Insert(path, f"inserted_{where}", draw(st.sampled_from([Shift, nn.Dropout]))(), "inserted", where))
+        if isinstance(module, (Leaf, nn.Linear)) and draw(st.booleans()):
+            edits.append(Attach(path, "inserted_call", Shift(), "attached", shift_first))
+        if isinstance(module, Leaf):
+            for mixin in draw(st.sets(st.sampled_from([Doubled, Raised]))):
+                edits.append(MixIn(path, mixin, "mixed in"))
+            if draw(st.booleans()):
+                edits.append(Attach(path, "inserted_child", Shift(7.0), "attached"))
         if isinstance(module, Leaf) and draw(st.booleans()):
             values = draw(st.sampled_from([{"p": 0.7}, {"scale_by": 3.0}, {"p": 0.1}, {"p": 0.0, "scale_by": 2.0}]))
             edits.append(SetAttributes(path, values, "set"))
@@ -124,6 +151,10 @@ BAD: dict[str, Callable[[], Edit]] = {
     "insert over an attribute": lambda: Insert("part1", "p", nn.Identity(), "x"),
     "insert under a dotted name": lambda: Insert("part1", "a.b", nn.Identity(), "x"),
     "insert under no name": lambda: Insert("part1", "", nn.Identity(), "x"),
+    "attach nowhere": lambda: Attach("part1.linaer", "a", nn.Identity(), "x", shift_first),
+    "attach over a module": lambda: Attach("part1", "linear", nn.Identity(), "x"),
+    "attach under a dotted name": lambda: Attach("part1", "a.b", nn.Identity(), "x"),
+    "mix in nowhere": lambda: MixIn("part1.linaer", Doubled, "x"),
     "set nowhere": lambda: SetAttributes("part7", {"p": 1.0}, "x"),
     "set what is not there": lambda: SetAttributes("part1", {"p": 1.0, "nope": 1.0}, "x"),
     "set a module": lambda: SetAttributes("part1", {"linear": 1.0}, "x"),
@@ -420,3 +451,48 @@ def test_weight_tied_parameters_stay_tied(tree: Tree) -> None:
     assert tree.part1.linear.weight is tree.part0.linear.weight
     changes.undo()
     assert tree.part1.linear.weight is tree.part0.linear.weight
+
+
+def test_an_attached_child_acts_on_the_whole_call_and_a_mixin_on_methods(tree: Tree) -> None:
+    expected = 2 * tree.part1(X + 5)
+    changes = apply_edits(tree, [Attach("part1", "inserted_call", Shift(5.0), "a", shift_first), MixIn("part1", Doubled, "b")])
+    assert torch.equal(tree.part1(X), expected)
+    assert [str(change) for change in changes.made] == ["part1: a", "part1: b"]
+
+
+def test_a_mixed_in_class_passes_for_the_one_it_stands_for(tree: Tree) -> None:
+    other = Leaf()
+    apply_edits(tree, [MixIn("part1", Doubled, "a")])
+    apply_edits(other, [MixIn("", Doubled, "a")])
+    kind = type(tree.part1)
+    assert (kind.__name__, kind.__qualname__, kind.__module__) == (Leaf.__name__, Leaf.__qualname__, Leaf.__module__)
+    assert type(other) is kind
+    assert [isinstance(tree.part1, base) for base in (Leaf, Doubled)] == [True, True]
+
+
+def test_a_mixin_that_the_instance_would_hide_is_refused(tree: Tree) -> None:
+    tree.part1.forward = tree.part1.linear.forward
+    with pytest.raises(EditError, match="forward of this Leaf is set on the instance"):
+        apply_edits(tree, [MixIn("part1", Doubled, "a")])
+
+
+def test_a_class_changed_by_others_since_is_not_put_back(tree: Tree) -> None:
+    changes = apply_edits(tree, [MixIn("part1", Doubled, "a")])
+    tree.part1.__class__ = type("Sharded", (type(tree.part1),), {})
+    with pytest.raises(EditError, match="changed after the edit"):
+        changes.undo()
+
+
+def test_a_child_without_a_hook_may_stand_in_a_container() -> None:
+    model = Tree([nn.ModuleList([nn.Linear(3, 3)])])
+    apply_edits(model, [Attach("part0", "a", Shift(), "x")])
+    assert list(model.state_dict())[-1] == "part0.a.by"
+    with pytest.raises(EditError, match="ModuleList"):
+        apply_edits(model, [Attach("part0", "b", Shift(), "x", shift_first)])
+
+
+def test_a_model_with_mixins_compiles(tree: Tree) -> None:
+    apply_edits(tree, [Attach("part1", "inserted_call", Shift(5.0), "a", shift_first), MixIn("part1", Doubled, "b")])
+    expected = tree(X)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(tree, backend="eager", fullgraph=True)(X), expected)
