@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["DropoutPlacement", "GammaDecay", "GaussianBias", "ModelAudit", "NaNGuard", "StochasticPooling"]
+__all__ = ["AtrousRates", "DropoutPlacement", "GammaDecay", "GaussianBias", "ModelAudit", "NaNGuard", "StochasticPooling"]
 
+from pl_normkit.callbacks.atrous_rates import AtrousRates
 from pl_normkit.callbacks.dropout_placement import DropoutPlacement
 from pl_normkit.callbacks.gamma_decay import GammaDecay
 from pl_normkit.callbacks.gaussian_bias import GaussianBias

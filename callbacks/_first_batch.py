@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["guess_inputs"]
+__all__ = ["guess_inputs", "inputs_in"]
 
 import inspect
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ def guess_inputs(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
             batch = _first_samples(trainer)
         except Exception:  # data that is not ready yet, or that fails, is the run's own affair: it will say so itself
             return None
-    return _inputs_in(batch, pl_module)
+    return inputs_in(batch, pl_module)
 
 
 def _first_samples(trainer: pl.Trainer) -> Any:
@@ -38,7 +38,8 @@ def _first_samples(trainer: pl.Trainer) -> Any:
     return loader.collate_fn(samples)
 
 
-def _inputs_in(batch: Any, pl_module: pl.LightningModule) -> Any:
+def inputs_in(batch: Any, pl_module: pl.LightningModule) -> Any:
+    """Of a batch that is a sequence the first item, of a mapping the entries that `forward` names; None where there is nothing such."""
     if isinstance(batch, Tensor):
         return (batch,)
     if isinstance(batch, Mapping):

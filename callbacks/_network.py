@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["InputCapture", "after_configure_model"]
+__all__ = ["FirstCall", "InputCapture", "after_configure_model", "traced_network"]
 
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
@@ -27,6 +28,14 @@ def after_configure_model(pl_module: pl.LightningModule, act: Callable[[], None]
         act()
 
     pl_module.configure_model = configure_model_then_act  # type: ignore[method-assign]
+
+
+def traced_network(pl_module: pl.LightningModule) -> nn.Module | None:
+    """What a trace should read: the module where it has a `forward`, else its only child with parameters, None where there are several."""
+    if is_overridden("forward", pl_module):
+        return pl_module
+    networks = [child for child in pl_module.children() if any(True for _ in child.parameters())]
+    return networks[0] if len(networks) == 1 else None
 
 
 class InputCapture:
@@ -71,3 +80,29 @@ def _as_example(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     if not kwargs:
         return args
     return dict(inspect.signature(network.forward).bind(*args, **kwargs).arguments) if args else kwargs
+
+
+class FirstCall:
+    """Lets `act(network, inputs)` run once, just before the first network of a LightningModule that is called does its forward.
+
+    The LightningModule itself is the network if it is called, else the child that is called first. `is_wrapped` as for `InputCapture`.
+    """
+
+    def __init__(self, pl_module: pl.LightningModule, act: Callable[[nn.Module, Any], None], *, is_wrapped: bool) -> None:
+        self._pl_module = pl_module
+        self._act = act
+        self._calls_to_skip = int(is_wrapped)
+        networks = [pl_module, *_networks(pl_module)]
+        self._handles = [network.register_forward_pre_hook(self._run, with_kwargs=True) for network in networks]
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _run(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if network is self._pl_module and self._calls_to_skip:
+            self._calls_to_skip -= 1
+            return
+        self.remove()
+        self._act(network, tree_map_only(Tensor, Tensor.detach, _as_example(network, args, kwargs)))
+
+    def remove(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()

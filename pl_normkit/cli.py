@@ -16,6 +16,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import pl_normkit.receptive_field.commands  # noqa: F401 - the probe is no room, so nothing else registers its command
 from pl_normkit import __version__
 from pl_normkit.commands import Arguments, load_commands, load_lint_parts
 from pl_normkit.errors import ConfigError, NormkitError, NormkitWarning, nearest

@@ -93,6 +93,7 @@ FORBIDDEN = {
     "pl_normkit.preserve": ["rules", "graph", "methods", "audit", "report", "cli", "specs", "callbacks", "recipes"],
     "pl_normkit.rules": ["graph", "surgery", "methods", "audit", "report", "cli", "specs", "callbacks", "recipes"],
     "pl_normkit.methods": ["audit", "report", "cli", "specs", "callbacks", "recipes"],
+    "pl_normkit.receptive_field": ["graph", "surgery", "methods", "audit", "report", "cli", "callbacks", "recipes"],
     "pl_normkit.audit": ["methods", "cli", "callbacks", "recipes"],
     "pl_normkit.report": ["methods", "audit", "cli", "callbacks", "recipes"],
     "pl_normkit.specs": ["methods", "audit", "report", "cli", "callbacks", "recipes"],
