@@ -8,6 +8,7 @@ __all__ = [
     "GaussianAttentionBias",
     "RMSELoss",
     "SILogLoss",
+    "ScaleEqualizer",
     "StochasticAdaptiveAvgPool1d",
     "StochasticAdaptiveAvgPool2d",
     "StochasticAvgPool1d",
@@ -17,6 +18,7 @@ __all__ = [
     "stable_variance",
 ]
 
+from pl_normkit.methods.fusion_scale import ScaleEqualizer
 from pl_normkit.methods.gaussian_bias import GaussianAttentionBias
 from pl_normkit.methods.nan_safety.losses import BinaryFocalLoss, BinaryLogLoss, RMSELoss, SILogLoss
 from pl_normkit.methods.nan_safety.ops import safe_log, safe_sqrt, stable_variance

@@ -6,7 +6,20 @@ keeps the existing state_dict keys and parameter objects, and `Changes.undo()` p
 
 from __future__ import annotations
 
-__all__ = ["Attach", "Change", "Changes", "Edit", "Insert", "MixIn", "PreHook", "Replace", "SetAttributes", "apply_edits", "get_module"]
+__all__ = [
+    "Attach",
+    "Change",
+    "Changes",
+    "Edit",
+    "Insert",
+    "MixIn",
+    "PreHook",
+    "Remove",
+    "Replace",
+    "SetAttributes",
+    "apply_edits",
+    "get_module",
+]
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -181,7 +194,7 @@ class Insert:
 
         def undo() -> None:
             handle.remove()
-            del host._modules[self.name]
+            host._modules.pop(self.name, None)  # a Remove may have come in between
 
         return Change(self.path, self.what), undo
 
@@ -326,6 +339,44 @@ class _ActAfter:
 
     def __call__(self, host: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Any:
         return host.get_submodule(self.name)(output)
+
+
+@dataclass(frozen=True)
+class Remove:
+    """Take out what `Insert` put in: the child `name` of the module at `path` and the hooks that call it, its keys with it."""
+
+    path: str
+    name: str
+    what: str
+
+    def check(self, model: nn.Module) -> None:
+        get_module(model, self.path)
+
+    def is_done(self, model: nn.Module) -> bool:
+        return self.name not in get_module(model, self.path)._modules
+
+    def apply(self, model: nn.Module) -> tuple[Change, Undo]:
+        host = get_module(model, self.path)
+        registries: list[dict[Any, Any]] = [
+            host._modules,
+            host._forward_pre_hooks,
+            host._forward_pre_hooks_with_kwargs,
+            host._forward_hooks,
+            host._forward_hooks_with_kwargs,
+        ]
+        before = [dict(registry) for registry in registries]
+        del registries[0][self.name]
+        for hooks in (host._forward_pre_hooks, host._forward_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, (_ActBefore, _ActAfter)) and hook.name == self.name]:
+                for registry in registries[1:]:
+                    registry.pop(key, None)
+
+        def undo() -> None:
+            for registry, content in zip(registries, before, strict=True):
+                registry.clear()
+                registry.update(content)
+
+        return Change(self.path, self.what), undo
 
 
 @dataclass(frozen=True)

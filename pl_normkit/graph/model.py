@@ -98,11 +98,12 @@ class ModelGraph:
 
     @cached_property
     def fusions(self) -> list[Fusion]:
-        """Concatenations along channels and those sums of equally shaped values that are no residual additions."""
+        """Concatenations along channels and those sums of equally shaped values, added or stacked, that are no residual additions."""
         residual = {add.node for add in self.residual_adds}
         sums = [_sum_fusion(found) for found in self._sums if found.node not in residual and _joins_features(found)]
         concats = [fusion for node in self.nodes if (fusion := _concat_fusion(node)) is not None]
-        return sorted([*sums, *concats], key=lambda fusion: fusion.node.index)
+        stacked = [fusion for node in self.nodes if (fusion := _stacked_sum(node)) is not None]
+        return sorted([*sums, *concats, *stacked], key=lambda fusion: fusion.node.index)
 
     @cached_property
     def heads(self) -> list[Head]:
@@ -253,6 +254,21 @@ def _joins_features(found: Sum) -> bool:
 def _sum_fusion(found: Sum) -> Fusion:
     inputs = tuple(FusionInput(operand, last_resize(operand), None) for operand in found.operands)
     return Fusion(found.node, "sum", inputs, _next_weight(found.node))
+
+
+def _stacked_sum(node: Node) -> Fusion | None:
+    """`torch.stack(levels).sum(0)`."""
+    if node.op != "sum" or len(node.inputs) != 1 or node.inputs[0].op != "stack" or node.inputs[0].users != [node]:
+        return None
+    stack = node.inputs[0]
+    dims = node.argument("dim", 1, None)
+    dims = [dims] if isinstance(dims, int) else dims
+    if len(stack.inputs) < 2 or len(node.shape) < 3 or not dims or len(dims) != 1:
+        return None
+    if dims[0] % len(stack.shape) != int(stack.argument("dim", 1, 0)) % len(stack.shape):
+        return None
+    inputs = tuple(FusionInput(operand, last_resize(operand), None) for operand in stack.inputs)
+    return Fusion(node, "sum", inputs, _next_weight(node))
 
 
 def _concat_fusion(node: Node) -> Fusion | None:
