@@ -50,10 +50,10 @@ def fusion_scale_disequilibrium(subject: Subject) -> Iterator[Observation]:
     Advice only: the remedy needs the training data, and a network that has been trained already would change its function.
 
     Source
-    Published: that different scales of parallel branches harm gradient descent, and that a scale equalizer between upsampling and
-    fusion mends it, in the abstract of arXiv 2402.01149. Derived here: the thresholds. One bilinear resize explains a
-    factor of 1.6 at most (2-D, white features), so 2 is more than interpolation alone. The rule is silent without real inputs of two
-    samples or more, where batch norms behind the fusion have been trained, and where the layer that reads it is frozen.
+    Derived: the criterion and the thresholds. One bilinear resize explains a factor of 1.6 at most (2-D, white features), so 2
+    is more than interpolation alone. The rule is silent without real inputs of two samples or more, where batch norms behind
+    the fusion have been trained, and where the layer that reads it is frozen. Published, in the abstract of arXiv 2402.01149: that
+    different scales of parallel branches harm gradient descent, and that a scale equalizer between upsampling and fusion mends it.
     """
     if subject.model is None or not subject.measure or not _can_measure(subject.example_inputs):
         return
