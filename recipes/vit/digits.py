@@ -1,0 +1,101 @@
+"""Scikit-learn's digits: real data with nothing to download."""
+
+from __future__ import annotations
+
+__all__ = ["Digits", "TensorSource"]
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from pl_normkit.errors import DataError
+from pl_normkit.recipes.vit.data import ClassificationData, Part
+from pl_normkit.recipes.vit.samples import ImageSource
+
+
+class TensorSource(ImageSource):
+    """Images (N, channels, H, W) uint8 and labels (N,) in memory."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images = images
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index], int(self.labels[index])
+
+
+class Digits(ClassificationData):
+    """The 1,797 handwritten digits of scikit-learn, 8 x 8 pixels; nothing is downloaded.
+
+    A permutation by `seed` sends the first 20 % to validation, the next 20 % to the test, the rest to training.
+
+    Args:
+        seed: decides who is in which part.
+        image_size: the images are resized to it.
+        mean, std: fitted to the training images by default.
+        batch_size, eval_batch_size, num_workers, scale, flip, jitter, erase, cutmix: see ClassificationData.
+
+    Raises DataError without scikit-learn.
+    """
+
+    def __init__(
+        self,
+        seed: int = 0,
+        image_size: int = 16,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        batch_size: int = 64,
+        eval_batch_size: int = 360,
+        num_workers: int = 0,
+        scale: tuple[float, float] = (0.6, 1.0),
+        flip: float = 0.0,
+        jitter: float = 0.2,
+        erase: float = 0.25,
+        cutmix: float = 0.5,
+    ) -> None:
+        super().__init__(
+            image_size=image_size,
+            mean=mean,
+            std=std,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            scale=scale,
+            flip=flip,
+            jitter=jitter,
+            erase=erase,
+            cutmix=cutmix,
+        )
+        self.seed = seed
+
+    @property
+    def class_names(self) -> list[str]:
+        return [str(digit) for digit in range(10)]
+
+    @property
+    def in_chans(self) -> int:
+        return 1
+
+    def build_sources(self, parts: tuple[Part, ...]) -> dict[Part, ImageSource]:
+        images, labels = _load_digits()
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(self.seed))
+        share = len(labels) // 5
+        chosen: dict[Part, Tensor] = {"val": order[:share], "test": order[share : 2 * share], "train": order[2 * share :]}
+        return {part: TensorSource(images[chosen[part]], labels[chosen[part]]) for part in parts}
+
+
+def _load_digits() -> tuple[Tensor, Tensor]:
+    if importlib.util.find_spec("sklearn") is None:
+        raise DataError(
+            "the digits lie in scikit-learn, which is not installed",
+            mend="pip install 'pl_normkit[demo]', or train on your own images with --data FolderData",
+        )
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = torch.from_numpy(bunch.images * (255 / 16)).round().to(torch.uint8)
+    return images[:, None], torch.from_numpy(bunch.target).long()

@@ -1,0 +1,65 @@
+"""`pl-normkit run vit`: LightningCLI over the recipe, with defaults that train on scikit-learn's digits."""
+
+from __future__ import annotations
+
+__all__ = ["RECIPE", "VitCLI", "run"]
+
+from pathlib import Path
+
+from lightning.pytorch.cli import LightningArgumentParser
+from rich.console import Console
+
+from pl_normkit.recipes.command_line import Recipe, RecipeCLI, run_recipe
+from pl_normkit.recipes.vit.data import ClassificationData
+from pl_normkit.recipes.vit.model import ClassifierModule
+from pl_normkit.recipes.vit.summary import print_accuracy, summarize_fit
+from pl_normkit.recipes.vit.writer import PredictionWriter
+
+
+class VitCLI(RecipeCLI):
+    """LightningCLI with the data's classes and sizes linked into the model, and a summary at the end."""
+
+    datamodule: ClassificationData
+    model: ClassifierModule
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for name in ("class_names", "image_size", "in_chans"):
+            parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
+        self.add_checkpoint_arguments(parser, "val_acc")
+        parser.add_lightning_class_args(PredictionWriter, "predictions")
+
+    def after_fit(self) -> None:
+        summarize_fit(self.trainer, self.model, self.datamodule, Console())
+
+    def after_validate(self) -> None:
+        self._print_evaluation("validation")
+
+    def after_test(self) -> None:
+        self._print_evaluation("test")
+
+    def _print_evaluation(self, title: str) -> None:
+        if self.trainer.is_global_zero:
+            print_accuracy(Console(), self.model.accuracy, title)
+
+    def after_predict(self) -> None:
+        writer = next(callback for callback in self.trainer.callbacks if isinstance(callback, PredictionWriter))  # type: ignore[attr-defined]
+        if self.trainer.is_global_zero:
+            Console().print(f"predictions: {writer.find_file(self.trainer)}", soft_wrap=True, highlight=False)
+
+
+RECIPE = Recipe(
+    "vit",
+    VitCLI,
+    ClassifierModule,
+    ClassificationData,
+    default_config=Path(__file__).with_name("default.yaml"),
+    default_data=Path(__file__).with_name("digits.yaml"),
+)
+
+
+def run(args: list[str]) -> int:
+    """Run the recipe with command line arguments: `[fit|validate|test|predict] [options]`, "fit" being the default.
+
+    Options left out come from `default.yaml` beside this file. Returns 0. Raises NormkitError for bad input.
+    """
+    return run_recipe(RECIPE, args)

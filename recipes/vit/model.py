@@ -1,0 +1,182 @@
+"""A LightningModule over any classifier of timm."""
+
+from __future__ import annotations
+
+__all__ = ["ClassifierModule", "cosine_factor"]
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torchmetrics.classification import MulticlassAccuracy
+
+from pl_normkit.errors import ConfigError, DataError
+from pl_normkit.recipes.averaging import ema_callbacks
+from pl_normkit.recipes.vit.groups import layer_decay_groups
+from pl_normkit.recipes.vit.network import build_network
+
+Batch = tuple[Tensor, Tensor]
+
+
+def cosine_factor(step: int, total_steps: int, warmup_steps: int = 0) -> float:
+    """Share of the base learning rate at `step`: a linear warm-up to 1, then half a cosine to 0 at `total_steps`.
+
+    Source: I. Loshchilov and F. Hutter, SGDR (2017), one cycle; linear warm-up of P. Goyal et al. (2017).
+    """
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+class ClassifierModule(L.LightningModule):
+    """Train any timm model, ViT or CNN, to classify images.
+
+    Args:
+        class_names: one name per class, in the order of the labels. From the command line it comes from the data.
+        name: a timm model.
+        pretrained: start from timm's weights instead of random ones.
+        options: further arguments of `timm.create_model`.
+        image_size: side of the images in pixels; from the command line it comes from the data.
+        in_chans: channels of the images; from the command line it comes from the data.
+        drop_path: largest probability of dropping a residual branch.
+        label_smoothing: share of each target spread over all classes.
+        lr: learning rate of the head, and of all layers with `layer_decay` 1.
+        weight_decay: of the parameters whose role wants it (`pl_normkit.methods.weight_decay.param_groups`).
+        layer_decay: factor on the learning rate from each layer to the one below.
+        warmup_epochs: length of the linear warm-up before the cosine; may be a fraction.
+        ema_decay: decay of the moving average of the weights, by which validation and the checkpoint go; 0 switches it off.
+
+    Raises ModelSpecError or ConfigError for arguments that do not make a network.
+    """
+
+    def __init__(
+        self,
+        class_names: Sequence[str],
+        name: str = "vit_tiny_patch16_224",
+        pretrained: bool = False,
+        options: dict[str, Any] | None = None,
+        image_size: int = 224,
+        in_chans: int = 3,
+        drop_path: float = 0.1,
+        label_smoothing: float = 0.1,
+        lr: float = 1e-3,
+        weight_decay: float = 0.05,
+        layer_decay: float = 1.0,
+        warmup_epochs: float = 5,
+        ema_decay: float = 0.0,
+    ) -> None:
+        super().__init__()
+        _require(0 <= drop_path < 1, "drop_path", drop_path, "take a probability below 1")
+        _require(0 <= label_smoothing < 1, "label_smoothing", label_smoothing, "take a share below 1")
+        _require(0 < layer_decay <= 1, "layer_decay", layer_decay, "take a factor above 0, at most 1 (1 switches it off)")
+        _require(warmup_epochs >= 0, "warmup_epochs", warmup_epochs, "take 0 or more")
+        _require(0 <= ema_decay < 1, "ema_decay", ema_decay, "take a decay below 1, such as 0.999; 0 switches it off")
+        self.class_names = list(class_names)
+        self.label_smoothing = label_smoothing
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.layer_decay = layer_decay
+        self.warmup_epochs = warmup_epochs
+        self.ema_decay = ema_decay
+        self.network = build_network(
+            name,
+            len(self.class_names),
+            image_size=image_size,
+            in_chans=in_chans,
+            pretrained=pretrained,
+            drop_path=drop_path,
+            **(options or {}),
+        )
+        self.example_input_array = torch.zeros(2, in_chans, image_size, image_size)
+        self.top1 = self._accuracy("micro")
+        self.macro = self._accuracy("macro")
+        self.accuracy: dict[str, float] = {}
+
+    def _accuracy(self, average: Literal["micro", "macro"]) -> MulticlassAccuracy:
+        return MulticlassAccuracy(len(self.class_names), average=average, validate_args=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N, in_chans, H, W) to logits (N, classes)."""
+        logits: Tensor = self.network(images)
+        return logits
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Cross-entropy with label smoothing; targets are labels (N,) or, of mixed images, shares (N, classes)."""
+        images, targets = batch
+        loss = F.cross_entropy(self(images), targets, label_smoothing=self.label_smoothing)
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: Batch, stage: str) -> None:
+        images, labels = batch
+        logits = self(images)
+        self.log(f"{stage}_loss", F.cross_entropy(logits, labels), batch_size=len(images), sync_dist=True)
+        for metric in (self.top1, self.macro):
+            metric.update(logits, labels)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_accuracy("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_accuracy("test")
+
+    def _log_accuracy(self, stage: str) -> None:
+        values = {"acc": self.top1.compute(), "acc_macro": self.macro.compute()}
+        self.top1.reset()
+        self.macro.reset()
+        self.accuracy = {name: float(value) for name, value in values.items()}
+        self.log_dict({f"{stage}_{name}": value for name, value in values.items()}, prog_bar=True)
+
+    def predict_step(self, batch: tuple[Tensor, list[str]], batch_idx: int) -> Tensor:
+        """Probabilities (N, classes)."""
+        return self(batch[0]).float().softmax(-1)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        total = self.trainer.estimated_stepping_batches
+        if math.isinf(total):
+            raise ConfigError("the cosine schedule needs to know the number of steps", mend="set --trainer.max_epochs or --trainer.max_steps")
+        groups = layer_decay_groups(self.network, self.lr, self.weight_decay, self.layer_decay, self.example_input_array)
+        optimizer = torch.optim.AdamW(groups, self.lr)
+        warmup = self._warmup_steps(int(total))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine_factor(step, int(total), warmup))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"}}
+
+    def _warmup_steps(self, total: int) -> int:
+        """Steps of the warm-up; at most a third of a run that is shorter than planned."""
+        batches = self.trainer.num_training_batches
+        per_epoch = batches / self.trainer.accumulate_grad_batches if math.isfinite(batches) else total
+        return min(round(self.warmup_epochs * per_epoch), total // 3)
+
+    def configure_callbacks(self) -> Sequence[Callback]:
+        """The moving average comes last, so that it copies a network that other callbacks have edited already."""
+        return ema_callbacks(self.trainer, self.ema_decay)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["class_names"] = self.class_names
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get("class_names", self.class_names)
+        if list(saved) != self.class_names:
+            raise DataError(
+                "the checkpoint was trained on other classes than the data has",
+                evidence=f"checkpoint: {list(saved)}; data: {self.class_names}",
+                mend="give the data the classes the checkpoint was trained with",
+            )
+
+
+def _require(holds: bool, option: str, value: object, mend: str) -> None:
+    if not holds:
+        raise ConfigError(f"the model option {option} cannot be used", where=f"--model.{option}", evidence=repr(value), mend=mend)

@@ -1,0 +1,171 @@
+"""Data sets of torchvision, by name."""
+
+from __future__ import annotations
+
+__all__ = ["TORCHVISION_SETS", "TorchvisionData", "TorchvisionSet"]
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision import datasets
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from pl_normkit.errors import DataError, nearest
+from pl_normkit.recipes.loading import require_option
+from pl_normkit.recipes.vit.data import ClassificationData, Part
+from pl_normkit.recipes.vit.samples import ImageSource
+
+
+@dataclass(frozen=True)
+class TorchvisionSet:
+    """How a class of `torchvision.datasets` is asked for its training and its test images; channels of the images."""
+
+    train: Mapping[str, Any]
+    test: Mapping[str, Any]
+    in_chans: int = 3
+
+
+_BY_FLAG: tuple[Mapping[str, Any], Mapping[str, Any]] = ({"train": True}, {"train": False})
+_BY_SPLIT: tuple[Mapping[str, Any], Mapping[str, Any]] = ({"split": "train"}, {"split": "test"})
+
+TORCHVISION_SETS = {
+    "CIFAR10": TorchvisionSet(*_BY_FLAG),
+    "CIFAR100": TorchvisionSet(*_BY_FLAG),
+    "FGVCAircraft": TorchvisionSet({"split": "trainval"}, {"split": "test"}),
+    "FashionMNIST": TorchvisionSet(*_BY_FLAG, in_chans=1),
+    "Flowers102": TorchvisionSet(*_BY_SPLIT),
+    "Food101": TorchvisionSet(*_BY_SPLIT),
+    "GTSRB": TorchvisionSet(*_BY_SPLIT),
+    "KMNIST": TorchvisionSet(*_BY_FLAG, in_chans=1),
+    "MNIST": TorchvisionSet(*_BY_FLAG, in_chans=1),
+    "OxfordIIITPet": TorchvisionSet({"split": "trainval"}, {"split": "test"}),
+    "STL10": TorchvisionSet(*_BY_SPLIT),
+    "SVHN": TorchvisionSet(*_BY_SPLIT),
+    "USPS": TorchvisionSet(*_BY_FLAG, in_chans=1),
+}
+"""Names that `TorchvisionData` takes."""
+
+
+class PictureSource(ImageSource):
+    """Some images of a torchvision data set."""
+
+    def __init__(self, dataset: Any, indices: Sequence[int], in_chans: int) -> None:
+        self.dataset = dataset
+        self.indices = indices
+        self.in_chans = in_chans
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int) -> tuple[Tensor, int]:
+        picture, label = self.dataset[self.indices[index]]
+        return pil_to_tensor(picture.convert("L" if self.in_chans == 1 else "RGB")), int(label)
+
+
+class TorchvisionData(ClassificationData):
+    """A data set of torchvision.
+
+    `val_share` of its training images, drawn by `seed`, are for validation; tests and predictions run on its test images.
+
+    Args:
+        name: one of TORCHVISION_SETS, such as "CIFAR10".
+        root: folder where torchvision keeps it.
+        download: let torchvision download it into `root` where it is missing.
+        val_share: share of the training images for validation.
+        seed: of that draw.
+        mean, std: fitted to the training images by default.
+        image_size, batch_size, eval_batch_size, num_workers, scale, flip, jitter, erase, cutmix: see ClassificationData.
+
+    Raises DataError for an unknown name or data that is not there.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        root: str = "data",
+        download: bool = False,
+        val_share: float = 0.1,
+        seed: int = 0,
+        image_size: int = 32,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        batch_size: int = 128,
+        eval_batch_size: int = 256,
+        num_workers: int = 2,
+        scale: tuple[float, float] = (0.6, 1.0),
+        flip: float = 0.0,
+        jitter: float = 0.2,
+        erase: float = 0.25,
+        cutmix: float = 0.5,
+    ) -> None:
+        if name not in TORCHVISION_SETS:
+            raise DataError(
+                f"there is no torchvision data set {name!r} here",
+                where="--data.name",
+                mend=f"{nearest(name, TORCHVISION_SETS)} One of: {', '.join(TORCHVISION_SETS)}".strip(),
+            )
+        require_option(0 < val_share < 1, "val_share", val_share, "take a share between 0 and 1")
+        self.name = name
+        self.root = root
+        self.download = download
+        self.val_share = val_share
+        self.seed = seed
+        self._loaded: dict[str, Any] = {}
+        super().__init__(
+            image_size=image_size,
+            mean=mean,
+            std=std,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            scale=scale,
+            flip=flip,
+            jitter=jitter,
+            erase=erase,
+            cutmix=cutmix,
+        )
+
+    @property
+    def class_names(self) -> list[str]:
+        dataset = self._load("train")
+        names = getattr(dataset, "classes", None)
+        if names is None:  # SVHN and GTSRB give labels alone
+            labels = getattr(dataset, "labels", None)
+            found = labels if labels is not None else [label for _, label in dataset._samples]
+            names = range(int(max(found)) + 1)
+        return [str(name) for name in names]
+
+    @property
+    def in_chans(self) -> int:
+        return TORCHVISION_SETS[self.name].in_chans
+
+    def build_sources(self, parts: tuple[Part, ...]) -> dict[Part, ImageSource]:
+        count = len(self._load("train"))
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed)).tolist()
+        held_out = min(max(round(count * self.val_share), 1), count - 1)
+        chosen: dict[Part, list[int]] = {"val": order[:held_out], "train": order[held_out:]}
+        if "test" in parts:
+            chosen["test"] = list(range(len(self._load("test"))))
+        return {part: PictureSource(self._load(part), chosen[part], self.in_chans) for part in parts}
+
+    def _load(self, part: Part) -> Any:
+        """The data set of torchvision that holds `part`."""
+        known = TORCHVISION_SETS[self.name]
+        half = "test" if part == "test" else "train"
+        if half not in self._loaded:
+            options = known.test if half == "test" else known.train
+            try:
+                self._loaded[half] = getattr(datasets, self.name)(self.root, download=self.download, **options)
+            except (ImportError, OSError, RuntimeError) as error:
+                raise DataError(
+                    f"{self.name} cannot be downloaded" if self.download else f"{self.name} is not there",
+                    where=f"--data.root {self.root}",
+                    evidence=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+                    mend="run it once with network access, or copy the files there"
+                    if self.download
+                    else "let torchvision download it with --data.download true, or give the folder that holds it",
+                ) from error
+        return self._loaded[half]
