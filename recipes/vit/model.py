@@ -142,12 +142,15 @@ class ClassifierModule(L.LightningModule):
 
     def predict_step(self, batch: tuple[Tensor, list[str]], batch_idx: int) -> Tensor:
         """Probabilities (N, classes)."""
-        return self(batch[0]).float().softmax(-1)
+        shares: Tensor = self(batch[0]).float().softmax(-1)
+        return shares
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         total = self.trainer.estimated_stepping_batches
         if math.isinf(total):
-            raise ConfigError("the cosine schedule needs to know the number of steps", mend="set --trainer.max_epochs or --trainer.max_steps")
+            raise ConfigError(
+                "the cosine schedule needs to know the number of steps", mend="set --trainer.max_epochs or --trainer.max_steps"
+            )
         groups = layer_decay_groups(self.network, self.lr, self.weight_decay, self.layer_decay, self.example_input_array)
         optimizer = torch.optim.AdamW(groups, self.lr)
         warmup = self._warmup_steps(int(total))

@@ -71,7 +71,7 @@ class TorchvisionData(ClassificationData):
     `val_share` of its training images, drawn by `seed`, are for validation; tests and predictions run on its test images.
 
     Args:
-        name: one of TORCHVISION_SETS, such as "CIFAR10".
+        dataset: one of TORCHVISION_SETS, such as "CIFAR10".
         root: folder where torchvision keeps it.
         download: let torchvision download it into `root` where it is missing.
         val_share: share of the training images for validation.
@@ -84,7 +84,7 @@ class TorchvisionData(ClassificationData):
 
     def __init__(
         self,
-        name: str,
+        dataset: str,
         root: str = "data",
         download: bool = False,
         val_share: float = 0.1,
@@ -101,14 +101,14 @@ class TorchvisionData(ClassificationData):
         erase: float = 0.25,
         cutmix: float = 0.5,
     ) -> None:
-        if name not in TORCHVISION_SETS:
+        if dataset not in TORCHVISION_SETS:
             raise DataError(
-                f"there is no torchvision data set {name!r} here",
-                where="--data.name",
-                mend=f"{nearest(name, TORCHVISION_SETS)} One of: {', '.join(TORCHVISION_SETS)}".strip(),
+                f"there is no torchvision data set {dataset!r} here",
+                where="--data.dataset",
+                mend=f"{nearest(dataset, TORCHVISION_SETS)} One of: {', '.join(TORCHVISION_SETS)}".strip(),
             )
         require_option(0 < val_share < 1, "val_share", val_share, "take a share between 0 and 1")
-        self.name = name
+        self.dataset = dataset
         self.root = root
         self.download = download
         self.val_share = val_share
@@ -140,7 +140,7 @@ class TorchvisionData(ClassificationData):
 
     @property
     def in_chans(self) -> int:
-        return TORCHVISION_SETS[self.name].in_chans
+        return TORCHVISION_SETS[self.dataset].in_chans
 
     def build_sources(self, parts: tuple[Part, ...]) -> dict[Part, ImageSource]:
         count = len(self._load("train"))
@@ -153,15 +153,15 @@ class TorchvisionData(ClassificationData):
 
     def _load(self, part: Part) -> Any:
         """The data set of torchvision that holds `part`."""
-        known = TORCHVISION_SETS[self.name]
+        known = TORCHVISION_SETS[self.dataset]
         half = "test" if part == "test" else "train"
         if half not in self._loaded:
             options = known.test if half == "test" else known.train
             try:
-                self._loaded[half] = getattr(datasets, self.name)(self.root, download=self.download, **options)
+                self._loaded[half] = getattr(datasets, self.dataset)(self.root, download=self.download, **options)
             except (ImportError, OSError, RuntimeError) as error:
                 raise DataError(
-                    f"{self.name} cannot be downloaded" if self.download else f"{self.name} is not there",
+                    f"{self.dataset} cannot be downloaded" if self.download else f"{self.dataset} is not there",
                     where=f"--data.root {self.root}",
                     evidence=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
                     mend="run it once with network access, or copy the files there"

@@ -71,6 +71,8 @@ def can_divide(node: Node) -> bool:
     if name == "Pow":
         exponent = saved(node, "exponent")
         return isinstance(exponent, (int, float)) and exponent < 0
+    if name == "Div" and len(node.next_functions) == 1:  # by a number, as cross_entropy divides by the batch for soft targets
+        return False
     return name in (*LOGS, "Div", "Reciprocal")
 
 
