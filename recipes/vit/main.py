@@ -25,7 +25,7 @@ class VitCLI(RecipeCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for name in ("class_names", "image_size", "in_chans"):
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
-        self.add_checkpoint_arguments(parser, "val_acc")
+        self.add_checkpoint_arguments(parser, RECIPE.metric)
         parser.add_lightning_class_args(PredictionWriter, "predictions")
 
     def after_fit(self) -> None:
@@ -54,6 +54,7 @@ RECIPE = Recipe(
     ClassificationData,
     default_config=Path(__file__).with_name("default.yaml"),
     default_data=Path(__file__).with_name("digits.yaml"),
+    metric="val_acc",
 )
 
 
