@@ -166,6 +166,8 @@ def _silence_lightning() -> None:
     warnings.filterwarnings("ignore", message=r"The '\w+_dataloader' does not have many workers")
     # A resumed run has a folder of its own, so its best checkpoint is the best of that run.
     warnings.filterwarnings("ignore", message=r"The dirpath has changed from")
+    # A checkpoint of a moving average holds the average as its weights; evaluation needs no callback for it.
+    warnings.filterwarnings("ignore", message=r"Be aware that when using `ckpt_path`.*: \['EMAWeightAveraging'\]")
     # Lightning's own calls to names that jsonargparse and torch have since renamed.
     warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning\.pytorch\.cli")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"lightning\.pytorch\.utilities\._pytree")

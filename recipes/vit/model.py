@@ -137,7 +137,8 @@ class ClassifierModule(L.LightningModule):
         values = {"acc": self.top1.compute(), "acc_macro": self.macro.compute()}
         self.top1.reset()
         self.macro.reset()
-        self.accuracy = {name: float(value) for name, value in values.items()}
+        if not self.trainer.sanity_checking:
+            self.accuracy = {name: float(value) for name, value in values.items()}
         self.log_dict({f"{stage}_{name}": value for name, value in values.items()}, prog_bar=True)
 
     def predict_step(self, batch: tuple[Tensor, list[str]], batch_idx: int) -> Tensor:
