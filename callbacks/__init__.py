@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-__all__ = ["AtrousRates", "DropoutPlacement", "GammaDecay", "GaussianBias", "ModelAudit", "NaNGuard", "StochasticPooling"]
+__all__ = [
+    "AtrousRates",
+    "DropoutPlacement",
+    "GammaDecay",
+    "GaussianBias",
+    "ModelAudit",
+    "NaNGuard",
+    "PositionalVariance",
+    "StochasticPooling",
+]
 
 from pl_normkit.callbacks.atrous_rates import AtrousRates
 from pl_normkit.callbacks.dropout_placement import DropoutPlacement
@@ -10,4 +19,5 @@ from pl_normkit.callbacks.gamma_decay import GammaDecay
 from pl_normkit.callbacks.gaussian_bias import GaussianBias
 from pl_normkit.callbacks.model_audit import ModelAudit
 from pl_normkit.callbacks.nan_guard import NaNGuard
+from pl_normkit.callbacks.positional_variance import PositionalVariance
 from pl_normkit.callbacks.stochastic_pooling import StochasticPooling

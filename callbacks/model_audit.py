@@ -18,7 +18,7 @@ from pl_normkit.callbacks._network import InputCapture, after_configure_model
 from pl_normkit.errors import AuditFailedError, NormkitError, NormkitWarning
 from pl_normkit.findings import Finding, Severity
 from pl_normkit.report import Report, merge_reports
-from pl_normkit.rules import Needs, Selection, Subject
+from pl_normkit.rules import Loaders, Needs, Selection, Subject
 
 
 class ModelAudit(Callback):
@@ -115,8 +115,9 @@ class ModelAudit(Callback):
         _log_counts(trainer, report)
 
     def _audit_run(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Any) -> None:
-        """What exists from the first step on: the optimizers, and the autograd graph of the loss."""
-        found = [self._judge(replace(network, optimizers=trainer.optimizers), {Needs.OPTIMIZERS}) for network in self._networks]
+        """What exists from the first step on: the optimizers, the loaders, and the autograd graph of the loss."""
+        loaders, needing = _loaders(trainer, pl_module), {Needs.OPTIMIZERS, Needs.LOADERS}
+        found = [self._judge(replace(network, optimizers=trainer.optimizers, loaders=loaders), needing) for network in self._networks]
         if isinstance(loss, Tensor) and loss.grad_fn is not None:
             found.append(self._judge(Subject(root=pl_module, loss=loss, measure=False), {Needs.LOSS}))
         self._networks = []
@@ -129,7 +130,7 @@ class ModelAudit(Callback):
     def _judge_network(self, root: nn.Module, network: nn.Module, inputs: Any) -> Report:
         subject = Subject(model=network, root=root, example_inputs=inputs, measure=False)
         self._networks.append(subject)
-        return self._judge(subject, set(Needs) - {Needs.OPTIMIZERS, Needs.LOSS})
+        return self._judge(subject, set(Needs) - {Needs.OPTIMIZERS, Needs.LOSS, Needs.LOADERS})
 
     def _judge(self, subject: Subject, needing: Set[Needs]) -> Report:
         """An audit that fails must not end the run: it becomes a note, which is shown as one warning."""
@@ -164,6 +165,13 @@ class ModelAudit(Callback):
                 mend=severe[0].advice,
                 silence=severe[0].silence,
             )
+
+
+def _loaders(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Loaders:
+    """The run's loaders as they are, nothing is set up for it: validation's are known after the sanity check."""
+    datamodule = getattr(trainer, "datamodule", None)
+    owners = [owner for owner in (pl_module, datamodule) if owner is not None]
+    return Loaders(trainer.train_dataloader, trainer.val_dataloaders, owners)
 
 
 def _warn(report: Report) -> None:

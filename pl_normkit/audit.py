@@ -16,7 +16,7 @@ from pl_normkit.findings import Finding, FixSafety, Place
 from pl_normkit.graph import ModelGraph
 from pl_normkit.preserve import preserved
 from pl_normkit.report import Report
-from pl_normkit.rules import Needs, Rule, Selection, Subject, load_rules
+from pl_normkit.rules import Loaders, Needs, Rule, Selection, Subject, load_rules
 from pl_normkit.surgery import Change, Changes
 
 
@@ -29,6 +29,7 @@ def audit(
     per_module_ignore: Mapping[str, Sequence[str]] | None = None,
     optimizers: Optimizer | Sequence[Optimizer] = (),
     loss: Tensor | None = None,
+    loaders: Loaders | tuple[Any, Any] | None = None,
     measure: bool = True,
 ) -> Report:
     """Judge a model, and whatever else of its training run is given.
@@ -45,7 +46,8 @@ def audit(
         per_module_ignore: module-path pattern -> rules silenced there.
         optimizers: the optimizers of the run.
         loss: the scalar loss of one real step, before backward.
-        measure: whether rules that fire may run `example_inputs` through the model to measure the harm.
+        loaders: the training and the evaluation loader, or a `Loaders` that also names what changes batches later.
+        measure: whether rules may run `example_inputs` through the model and draw a few batches to measure the harm.
 
     Raises:
         ConfigError: for an unknown rule or a pattern that matches no module.
@@ -55,6 +57,7 @@ def audit(
         example_inputs=example_inputs,
         optimizers=(optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers),
         loss=loss,
+        loaders=Loaders(*loaders) if isinstance(loaders, tuple) else loaders,
         measure=measure and not _is_on_meta(model),
     )
     return audit_subject(subject, Selection(select, ignore or (), per_module_ignore or {}))

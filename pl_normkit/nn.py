@@ -13,6 +13,8 @@ __all__ = [
     "StochasticAdaptiveAvgPool2d",
     "StochasticAvgPool1d",
     "StochasticAvgPool2d",
+    "VarianceSafeErasing",
+    "VarianceSafeMixup",
     "safe_log",
     "safe_sqrt",
     "stable_variance",
@@ -22,6 +24,7 @@ from pl_normkit.methods.fusion_scale import ScaleEqualizer
 from pl_normkit.methods.gaussian_bias import GaussianAttentionBias
 from pl_normkit.methods.nan_safety.losses import BinaryFocalLoss, BinaryLogLoss, RMSELoss, SILogLoss
 from pl_normkit.methods.nan_safety.ops import safe_log, safe_sqrt, stable_variance
+from pl_normkit.methods.positional_variance.augmentation import VarianceSafeErasing, VarianceSafeMixup
 from pl_normkit.methods.stochastic_pooling import (
     StochasticAdaptiveAvgPool1d,
     StochasticAdaptiveAvgPool2d,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Mark", "Needs", "Observation", "Rule", "Selection", "Subject", "load_rules", "rule"]
+__all__ = ["Loaders", "Mark", "Needs", "Observation", "Rule", "Selection", "Subject", "load_rules", "rule"]
 
 import fnmatch
 import importlib
@@ -50,6 +50,22 @@ class Needs(StrEnum):
     OPTIMIZERS = "optimizers"
     LOSS = "loss"
     BATCH = "batch"
+    LOADERS = "loaders"
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """Where a run's batches come from. Rules read how they are made, and draw batches only where `Subject.measure` allows it.
+
+    Attributes:
+        train: iterable of batches as the training loop draws them, None where unknown.
+        evaluation: the same for validation.
+        transforms: what else may change a batch on its way into the model: a timm `Mixup`, a LightningModule, a data module.
+    """
+
+    train: Iterable[Any] | None = None
+    evaluation: Iterable[Any] | None = None
+    transforms: Sequence[Any] = ()
 
 
 @dataclass
@@ -64,7 +80,8 @@ class Subject:
         optimizers: the optimizers of the run.
         loss: the scalar loss of a real step, with its autograd graph.
         batch: a real batch, as the data loader gave it.
-        measure: whether rules may run the model to measure (never done on meta-device models or under sharding).
+        loaders: the data of the run.
+        measure: whether rules may run the model and draw batches to measure (never done on meta-device models or under sharding).
         cannot_be_traced: tracing failed and was reported; it is not tried again.
     """
 
@@ -75,6 +92,7 @@ class Subject:
     optimizers: Sequence[Optimizer] = ()
     loss: Tensor | None = None
     batch: Any = None
+    loaders: Loaders | None = None
     measure: bool = True
     cannot_be_traced: bool = False
     _memo: dict[Callable[..., Any], Any] = field(default_factory=dict, repr=False)

@@ -18,6 +18,8 @@ if not torch.cuda.is_available():
     # Triton asks once, at its first import, whether kernels run in its interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import would ask the network for a newer version
+
 DOC = "\n\n".join(f"{title}\n    Text of {title}." for title in rules_module.SECTIONS)
 
 

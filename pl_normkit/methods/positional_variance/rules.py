@@ -1,0 +1,438 @@
+"""NK7xx: augmentation and resampling that change how much the positional embedding of a vision transformer weighs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from pl_normkit.errors import DataError, NothingMatchedError, TraceError
+from pl_normkit.findings import Evidence, FixSafety, Place, Severity
+from pl_normkit.methods.positional_variance.fix import is_rescaled, rescale_positional_embedding
+from pl_normkit.methods.positional_variance.measure import TOLERANCE, VarianceReport, measure_positional_variance
+from pl_normkit.methods.positional_variance.pipeline import read_loader, read_owner
+from pl_normkit.methods.positional_variance.resampling import as_rows, find_resampling, looks_trained, patch_rows
+from pl_normkit.methods.positional_variance.site import PositionalSite, find_site
+from pl_normkit.methods.positional_variance.transforms import (
+    Border,
+    Candidate,
+    Erasing,
+    Mixing,
+    Normalization,
+    Step,
+    natural_second_moment,
+    steps_of,
+)
+from pl_normkit.rules import Loaders, Mark, Needs, Observation, Subject, rule
+
+REVIEWS = "arXiv 2405.14115, as public reviews of it report"
+_FITTING = 0.25  # how far E[I^2] may be from 1, and E[I] from 0
+_RHO = "measured Var[X], training over evaluation"
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What happens to a batch, in order: in the loaders, and between the training loader and the model."""
+
+    train: Sequence[Step] = ()
+    later: Sequence[Step] = ()
+    evaluation: Sequence[Step] = ()
+
+    def normalization(self, step: Step | None = None) -> Normalization | None:
+        """The training images' normalization; with `step` only where it is still to come there."""
+        steps = [*self.train, *self.later]
+        behind = steps if step is None else steps[steps.index(step) :]
+        return next((found for found in behind if isinstance(found, Normalization)), None)
+
+    @property
+    def normalizations(self) -> tuple[Normalization | None, Normalization | None]:
+        """Of training and evaluation images."""
+        return self.normalization(), next((found for found in self.evaluation if isinstance(found, Normalization)), None)
+
+
+def _site(subject: Subject) -> PositionalSite | None:
+    """Where positions are added; None for models that these rules do not concern."""
+    assert subject.model is not None
+    assert subject.graph is not None
+    try:
+        return find_site(getattr(subject.model, "_orig_mod", subject.model), subject.graph)
+    except NothingMatchedError:
+        return None
+
+
+def _data(subject: Subject) -> _Data:
+    site, loaders = subject.once(_site), subject.loaders
+    if site is None or loaders is None:
+        return _Data()
+    train, evaluation = read_loader(loaders.train, "train loader"), read_loader(loaders.evaluation, "evaluation loader")
+    later = [found for owner in loaders.transforms for found in read_owner(owner, type(owner).__name__)]
+    return _Data(*(steps_of(found, site.size) for found in (train, later, evaluation)))
+
+
+def _measured(subject: Subject) -> VarianceReport | None:
+    """The probe's report, where drawing batches is allowed and both loaders are there."""
+    loaders = subject.loaders
+    if not subject.measure or subject.model is None or not isinstance(loaders, Loaders) or subject.once(_site) is None:
+        return None
+    if loaders.train is None or loaders.evaluation is None or any(parameter.is_meta for parameter in subject.model.parameters()):
+        return None
+    try:
+        return measure_positional_variance(subject.model, loaders.train, loaders.evaluation)
+    except (DataError, TraceError):  # the loaders give something else than this model's images
+        return None
+
+
+def _rho(subject: Subject, step: Step | None = None) -> list[Evidence]:
+    """The measured ratio; not beside a step that acts behind the loaders, which the measured batches have not seen."""
+    report = subject.once(_measured)
+    is_seen = step is None or step in subject.once(_data).train
+    return [Evidence(_RHO, report.rho, expected="0.95 to 1.05")] if report is not None and is_seen else []
+
+
+def _image_second_moment(subject: Subject, data: _Data) -> float:
+    report = subject.once(_measured)
+    return report.evaluation.images.overall_second_moment if report is not None else natural_second_moment(data.normalization())
+
+
+def _place(site: PositionalSite) -> list[Place]:
+    return [Place(site.parameter, site.source)]
+
+
+@rule("NK701", "mixup-shifts-positions", mark=Mark.PUBLISHED, source=REVIEWS, needs=(Needs.GRAPH, Needs.LOADERS))
+def mixup_shifts_positions(subject: Subject) -> Iterator[Observation]:
+    """What it does
+    Finds Mixup, or another linear mixing of images, in the training data of a vision transformer with absolute positions.
+
+    Why it hurts
+    A weighted mean of two images has less variance than either. The positional embedding is added to patch tokens of that
+    variance and both are normalised together, so positions weigh more in training than in evaluation, where no image is
+    mixed. With weights lam and 1 - lam the variance is lam^2 + (1 - lam)^2 of the plain one (derived; independent images
+    of zero mean).
+
+    Evidence
+    The expected ratio (alpha + 1) / (2 alpha + 1) for lam from Beta(alpha, alpha) (derived), and the ratio measured on this
+    model's patch embedding where both loaders may be read.
+
+    Example
+    timm's Mixup(mixup_alpha=0.8, cutmix_alpha=1.0), as in the recipe of DeiT: ratio 0.85 over the whole run.
+
+    Use instead
+    CutMix: Mixup(mixup_alpha=0., cutmix_alpha=1.0). It takes each pixel from one image and keeps the variance. Or
+    pl_normkit.nn.VarianceSafeMixup, our extension: it mixes the labels alike and gives the images their variance back.
+
+    Fix and its safety
+    Advice only: the data are not part of the model. suggest_augmentation prints a configuration.
+
+    Source
+    Published: that Mixup breaks the balance and CutMix does not is what public reviews of arXiv 2405.14115 report; its full text
+    was not at hand. Derived: the ratios. VarianceSafeMixup is ours and not shown to be in the paper.
+    """
+    site = subject.once(_site)
+    data = subject.once(_data)
+    found = [step for step in (*data.train, *data.later) if isinstance(step, Mixing)]
+    if site is None or not found:
+        return
+    worst = min(found, key=lambda step: step.recipe_ratio or 0.0)
+    evidence = []
+    if worst.ratio is not None and worst.recipe_ratio is not None:
+        evidence.append(Evidence("expected Var[X] of a mixed batch over a plain one", worst.ratio, expected="1"))
+        if worst.share < 1.0:
+            evidence.append(Evidence(f"the same over the run ({worst.share:.0%} of the images mixed)", worst.recipe_ratio, expected="1"))
+    yield Observation(
+        message=f"{worst.what} lowers the variance of the images in training and not in evaluation ({worst.where})",
+        places=_place(site),
+        evidence=[*evidence, *_rho(subject, worst)],
+        advice="Use CutMix alone (mixup_alpha=0, cutmix_alpha=1), or pl_normkit.nn.VarianceSafeMixup after normalization",
+        cause=worst.where,
+    )
+
+
+@rule("NK702", "erasing-shifts-positions", mark=Mark.PUBLISHED, source=REVIEWS, needs=(Needs.GRAPH, Needs.LOADERS))
+def erasing_shifts_positions(subject: Subject) -> Iterator[Observation]:
+    """What it does
+    Finds random erasing that writes a constant (the default of timm and torchvision), or noise that does not fit the
+    normalization of the images, in the training data of a vision transformer with absolute positions.
+
+    Why it hurts
+    A constant block has no variance: with the share f of the pixels erased the second moment of the image is 1 - f of what it is
+    in evaluation, and positions weigh more. Noise N(0, 1) fits images of second moment 1; elsewhere the ratio is
+    1 - f + f / E[I^2] (derived).
+
+    Evidence
+    The expected ratio for this erasing and normalization (derived), and the ratio measured on this model's patch embedding where both
+    loaders may be read. Constants are always reported, noise from a deviation of 5 % on.
+
+    Example
+    timm's create_transform(re_prob=0.25): re_mode is "const" unless it is given.
+
+    Use instead
+    re_mode="pixel" with the default mean and std. With other statistics, pl_normkit.nn.VarianceSafeErasing(mean, std) with the mean and
+    std of the normalised images, which measure_positional_variance reports.
+
+    Fix and its safety
+    Advice only: the data are not part of the model. suggest_augmentation prints a configuration.
+
+    Source
+    Published: mode "pixel" together with the default normalization is what public reviews of arXiv 2405.14115 report. Derived: the
+    formulas, the threshold, and that one colour per block (mode "rand") keeps the variance over images but not within a patch.
+    """
+    site, data = subject.once(_site), subject.once(_data)
+    for step in (*data.train, *data.later):
+        if site is None or not isinstance(step, Erasing):
+            continue
+        ratio = step.ratio(data.normalization(step), _image_second_moment(subject, data))
+        if step.mode == "pixel" and (ratio is None or abs(ratio - 1.0) <= TOLERANCE):
+            continue
+        is_noise = step.mode != "const"
+        fits = is_noise and (ratio is None or abs(ratio - 1.0) <= TOLERANCE)
+        yield Observation(
+            message=f"{step.what} erases with {_FILLS[step.mode] if fits or not is_noise else _MISFIT} ({step.where})",
+            places=_place(site),
+            evidence=[
+                *([Evidence("expected Var[X], training over evaluation", ratio, expected="1")] if ratio is not None else []),
+                *_rho(subject, step),
+            ],
+            advice="Erase pixel by pixel with the statistics of the normalised images: mode='pixel' with the default mean and std, "
+            "else pl_normkit.nn.VarianceSafeErasing(mean, std)",
+            severity=Severity.NOTE if fits else None,
+            cause=step.where,
+        )
+
+
+_FILLS = {"const": "a constant, which has no variance", "rand": "one colour per block, which has no variance within a patch"}
+_MISFIT = "noise that does not fit the normalization of the images"
+
+
+@rule("NK703", "normalization-shifts-positions", mark=Mark.PUBLISHED, source=REVIEWS, needs=(Needs.GRAPH, Needs.LOADERS))
+def normalization_shifts_positions(subject: Subject) -> Iterator[Observation]:
+    """What it does
+    Finds normalization that differs between training and evaluation, and, as a note, statistics that leave the images without zero
+    mean and unit second moment, in the data of a vision transformer with absolute positions. The note is silent where the positional
+    embedding looks trained: a checkpoint keeps the statistics it was trained with.
+
+    Why it hurts
+    The variance of patch tokens is proportional to the second moment of the normalised image (derived). Two normalizations are two
+    weights of the positional embedding. And with a second moment far from 1 the noise of random erasing is too strong, and with a mean
+    far from 0 mixing changes the mean as well.
+
+    Evidence
+    Mean and second moment of the images, measured where both loaders may be read, else as natural images have them under these statistics
+    (ImageNet's mean and std; derived): 0.22 for mean = std = 0.5.
+
+    Example
+    resolve_data_config of a timm model whose pretrained_cfg has mean = std = (0.5, 0.5, 0.5), then training from scratch.
+
+    Use instead
+    The default mean and std of ImageNet, or those of your own images, in both loaders. When fine-tuning, keep the checkpoint's and
+    fit the erasing noise to it (pl_normkit.nn.VarianceSafeErasing).
+
+    Fix and its safety
+    Advice only: the data are not part of the model. suggest_augmentation prints a configuration.
+
+    Source
+    Published: default mean-std normalization is what a public review of arXiv 2405.14115 reports. Derived: the second moments, the
+    thresholds (5 % between the loaders, 25 % from unit second moment or 0.25 from zero mean), and the exception for checkpoints.
+    """
+    site, data = subject.once(_site), subject.once(_data)
+    if site is None:
+        return
+    ratio = _difference(*data.normalizations)
+    if ratio is not None:
+        yield Observation(
+            message="Training and evaluation images are normalised with different statistics",
+            places=_place(site),
+            evidence=[Evidence("second moment of natural images, training over evaluation", ratio, expected="1"), *_rho(subject)],
+            advice="Give both loaders the same mean and std",
+            cause="different statistics",
+        )
+    elif not _is_trained(subject, site):
+        yield from _misfit(subject, site, data.normalizations[0])
+
+
+def _difference(train: Normalization | None, evaluation: Normalization | None) -> float | None:
+    """E[I^2] under the one over that under the other, None where they agree or one is unknown."""
+    if train is None or evaluation is None or len(train.mean) != len(evaluation.mean):
+        return None
+    pairs = zip((*train.mean, *train.std), (*evaluation.mean, *evaluation.std), strict=True)
+    if all(abs(one - other) < 0.005 for one, other in pairs):
+        return None
+    ratio = natural_second_moment(train) / natural_second_moment(evaluation)
+    shift = max(abs(one - other) / scale for one, other, scale in zip(train.mean, evaluation.mean, train.std, strict=True))
+    return ratio if abs(ratio - 1.0) > TOLERANCE or shift > TOLERANCE else None
+
+
+def _misfit(subject: Subject, site: PositionalSite, normalization: Normalization | None) -> Iterator[Observation]:
+    report = subject.once(_measured)
+    mean, second = 0.0, natural_second_moment(normalization)
+    if report is not None:
+        mean, second = report.evaluation.images.overall_mean, report.evaluation.images.overall_second_moment
+    if abs(second - 1.0) <= _FITTING and abs(mean) <= _FITTING:
+        return
+    measured = "measured" if report is not None else "natural images'"
+    evidence = [Evidence(f"{measured} second moment after normalization", second, expected="1")]
+    if report is not None:
+        evidence.append(Evidence("measured mean after normalization", mean, expected="0"))
+    yield Observation(
+        message="The normalised images have no zero mean and unit second moment",
+        places=_place(site),
+        evidence=evidence,
+        advice="Train from scratch with the mean and std of the images (ImageNet's defaults for natural images)",
+        severity=Severity.NOTE,
+        cause="second moment",
+    )
+
+
+def _is_trained(subject: Subject, site: PositionalSite) -> bool:
+    assert subject.model is not None
+    model = getattr(subject.model, "_orig_mod", subject.model)
+    parameter = model.get_parameter(site.parameter).detach()
+    if parameter.is_meta or site.grid is None or site.is_resampled:
+        return False
+    return looks_trained(as_rows(parameter, site)[patch_rows(model, site)], site.grid)
+
+
+@rule(
+    "NK704",
+    "resampled-positions-lost-variance",
+    mark=Mark.PUBLISHED,
+    source=f"{REVIEWS}; k and how it is measured are derived here",
+    needs=(Needs.GRAPH,),
+    fix=rescale_positional_embedding,
+    fix_safety=FixSafety.UNSAFE,
+)
+def resampled_positions_lost_variance(subject: Subject) -> Iterator[Observation]:
+    """What it does
+    Finds an absolute positional embedding that was interpolated to another grid, in the forward pass or when it was loaded, and lost or
+    gained more than 5 % of its variance by it.
+
+    Why it hurts
+    The patch tokens have the variance they had before, so positions weigh less than the network was trained for.
+
+    Evidence
+    k, the variance of the patch positions now over that of the original ones (variance over channels, mean over positions), measured
+    on this model's own values. An interpolated embedding has no more rank along rows and columns than the original grid had, so both the
+    grid and the original are recovered from it (derived). Depends on the checkpoint: white noise from 14x14 to 24x24 gives 0.69, a smooth
+    embedding about 1.
+
+    Example
+    create_model("vit_base_patch16_224", pretrained=True, img_size=384); set_input_size; interpolate_pos_encoding=True.
+
+    Use instead
+    The patch positions multiplied by 1 / sqrt(k), those of class and other prefix tokens unchanged.
+
+    Fix and its safety
+    rescale_positional_embedding does that, reversibly, once; unsafe: it changes what the network computes until it is fine-tuned.
+    An embedding that is interpolated in every forward pass is scaled for the size of the example inputs.
+
+    Source
+    Published: the scaling by 1 / sqrt(k) is what public reviews of arXiv 2405.14115 report. Derived: the definition of k, the
+    recovery of the original, the threshold, and that an embedding that still is white noise (from scratch) is left alone where the forward
+    pass interpolates it.
+    """
+    site = subject.once(_site)
+    if site is None or subject.model is None:
+        return
+    model = getattr(subject.model, "_orig_mod", subject.model)
+    found = find_resampling(model, site)
+    if found is None or abs(found.k - 1.0) <= TOLERANCE or is_rescaled(model, site):
+        return
+    if found.in_forward and found.old_grid is not None:
+        values = as_rows(model.get_parameter(site.parameter).detach(), site)[patch_rows(model, site)]
+        if not looks_trained(values, found.old_grid):
+            return
+    yield Observation(
+        message=f"The positional embedding was resampled ({found}) and its variance with it",
+        places=_place(site),
+        evidence=[Evidence("variance of patch positions, resampled over original (k)", found.k, expected="1")],
+        advice="rescale_positional_embedding(model, example_inputs) multiplies the patch positions by 1 / sqrt(k)",
+    )
+
+
+@rule(
+    "NK705",
+    "border-shifts-positions",
+    mark=Mark.DERIVED,
+    source="derived here from the condition of arXiv 2405.14115: the formula 1 - f + f v^2 / E[I^2], test_positional_variance_rules",
+    needs=(Needs.GRAPH, Needs.LOADERS),
+)
+def border_shifts_positions(subject: Subject) -> Iterator[Observation]:
+    """What it does
+    Finds constant padding, and constant values where rotation, translation or shear leave the image empty, in the training data of a vision
+    transformer with absolute positions. And where both loaders may be read: any measured difference that the settings of all steps do not
+    explain, as a note with the steps that can (random resized crops, colour jitter, policies).
+
+    Why it hurts
+    Black before normalization has a second moment of 3.96 in normalised units (default mean and std), zeros after it have none: on the
+    share f of the image the ratio becomes 1 - f + 3.96 f or 1 - f (derived). In evaluation these borders are absent. Crops that are scaled
+    up lose high frequencies.
+
+    Evidence
+    The expected ratio where the filled area is known from the settings, and the ratio measured on this model's patch embedding where both
+    loaders may be read; the measured one decides. From a deviation of 5 % and two standard errors on.
+
+    Example
+    RandomCrop(32, padding=4) before Normalize on CIFAR: ratio 1.40. RandomRotation(30): 1.28.
+
+    Use instead
+    padding_mode="reflect"; rotation of a larger image that is then cropped; fill with the mean colour for small areas; a higher lower bound
+    for the scale of random resized crops.
+
+    Fix and its safety
+    Advice only: the data are not part of the model.
+
+    Source
+    Derived: from the published condition that augmentation must not move the statistics of the input; padding and fill are not among
+    the augmentations that the reviews of arXiv 2405.14115 name. That random resized crop can break the balance is published there;
+    its remedy is not known to us.
+    """
+    site, data = subject.once(_site), subject.once(_data)
+    if site is None:
+        return
+    report = subject.once(_measured)
+    for step in data.train:
+        ratio = _expected(subject, data, step) if isinstance(step, Border) else None
+        if ratio is not None and abs(ratio - 1.0) > TOLERANCE and (report is None or report.estimate.is_off(TOLERANCE)):
+            assert isinstance(step, Border)
+            yield _border_observation(subject, site, step, ratio)
+    yield from _unexplained(subject, site, data)
+
+
+def _expected(subject: Subject, data: _Data, step: Step) -> float | None:
+    """Var[X] with the step over that without, None where its settings do not tell; 1 for steps that change nothing."""
+    if isinstance(step, Mixing):
+        return step.recipe_ratio
+    if isinstance(step, (Erasing, Border)):
+        return step.ratio(data.normalization(step), _image_second_moment(subject, data))
+    return 1.0
+
+
+def _unexplained(subject: Subject, site: PositionalSite, data: _Data) -> Iterator[Observation]:
+    """What is left of the measured ratio when all that the settings tell is taken out."""
+    report = subject.once(_measured)
+    ratios = [_expected(subject, data, step) for step in data.train]
+    if report is None or None in ratios or _difference(*data.normalizations) is not None:
+        return
+    expected = math.prod(ratio for ratio in ratios if ratio is not None)
+    if not (report.estimate.is_off(TOLERANCE) and report.estimate.is_off(TOLERANCE, expected)):
+        return
+    candidates = list(dict.fromkeys(step.what for step in data.train if isinstance(step, Candidate)))
+    named = f"{' or '.join(candidates)} can explain it" if candidates else "nothing that could be read off the loaders explains it"
+    yield Observation(
+        message=f"The patch tokens of training images have another variance than those of evaluation images; {named}",
+        places=_place(site),
+        evidence=[Evidence(_RHO, report.rho, expected=f"{expected:.3g}"), Evidence("standard error of that", report.estimate.error)],
+        advice="Measure with one step after the other off (measure_positional_variance); raise the lower bound of crop scales, weaken "
+        "brightness and contrast, fill with the mean colour",
+        severity=Severity.NOTE,  # measured, but what causes it is not known
+        cause="unexplained",
+    )
+
+
+def _border_observation(subject: Subject, site: PositionalSite, step: Border, ratio: float) -> Observation:
+    return Observation(
+        message=f"{step.what} fills the border with a constant in training ({step.where})",
+        places=_place(site),
+        evidence=[Evidence("expected Var[X], training over evaluation", ratio, expected="1"), *_rho(subject)],
+        advice="Reflect at the border (padding_mode='reflect'), or fill with the mean colour where the area is small",
+        cause=step.where,
+    )

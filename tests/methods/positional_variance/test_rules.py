@@ -1,0 +1,346 @@
+"""Each rule on loaders as people build them: firing ones and quiet ones."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import albumentations as A
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision.transforms as v1
+from timm.data import FastCollateMixup, Mixup, create_loader
+from torch import nn
+from torch.utils.data import ConcatDataset, DataLoader, Subset, default_collate
+from torchvision.transforms import v2
+
+from pl_normkit import audit
+from pl_normkit.findings import Finding
+from pl_normkit.methods.positional_variance.pipeline import read_loader
+from pl_normkit.methods.positional_variance.transforms import Normalization, natural_second_moment, steps_of
+from pl_normkit.nn import VarianceSafeErasing, VarianceSafeMixup
+from pl_normkit.rules import Loaders, Subject
+from tests.methods.positional_variance.images import HALF, MEAN, SIZE, STD, Pictures, normal_images, vit
+from tests.methods.positional_variance.test_rescaling import resized_vit, trained_like
+
+INPUTS = torch.zeros(2, 3, SIZE, SIZE)
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return vit()
+
+
+def timm_loader(*, training: bool = True, prefetch: bool = False, **options: Any) -> Any:
+    device = torch.device("cpu")
+    options = {"is_training": training, "use_prefetcher": prefetch, "device": device, "num_workers": 0, **options}
+    return create_loader(Pictures(), (3, SIZE, SIZE), 16, **options)
+
+
+def loader(transform: Any, **options: Any) -> Any:
+    return DataLoader(Pictures(transform), 16, **options)
+
+
+def normalised(*before: Any, after: Any = (), mean: Any = MEAN, std: Any = STD) -> Any:
+    return v1.Compose([*before, v1.ToTensor(), v1.Normalize(mean, std), *after])
+
+
+def albumented(*before: Any) -> Any:
+    return A.Compose([*before, A.Normalize(), A.ToTensorV2()])
+
+
+def found(model: nn.Module, train: Any, evaluation: Any = None, transforms: Any = (), **options: Any) -> list[Finding]:
+    evaluation = loader(normalised()) if evaluation is None else evaluation
+    loaders = Loaders(train, evaluation, transforms)
+    report = audit(model, INPUTS, loaders=loaders, **{"select": ["NK7"], "measure": False, **options})
+    assert report.notes == []
+    return report.findings
+
+
+def codes(findings: list[Finding]) -> list[str]:
+    return sorted(finding.code for finding in findings)
+
+
+def expected_ratio(finding: Finding) -> float:
+    (evidence,) = [item for item in finding.evidence if item.what.startswith("expected Var[X]")]
+    return evidence.value
+
+
+MIX = v2.RandomChoice([v2.CutMix(num_classes=10), v2.MixUp(alpha=0.8, num_classes=10)])
+
+
+def collate_as_in_the_torchvision_docs(batch: Any) -> Any:
+    return MIX(*default_collate(batch))
+
+
+V2 = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+
+
+class TestMixup:
+    @pytest.mark.parametrize(
+        ("train", "ratio"),
+        [
+            (partial(timm_loader, collate_fn=FastCollateMixup(0.8, 1.0), prefetch=True, re_mode="pixel"), 0.6923),
+            (partial(loader, v2.Compose(V2), collate_fn=collate_as_in_the_torchvision_docs), 0.6923),
+            (partial(loader, v2.Compose(V2), collate_fn=lambda batch: v2.MixUp(num_classes=10)(*batch)), None),
+            (partial(loader, normalised(), collate_fn=partial(print, Mixup(0.2))), 0.8571),
+        ],
+    )
+    def test_it_is_found_in_the_loader(self, model: nn.Module, train: Any, ratio: float | None) -> None:
+        """Not where it is made inside the function itself: that cannot be read."""
+        findings = [finding for finding in found(model, train()) if finding.code == "NK701"]
+        assert [round(expected_ratio(finding), 4) for finding in findings] == ([] if ratio is None else [ratio])
+
+    @pytest.mark.parametrize(("alpha", "ratio"), [(0.1, 0.917), (0.2, 0.857), (0.4, 0.778), (0.8, 0.692), (1.0, 0.667)])
+    def test_its_evidence(self, model: nn.Module, alpha: float, ratio: float) -> None:
+        (finding,) = found(model, loader(normalised()), transforms=[Mixup(alpha, 1.0, switch_prob=0.5)])
+        assert (finding.code, round(expected_ratio(finding), 3)) == ("NK701", ratio)
+        assert finding.evidence[1].value == pytest.approx(1 - 0.5 * (1 - ratio), abs=1e-3)
+
+    def test_it_is_found_in_modules_and_their_hooks(self, model: nn.Module) -> None:
+        class Held(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.mix = Mixup(0.8)
+
+        class Called(nn.Module):
+            def on_after_batch_transfer(self, batch: Any, _: int) -> Any:
+                return mixup_data(*batch)
+
+        for owner in (Held(), Called(), Mixup(0.8)):
+            assert codes(found(model, loader(normalised()), transforms=[owner])) == ["NK701"]
+
+    @pytest.mark.parametrize(
+        "mixup",
+        [
+            Mixup(mixup_alpha=0.0, cutmix_alpha=1.0),
+            Mixup(0.8, prob=0.0),
+            Mixup(0.8, 1.0, switch_prob=1.0),
+            v2.CutMix(num_classes=10),
+            VarianceSafeMixup(0.8),
+        ],
+    )
+    def test_quiet(self, model: nn.Module, mixup: Any) -> None:
+        assert found(model, loader(normalised()), transforms=[mixup]) == []
+
+
+def mixup_data(images: Any, labels: Any) -> Any:
+    return images, labels
+
+
+class TestErasing:
+    def test_the_default_of_the_libraries_is_a_constant(self, model: nn.Module) -> None:
+        for train in (
+            timm_loader(re_prob=0.25),
+            timm_loader(re_prob=0.25, prefetch=True),
+            loader(normalised(after=[v1.RandomErasing(0.25)])),
+            loader(v2.Compose([*V2, v2.RandomErasing(0.25)])),
+        ):
+            (finding,) = found(model, train)
+            assert (finding.code, finding.severity) == ("NK702", "warning")
+            assert expected_ratio(finding) == pytest.approx(1 - 0.25 * 0.1767, abs=2e-3)
+
+    def test_before_normalization_a_constant_is_black(self, model: nn.Module) -> None:
+        erasing = v1.RandomErasing(1.0, scale=(0.25, 0.25))
+        (finding,) = found(model, loader(v1.Compose([v1.ToTensor(), erasing, v1.Normalize(MEAN, STD)])))
+        assert expected_ratio(finding) == pytest.approx(1.74, abs=0.01)
+
+    def test_noise_must_fit_the_normalization(self, model: nn.Module) -> None:
+        """E[I^2] is 0.219 under Inception's statistics, 0.709 under CLIP's: 5 % are exceeded by the first alone."""
+        clip = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+        assert natural_second_moment(Normalization(HALF, HALF, "")) == pytest.approx(0.219, abs=1e-3)
+        assert natural_second_moment(Normalization(*clip, "")) == pytest.approx(0.709, abs=1e-3)
+        for (mean, std), expected in (((HALF, HALF), ["NK702", "NK703"]), (clip, ["NK703"]), ((MEAN, STD), [])):
+            train = timm_loader(re_prob=0.25, re_mode="pixel", mean=mean, std=std)
+            assert codes(found(model, train, timm_loader(training=False, mean=mean, std=std))) == expected
+
+    def test_one_colour_per_block_is_a_note(self, model: nn.Module) -> None:
+        (finding,) = found(model, timm_loader(re_prob=0.25, re_mode="rand"))
+        assert (finding.code, finding.severity) == ("NK702", "note")
+
+    @pytest.mark.parametrize("step", [A.CoarseDropout(p=0.5), A.Erasing(p=0.5), A.GridDropout(p=0.5)])
+    def test_albumentations_erases_with_black(self, model: nn.Module, step: Any) -> None:
+        assert codes(found(model, loader(albumented(step)))) == ["NK702"]
+
+    @pytest.mark.parametrize(
+        "after", [[], [v1.RandomErasing(0.25, value="random")], [v1.RandomErasing(0.0)], [VarianceSafeErasing()]], ids=str
+    )
+    def test_quiet(self, model: nn.Module, after: Any) -> None:
+        assert found(model, loader(normalised(after=after))) == []
+
+
+class TestNormalization:
+    def test_statistics_that_differ(self, model: nn.Module) -> None:
+        for train in (loader(normalised(mean=HALF, std=HALF)), timm_loader(mean=HALF, std=HALF, prefetch=True)):
+            (finding,) = found(model, train)
+            assert (finding.code, finding.cause, finding.severity) == ("NK703", "different statistics", "warning")
+            assert finding.evidence[0].value == pytest.approx(0.219, abs=1e-3)
+
+    def test_a_second_moment_that_is_off_is_a_note_from_scratch(self, model: nn.Module) -> None:
+        half = loader(normalised(mean=HALF, std=HALF))
+        (finding,) = found(model, half, half)
+        assert (finding.code, finding.cause, finding.severity) == ("NK703", "second moment", "note")
+
+    def test_a_checkpoint_keeps_its_statistics(self) -> None:
+        model, half = vit(), loader(normalised(mean=HALF, std=HALF))
+        with torch.no_grad():
+            model.pos_embed[0, 1:] = trained_like(4)[0].flatten(1).T
+        assert found(model, half, half) == []
+
+    def test_images_without_normalization_are_measured(self, model: nn.Module) -> None:
+        raw = loader(v1.ToTensor())
+        (finding,) = found(model, raw, raw, measure=True)
+        assert (finding.code, finding.severity) == ("NK703", "note")
+        assert finding.evidence[0].value == pytest.approx(0.254, abs=0.05)
+
+    def test_statistics_of_the_data_are_quiet(self, model: nn.Module) -> None:
+        cifar = loader(normalised(mean=(0.4914, 0.4822, 0.4465), std=(0.247, 0.2435, 0.2616)))
+        assert found(model, cifar, cifar) == []
+
+
+class TestBorder:
+    @pytest.mark.parametrize(
+        ("step", "ratio"),
+        [
+            (v1.RandomCrop(SIZE, padding=8), 1.38),
+            (v2.RandomCrop(SIZE, padding=8), 1.38),
+            (v1.RandomRotation(30), 1.28),
+            (v1.Pad(4, fill=0), 1.69),
+            (v1.RandomAffine(0, translate=(0.2, 0.2)), 1.56),
+        ],
+    )
+    def test_black_before_normalization(self, model: nn.Module, step: Any, ratio: float) -> None:
+        (finding,) = found(model, loader(normalised(step)))
+        assert (finding.code, round(expected_ratio(finding), 2)) == ("NK705", ratio)
+
+    @pytest.mark.parametrize("step", [A.Rotate(30, border_mode=0, p=1), A.Affine(rotate=(-30, 30), p=1), A.Pad(8)])
+    def test_albumentations(self, model: nn.Module, step: Any) -> None:
+        assert codes(found(model, loader(albumented(step)))) == ["NK705"]
+
+    def test_zeros_after_normalization(self, model: nn.Module) -> None:
+        (finding,) = found(model, loader(normalised(after=[v1.RandomCrop(SIZE, padding=8)])))
+        assert expected_ratio(finding) == pytest.approx(0.872, abs=1e-3)
+
+    @pytest.mark.parametrize(
+        "step",
+        [
+            v1.RandomCrop(SIZE, padding=8, padding_mode="reflect"),
+            v1.RandomCrop(SIZE),
+            v1.RandomRotation(30, fill=(124, 116, 104)),
+            v1.RandomRotation(2),
+            v1.RandomApply([v1.RandomRotation(30)], p=0.1),
+        ],
+        ids=str,
+    )
+    def test_quiet(self, model: nn.Module, step: Any) -> None:
+        expected = 0.9 if isinstance(step, v1.RandomRotation) and step.fill != 0 else 1.0
+        assert codes(found(model, loader(normalised(step)))) == ([] if expected == 1.0 else ["NK705"])
+
+    def test_reflection_of_albumentations_is_quiet(self, model: nn.Module) -> None:
+        assert found(model, loader(albumented(A.Rotate(30, border_mode=4, p=1)))) == []
+
+    def test_the_measured_ratio_decides(self, model: nn.Module) -> None:
+        """What is padded may be cut away again, which the settings do not tell."""
+        step = v1.Compose([v1.Pad(8), v1.CenterCrop(SIZE)])
+        assert codes(found(model, loader(normalised(step)))) == ["NK705"]
+        assert found(model, loader(normalised(step)), measure=True) == []
+        (finding,) = found(model, loader(normalised(v1.RandomCrop(SIZE, padding=8))), measure=True)
+        assert finding.evidence[1].value == pytest.approx(expected_ratio(finding), rel=0.1)
+
+    def test_a_shift_of_unknown_cause_is_a_note(self, model: nn.Module) -> None:
+        (finding,) = found(model, loader(normalised(v1.ColorJitter(brightness=(1.5, 1.5)))), measure=True)
+        assert (finding.code, finding.severity) == ("NK705", "note")
+        assert "ColorJitter can explain it" in finding.message
+
+
+class TestResampling:
+    def test_an_enlarged_embedding_fires_until_it_is_rescaled(self) -> None:
+        model, original = resized_vit()
+        images = normal_images(2, 112)
+        (finding,) = audit(model, images, select=["NK704"]).findings
+        k = float(model.pos_embed[0, 1:].detach().var(-1).mean() / original[0, 1:].var(-1).mean())
+        assert finding.evidence[0].value == pytest.approx(k, rel=1e-4)
+        assert "4x4 -> 7x7" in finding.message
+        from pl_normkit.audit import fix_findings
+
+        changes = fix_findings(model, images, [finding], allow_unsafe=True)
+        assert audit(model, images, select=["NK704"]).findings == []
+        changes.undo()
+        assert len(audit(model, images, select=["NK704"]).findings) == 1
+
+    @pytest.mark.parametrize(("trained", "fires"), [(True, True), (False, False)])
+    def test_in_the_forward_pass_it_concerns_trained_positions(self, trained: bool, fires: bool) -> None:
+        model = vit(img_size=224, dynamic_img_size=True)
+        if trained:
+            with torch.no_grad():
+                model.pos_embed[0, 1:] = trained_like(14, length=0.5)[0].flatten(1).T
+        assert codes(audit(model, normal_images(2, 384), select=["NK704"]).findings) == (["NK704"] if fires else [])
+
+    def test_quiet(self, model: nn.Module) -> None:
+        assert audit(model, INPUTS, select=["NK704"]).findings == []
+        assert audit(timm.create_model("resnet18").to("meta"), INPUTS, select=["NK704"]).findings == []
+        assert audit(vit().to("meta"), INPUTS, select=["NK704"]).findings == []
+
+
+def test_the_recommended_configuration_is_quiet(model: nn.Module) -> None:
+    """Also when its batches are measured, CutMix included."""
+    options = {"re_prob": 0.25, "re_mode": "pixel", "scale": (0.8, 1.0), "color_jitter": None}
+    for prefetch in (False, True):
+        train = timm_loader(prefetch=prefetch, collate_fn=FastCollateMixup(0.0, 1.0) if prefetch else None, **options)
+        evaluation = timm_loader(training=False, prefetch=prefetch)
+        assert found(model, train, evaluation, [Mixup(0.0, 1.0)], measure=True) == []
+
+
+def test_other_models_are_none_of_its_business() -> None:
+    train = timm_loader(re_prob=0.25, collate_fn=FastCollateMixup(0.8), prefetch=True)
+    assert found(timm.create_model("resnet18"), train, measure=True) == []
+
+
+def test_one_finding_for_each_cause(model: nn.Module) -> None:
+    train = timm_loader(prefetch=True, re_prob=0.25, collate_fn=FastCollateMixup(0.8), mean=HALF, std=HALF)
+    assert codes(found(model, train)) == ["NK701", "NK702", "NK703"]
+
+
+def test_without_loaders_nothing_is_said(model: nn.Module) -> None:
+    assert audit(model, INPUTS, select=["NK7"]).findings == []
+    assert Subject(loaders=Loaders()).loaders == Loaders(None, None, ())
+
+
+def test_transforms_are_found_wherever_a_dataset_keeps_them() -> None:
+    class Own:
+        def __init__(self, inner: Any) -> None:
+            self.inner = inner
+
+        def __call__(self, image: Any) -> Any:
+            return self.inner(image)
+
+    inner = normalised()
+    datasets = [
+        Pictures(inner),
+        Subset(Pictures(inner), [0]),
+        ConcatDataset([Pictures(inner)]),
+        Pictures(Own(inner)),
+        Pictures(lambda image: inner(image.convert("RGB"))),
+    ]
+    for dataset in datasets:
+        steps = steps_of(read_loader(DataLoader(dataset), "loader"), (SIZE, SIZE))
+        assert [type(step) for step in steps] == [Normalization]
+    listed = read_loader([DataLoader(Pictures(inner)), DataLoader(Pictures())], "loader")
+    assert [type(step) for step in steps_of(listed, (SIZE, SIZE))] == [Normalization]
+    assert read_loader([normal_images(2)], "loader") == read_loader(None, "loader") == []
+
+
+def test_shares_of_containers() -> None:
+    steps = {
+        "apply": v1.RandomApply([v1.RandomErasing(0.5, scale=(0.2, 0.2))], p=0.5),
+        "choice": v2.RandomChoice([v2.RandomErasing(0.5, scale=(0.2, 0.2)), v2.Identity()], p=[0.5, 0.5]),
+        "one of": A.OneOf([A.Erasing(scale=(0.1, 0.1), p=0.3), A.NoOp(p=0.3)], p=0.5),
+    }
+    areas = {}
+    for name, step in steps.items():
+        transform = albumented(step) if name == "one of" else v1.Compose([step])
+        (erasing,) = [found for found in steps_of(read_loader(loader(transform), ""), (SIZE, SIZE)) if hasattr(found, "area")]
+        areas[name] = float(np.round(erasing.area, 6))
+    assert areas == {"apply": 0.05, "choice": 0.05, "one of": 0.025}
