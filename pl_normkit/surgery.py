@@ -17,7 +17,6 @@ __all__ = [
     "Remove",
     "Replace",
     "SetAttributes",
-    "SetValues",
     "apply_edits",
     "get_module",
 ]
@@ -26,7 +25,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from pl_normkit.errors import EditError, nearest
@@ -423,55 +421,3 @@ class SetAttributes:
             undo()
             raise
         return Change(self.path, self.what), undo
-
-
-@dataclass(frozen=True)
-class SetValues:
-    """Write `values` into the parameter called `name`, in place; the parameter object stays.
-
-    `record` names a plain attribute of its module that is set to `recorded`: what no later reader could tell from the values.
-    """
-
-    name: str
-    values: Tensor
-    what: str
-    record: str
-    recorded: Any = None
-
-    def check(self, model: nn.Module) -> None:
-        module, parameter = self._found(model)
-        if parameter is None:
-            names = [name for name, _ in model.named_parameters()]
-            raise EditError(f"the model has no parameter {self.name!r}", mend=nearest(self.name, names) or "see model.named_parameters()")
-        if parameter.shape != self.values.shape or parameter.is_meta:
-            seen = f"{tuple(parameter.shape)} on {parameter.device}"
-            raise EditError("the values do not fit the parameter", where=self.name, evidence=f"{tuple(self.values.shape)} for {seen}")
-        if any(self.record in kind for kind in (module._parameters, module._buffers, module._modules)) or hasattr(
-            type(module), self.record
-        ):
-            raise EditError(f"{self.record!r} is taken in {type(module).__name__}", where=self.name)
-
-    def is_done(self, model: nn.Module) -> bool:
-        module, parameter = self._found(model)
-        return parameter is not None and self.record in vars(module) and torch.equal(parameter.detach(), self.values)
-
-    def apply(self, model: nn.Module) -> tuple[Change, Undo]:
-        module, parameter = self._found(model)
-        assert parameter is not None  # `check` has seen it
-        before, recorded = parameter.detach().clone(), vars(module).get(self.record, _ABSENT)
-
-        def undo() -> None:
-            parameter.data.copy_(before)
-            if recorded is _ABSENT:
-                vars(module).pop(self.record, None)
-            else:
-                setattr(module, self.record, recorded)
-
-        parameter.data.copy_(self.values)
-        setattr(module, self.record, self.recorded)
-        return Change(self.name, self.what), undo
-
-    def _found(self, model: nn.Module) -> tuple[nn.Module, nn.Parameter | None]:
-        path, _, leaf = self.name.rpartition(".")
-        module = get_module(model, path)
-        return module, module._parameters.get(leaf)

@@ -6,6 +6,7 @@ __all__ = ["is_rescaled", "rescale_positional_embedding"]
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from pl_normkit.errors import EditError, NothingMatchedError, TraceError
 from pl_normkit.methods.positional_variance.resampling import Resampling, as_rows, find_resampling, patch_rows
 from pl_normkit.methods.positional_variance.site import PositionalSite, patch_variance, trace_site
-from pl_normkit.surgery import Change, Changes, SetValues, apply_edits, get_module
+from pl_normkit.surgery import Change, Changes, Undo, apply_edits, get_module
 
 _RECORD = "positional_embedding_variance"
 _CLOSE = 1e-6
@@ -64,7 +65,42 @@ def rescale_positional_embedding(
         return Changes(skipped=[Change(site.parameter, f"has its variance already ({found})")])
     values = _scaled(parameter, site, rows, 1.0 / math.sqrt(found.k))
     record = patch_variance(as_rows(values, site)[rows])
-    return apply_edits(network, [SetValues(site.parameter, values, f"patch positions / sqrt(k): {found}", _RECORD, record)])
+    return apply_edits(network, [_SetPositions(site.parameter, values, f"patch positions / sqrt(k): {found}", record)])
+
+
+@dataclass(frozen=True)
+class _SetPositions:
+    """Write `values` into the parameter `name`, in place, and keep their variance as a plain attribute of its module.
+
+    A later call could not tell from the values that they are scaled: they have the rank of interpolated ones as before.
+    """
+
+    name: str
+    values: Tensor
+    what: str
+    variance: float
+
+    def check(self, model: nn.Module) -> None:
+        module = get_module(model, self.name.rpartition(".")[0])
+        if hasattr(module, _RECORD) and _RECORD not in vars(module):
+            raise EditError(f"{_RECORD!r} is taken in {type(module).__name__}", where=self.name)
+
+    def is_done(self, model: nn.Module) -> bool:
+        return torch.equal(model.get_parameter(self.name).detach(), self.values)
+
+    def apply(self, model: nn.Module) -> tuple[Change, Undo]:
+        module, parameter = get_module(model, self.name.rpartition(".")[0]), model.get_parameter(self.name)
+        before, record = parameter.detach().clone(), vars(module).get(_RECORD)
+
+        def undo() -> None:
+            parameter.data.copy_(before)
+            vars(module).pop(_RECORD, None)
+            if record is not None:
+                setattr(module, _RECORD, record)
+
+        parameter.data.copy_(self.values)
+        setattr(module, _RECORD, self.variance)
+        return Change(self.name, self.what), undo
 
 
 def is_rescaled(model: nn.Module, site: PositionalSite) -> bool:

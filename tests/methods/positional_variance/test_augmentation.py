@@ -112,7 +112,7 @@ def test_erasing_keeps_mean_and_second_moment(mean: Any, std: Any) -> None:
     images = normal_images(64) * scale.reshape(3, 1, 1) + centre.reshape(3, 1, 1)
     erased = VarianceSafeErasing(mean, std, probability=1.0)(images.clone())
     area = (erased != images).any(1).float().mean((1, 2))
-    assert 0.02 < float(area.min()) < 0.1 < float(area.max()) < 0.35
+    assert 0.018 < float(area.min()) < 0.1 < float(area.max()) < 0.35  # sides are rounded to pixels
     assert erased.mean((0, 2, 3)).tolist() == pytest.approx(centre.tolist(), abs=0.01)
     assert erased.std((0, 2, 3)).tolist() == pytest.approx(scale.tolist(), rel=0.02)
 
