@@ -25,9 +25,9 @@ class ModelAudit(Callback):
     """Lints the network when the fit is set up, its loss and optimizers on the first step; nothing else about the run changes.
 
     The network is audited in `setup` when inputs are known then: `example_inputs`, else the LightningModule's
-    `example_input_array`. Otherwise the inputs are caught on their way into the network during the first training step
-    (nothing runs twice), and the audit follows before the first backward. There the rules on optimizers and on the
-    autograd graph of the loss run too, once. Every rank audits, rank zero speaks.
+    `example_input_array` if the network can be traced with it. Otherwise the inputs are caught on their way into the network
+    during the first training step (nothing runs twice), and the audit follows before the first backward. There the rules on
+    optimizers and on the autograd graph of the loss run too, once. Every rank audits, rank zero speaks.
 
     Args:
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments for the LightningModule's forward.
@@ -81,6 +81,9 @@ class ModelAudit(Callback):
         if inputs is None:
             return
         report = self._judge_network(pl_module, pl_module, inputs)
+        if self.example_inputs is None and self._networks[0].cannot_be_traced:
+            self._networks.clear()  # the array may not fit what training feeds: the first batch decides
+            return
         if self.fix != "none":
             report = self._mend(pl_module, inputs, report)
         self._conclude(trainer, report)

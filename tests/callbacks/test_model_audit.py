@@ -95,6 +95,15 @@ def test_finds_the_mistake_however_the_module_is_written(style: str, example: bo
     assert capsys.readouterr().out.count("NK101") >= 1
 
 
+def test_an_example_array_that_does_not_fit_gives_way_to_the_first_batch() -> None:
+    module, audit = Module(example=True), ModelAudit()
+    module.example_input_array = torch.zeros(2, 7, 8, 8)
+    with pytest.warns(NormkitWarning, match="NK101") as caught:
+        fit(module, audit)
+    assert audit.report is not None
+    assert (len([warning for warning in caught if warning.category is NormkitWarning]), list(audit.report.notes)) == (1, [])
+
+
 def test_a_clean_network_warns_of_nothing() -> None:
     audit = ModelAudit()
     fit(Module(RIGHT), audit)
