@@ -217,6 +217,7 @@ def test_debug_shows_the_traceback(here, folder, capsys):
         (["--trainer.max_epochs=-1"], "", "--trainer.max_steps"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*NK501:pl_normkit.errors.NormkitWarning")  # the default network's own rates, on 6x6 cells
 def test_wrong_options_are_one_error(here, capsys, args, evidence, mend):
     with pytest.raises(ConfigError) as caught:
         run(args)
