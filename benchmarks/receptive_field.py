@@ -1,4 +1,4 @@
-"""Time of `effective_receptive_field` over code that takes one image at a time: prints a table, writes benchmarks/results/receptive_field.csv.
+"""Time of code that takes one image at a time over `effective_receptive_field`: prints a table, writes benchmarks/results/.
 
     python benchmarks/receptive_field.py
 
