@@ -54,7 +54,7 @@ class Module(pl.LightningModule):
 
 def run(kind: str) -> dict[str, Any]:
     """The parameters of the biases after two steps, or the error."""
-    module = Module({"fsdp2": "sharded", "fsdp2_relpos": "sharded", "fsdp2_late": "late"}.get(kind, "plain"),
+    module = Module({"fsdp2_heads": "sharded", "fsdp2_relpos": "sharded", "fsdp2_late": "late"}.get(kind, "plain"),
                     "vit_relpos_small_patch16_224" if "relpos" in kind else "vit_tiny_patch16_224")  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     data = TensorDataset(torch.randn(16, 3, 16, 16, generator=generator), torch.randint(3, (16,), generator=generator))

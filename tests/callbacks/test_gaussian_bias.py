@@ -21,7 +21,7 @@ from pl_normkit.errors import ConfigError, NothingMatchedError
 from pl_normkit.nn import GaussianAttentionBias
 from tests.callbacks.biased_runs import Module, network
 
-KINDS = ("ddp", "ddp_heads", "fsdp2", "ddp_relpos", "fsdp2_relpos", "fsdp2_late")
+KINDS = ("ddp_heads", "fsdp2_heads", "ddp_relpos", "fsdp2_relpos", "fsdp2_late")
 
 
 class BuiltLate(Module):
@@ -118,7 +118,7 @@ def test_ranks_train_one_bias_under(kind: str, runs: list[dict[str, Any]]) -> No
     assert len(moved) == (4 if "relpos" in kind else 2)  # a class token alone gives the last layer's bias no gradient
 
 
-@pytest.mark.parametrize(("sharded", "whole"), [("fsdp2", "ddp"), ("fsdp2_relpos", "ddp_relpos")])
+@pytest.mark.parametrize(("sharded", "whole"), [("fsdp2_heads", "ddp_heads"), ("fsdp2_relpos", "ddp_relpos")])
 def test_sharding_trains_the_same_bias_as_ddp(sharded: str, whole: str, runs: list[dict[str, Any]]) -> None:
     assert runs[0][sharded] == {name: pytest.approx(values, rel=1e-5) for name, values in runs[0][whole].items()}
 

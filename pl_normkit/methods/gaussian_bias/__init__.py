@@ -8,5 +8,8 @@ from __future__ import annotations
 
 __all__ = ["GaussianAttentionBias", "add_gaussian_bias", "gaussian_bias"]
 
+from pl_normkit.methods.gaussian_bias import rules
 from pl_normkit.methods.gaussian_bias.add import add_gaussian_bias
 from pl_normkit.methods.gaussian_bias.module import GaussianAttentionBias, gaussian_bias
+
+del rules

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pl_normkit.errors import ConfigError, ModelSpecError, NothingMatchedError
+from pl_normkit.errors import ConfigError, ModelSpecError, NothingMatchedError, TraceError
 from pl_normkit.graph import ModelGraph
 from pl_normkit.methods.gaussian_bias.grid import TokenGrid
 from pl_normkit.methods.gaussian_bias.module import GaussianAttentionBias, check_amplitude, check_sigma
@@ -45,7 +45,7 @@ def add_gaussian_bias(
         amplitude: start value, not 0; it enters squared.
         sigma: start value in patches. In a window of 7 the default is nearly flat; about a third of the window is a Gaussian there.
         example_inputs: what the model is called with. With it attention is found in a trace, also in classes unknown here, and the
-            grid of patches is read there and checked against the tokens.
+            grid of patches is read there and checked against the tokens; a second trace checks that every bias reaches the logits.
         filter_fn: called with (attention module, path), says whether to add a bias to it; by default all.
 
     Returns:
@@ -62,16 +62,23 @@ def add_gaussian_bias(
     """
     check_amplitude(amplitude)
     check_sigma(sigma)
-    sites, skipped = _find_sites(model, example_inputs, filter_fn)
+    sites, skipped = _find_sites(model, example_inputs, filter_fn, per_head)
     recorders: dict[str, TokenGrid] = {}
     edits: list[Edit] = []
     for site in sites:
         if not _has_bias(model, site, per_head):
             edits += _edits(model, site, per_head, (amplitude, sigma), recorders)
-    return apply_edits(model, edits, skipped)
+    changes = apply_edits(model, edits, skipped)
+    if changes and example_inputs is not None:
+        try:
+            _check_reached(model, sites, example_inputs)
+        except BaseException:
+            changes.undo()
+            raise
+    return changes
 
 
-def _find_sites(model: nn.Module, example_inputs: Any, filter_fn: Filter | None) -> tuple[list[Site], list[Change]]:
+def _find_sites(model: nn.Module, example_inputs: Any, filter_fn: Filter | None, per_head: bool) -> tuple[list[Site], list[Change]]:
     traced = read_traced(model, ModelGraph.from_model(model, example_inputs)) if example_inputs is not None else None
     sites: list[Site] = []
     skipped: list[Change] = []
@@ -84,6 +91,8 @@ def _find_sites(model: nn.Module, example_inputs: Any, filter_fn: Filter | None)
         is_attention = True
         if filter_fn is not None and not filter_fn(module, path):
             skipped.append(Change(path, "not chosen by the filter"))
+        elif isinstance(found, Site) and per_head and not found.has_heads:
+            skipped.append(Change(path, f"{type(module).__name__}: its heads are not known, or have no axis in the logits"))
         elif isinstance(found, Site):
             sites.append(_checked(model, found, seen))
         else:
@@ -113,6 +122,25 @@ def _checked(model: nn.Module, site: Site, traced: TracedAttention | None) -> Si
             mend="build it with patch_drop_rate=0",
         )
     return site
+
+
+def _check_reached(model: nn.Module, sites: list[Site], example_inputs: Any) -> None:
+    """Raise ModelSpecError unless a second trace runs and shows every bias at work."""
+    try:
+        graph = ModelGraph.from_model(model, example_inputs)
+    except TraceError as error:
+        raise ModelSpecError(
+            "with the Gaussian bias the model no longer runs",
+            where=error.where,
+            evidence=error.evidence,
+            mend="leave layers out with filter_fn",
+        ) from error
+    read = {read.parameter for node in graph.nodes for read in node.reads}
+    lost = [site.path for site in sites if f"{site.host}.{CHILD}.sigma".removeprefix(".") not in read]
+    if lost:
+        raise ModelSpecError(
+            "the Gaussian bias does not reach the logits", where=", ".join(lost), mend="leave these layers out with filter_fn"
+        )
 
 
 def _nothing_to_do(
@@ -147,8 +175,6 @@ def _has_bias(model: nn.Module, site: Site, per_head: bool) -> bool:
 
 
 def _edits(model: nn.Module, site: Site, per_head: bool, start: tuple[float, float], recorders: dict[str, TokenGrid]) -> list[Edit]:
-    if per_head and site.num_heads is None:
-        raise ModelSpecError("the number of heads is not known", where=site.path, mend="leave per_head out, or set num_heads on the module")
     device, dtype = _placement(model.get_submodule(site.path))
     bias = GaussianAttentionBias(
         site.grid_size, site.num_heads if per_head else None, site.num_prefix_tokens, *start, device=device, dtype=dtype

@@ -191,6 +191,7 @@ class _BiasedAttention(TorchFunctionMode):
     def __init__(self, host: nn.Module) -> None:
         super().__init__()
         self._host = host
+        self._is_done = False
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         arguments = args, kwargs or {}
@@ -208,6 +209,9 @@ class _BiasedAttention(TorchFunctionMode):
         return func(*arguments[0], **arguments[1])
 
     def _bias(self, num_tokens: int, like: Tensor) -> Tensor:
+        if self._is_done:
+            raise ConfigError("its forward runs several attentions, of which one was to get the bias", where=type(self._host).__name__)
+        self._is_done = True
         bias = _bias(self._host, num_tokens, like)
         if bias.shape[0] > 1 and like.dim() < 4:
             raise ConfigError("heads are folded into the batch here, so a bias per head has no axis", where=type(self._host).__name__)

@@ -33,7 +33,7 @@ ADDITIVE = ("eager", "sdpa")
 """Attention implementations of transformers that add `attention_mask`."""
 MOST_PREFIX_TOKENS = 32
 _ATTENTION = re.compile(r"Att(entio)?n|ParallelScalingBlock$")
-_NO_SELF_ATTENTION = re.compile(r"Pool|Cross|Class")
+_NO_SELF_ATTENTION = re.compile(r"Pool|Cross|Class|2d")
 _PATCH_CONVOLUTIONS = ("patch_embed.proj", "conv_proj", "embeddings.patch_embeddings.projection", "patch_embeddings.projection")
 
 
@@ -50,6 +50,7 @@ class Site:
         num_prefix_tokens: tokens before the patches.
         patches: path of the convolution that makes the patches, "" for windows.
         source: what knows the grid at each call, where that is neither the convolution nor the host.
+        has_heads: whether a bias per head is possible.
     """
 
     path: str
@@ -60,6 +61,7 @@ class Site:
     num_prefix_tokens: int = 0
     patches: str = ""
     source: GridSource | None = None
+    has_heads: bool = True
 
 
 @dataclass(frozen=True)
@@ -70,14 +72,20 @@ class TracedAttention:
         path: of the module that runs it.
         num_queries: tokens that look, `num_keys` those that are looked at.
         runs: how many attention operations the module runs in one pass.
+        input_shape: of the first value from outside that the module works on.
+        has_heads: whether heads are an axis of the logits of their own.
         patches: the last convolution before it whose map can be its patches, with the grid; None where there is none.
+        batch: images in the traced pass.
     """
 
     path: str
     num_queries: int
     num_keys: int
     runs: int
+    input_shape: tuple[int, ...]
+    has_heads: bool
     patches: tuple[str, Grid] | None
+    batch: int = 0
 
 
 def read_traced(model: nn.Module, graph: ModelGraph) -> dict[str, TracedAttention]:
@@ -94,10 +102,18 @@ def read_traced(model: nn.Module, graph: ModelGraph) -> dict[str, TracedAttentio
 def _traced(model: nn.Module, graph: ModelGraph, path: str, seen: list[Attention]) -> TracedAttention:
     node = seen[0].node
     if seen[0].fused:  # a learned query is no operation on the input, so the graph is asked
-        queries, keys = (int(node.argument(name, position, None).meta["val"].shape[-2]) for position, name in enumerate(("query", "key")))
+        query, key = (node.argument(name, position, None).meta["val"].shape for position, name in enumerate(("query", "key")))
+        logits = (*query[:-1], key[-2])
     else:
-        queries, keys = node.shape[-2:]
-    return TracedAttention(path, queries, keys, len(seen), _patches_before(model, graph, node, queries))
+        logits = node.shape
+    patches = _patches_before(model, graph, node, int(logits[-2]))
+    batch = graph.nodes[0].shape[0] if graph.nodes[0].shape else 0
+    return TracedAttention(path, int(logits[-2]), int(logits[-1]), len(seen), _input_shape(graph, path), len(logits) > 3, patches, batch)
+
+
+def _input_shape(graph: ModelGraph, path: str) -> tuple[int, ...]:
+    inside = [node for node in graph.nodes if node.module == path or node.module.startswith(f"{path}.")]
+    return next((source.shape for node in inside for source in node.inputs if source not in inside), ())
 
 
 def _patches_before(model: nn.Module, graph: ModelGraph, attention: Node, num_tokens: int) -> tuple[str, Grid] | None:
@@ -123,7 +139,7 @@ def site_of(model: nn.Module, path: str, module: nn.Module, traced: TracedAttent
     reach: PreHook | type[nn.Module] | None = _reach_of(module)
     if reach is None and traced is None:
         return None
-    if reach is None and traced is not None:
+    if traced is not None and (reach is None or (isinstance(reach, AddToMask) and len(traced.input_shape) != 3)):
         if traced.runs > 1:
             return f"its forward runs {traced.runs} attentions and takes no mask"
         reach = BiasedCall
@@ -188,8 +204,11 @@ def _site_on_patches(
     if traced is not None:
         if traced.patches is None:
             return f"no convolution before it makes a grid that fits its {traced.num_queries} tokens"
-        convolution, grid = traced.patches
-        return Site(path, path, reach, _heads(module), grid, traced.num_queries - math.prod(grid), convolution)
+        if not _attends_over_input(module, traced):
+            return f"its {traced.num_queries} tokens are not those of its input {traced.input_shape}"
+        (convolution, grid), heads = traced.patches, _heads(module)
+        has_heads = heads is not None and (traced.has_heads or reach is not BiasedCall)
+        return Site(path, path, reach, heads, grid, traced.num_queries - math.prod(grid), convolution, has_heads=has_heads)
     for owner_path, owner in _owners(model, path):
         convolution = next((name for name in _PATCH_CONVOLUTIONS if _is_convolution(owner, name)), "")
         if convolution:
@@ -198,6 +217,16 @@ def _site_on_patches(
                 return "its grid of patches is known from a trace only; pass example_inputs"
             return Site(path, path, reach, _heads(module), known, tokens, f"{owner_path}.{convolution}" if owner_path else convolution)
     return "no patch embedding is known for it; pass example_inputs to have its grid read from a trace"
+
+
+def _attends_over_input(module: nn.Module, traced: TracedAttention) -> bool:
+    """Whether the tokens are those of the module's input, of whole images: not channels, nor windows folded into the batch."""
+    shape = traced.input_shape
+    if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
+        return len(shape) == 3 and shape[:2] == (traced.num_queries, traced.batch)
+    if len(shape) == 3:
+        return shape[:2] == (traced.batch, traced.num_queries)
+    return len(shape) == 4 and shape[0] == traced.batch and traced.num_queries in (math.prod(shape[1:3]), math.prod(shape[2:]))
 
 
 def _owners(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
