@@ -484,7 +484,7 @@ def test_look_alikes_are_refused_and_the_model_is_as_it_was(layer: Callable[[], 
     assert [type(module) for module in model.modules()] == kinds
 
 
-SLOW = {"relpos", "swin_v2", "own_unfused"}
+SLOW = ("relpos", "swin_v2", "own_unfused")
 
 
 @pytest.mark.parametrize(
