@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["SUBCOMMANDS", "Recipe", "RecipeCLI", "run_recipe"]
+__all__ = ["SUBCOMMANDS", "Recipe", "RecipeCLI", "name_configs", "run_recipe"]
 
 import warnings
 from collections.abc import Sequence
@@ -69,7 +69,7 @@ class Recipe:
         cli: its command line.
         model: its LightningModule.
         data: base class of its DataModules.
-        default_config: YAML with the defaults of every run.
+        default_config: YAML with the defaults of every run; `configs/` beside it holds those that `--config NAME` finds.
         default_data: YAML with the data of a run that names none.
         metric: name under which the model logs its main validation metric, by which `pl-normkit compare` judges.
     """
@@ -88,7 +88,7 @@ def run_recipe(recipe: Recipe, args: Sequence[str]) -> int:
 
     Options left out come from the recipe's YAML files. Returns 0. Raises NormkitError for bad input.
     """
-    command = _choose_subcommand(args, recipe.name)
+    command = name_configs(recipe, _choose_subcommand(args, recipe.name))
     defaults = [str(recipe.default_config)]
     if not _names_data(command):
         # Given as a default beside another class, its settings would carry over to that class.
@@ -114,6 +114,26 @@ def run_recipe(recipe: Recipe, args: Sequence[str]) -> int:
         except SystemExit as stop:  # --help and --print_config end that way
             return int(stop.code or 0)
     return 0
+
+
+def name_configs(recipe: Recipe, args: Sequence[str]) -> list[str]:
+    """`args` with the names of the recipe's own configurations, as in `--config NAME`, turned into paths.
+
+    Raises ConfigError for a bare word that is neither such a name nor a file.
+    """
+    known = {path.stem: str(path) for path in sorted(recipe.default_config.with_name("configs").glob("*.yaml"))}
+    words = list(args)
+    for index, word in enumerate(words):
+        before = words[index - 1] if index else ""
+        flag, equals, value = ("--config", "=", word.partition("=")[2]) if word.startswith("--config=") else ("", "", word)
+        if not (flag or before in ("--config", "-c")) or Path(value).suffix or Path(value).name != value or Path(value).exists():
+            continue
+        if value not in known:
+            hint = nearest(value, known)
+            mend = f"{hint} its own are {', '.join(known)}" if known else "give the path of a YAML file"
+            raise ConfigError(f"the {recipe.name} recipe has no configuration {value!r}", where="--config", mend=mend.strip())
+        words[index] = f"{flag}{equals}{known[value]}"
+    return words
 
 
 def _choose_subcommand(args: Sequence[str], recipe: str) -> list[str]:

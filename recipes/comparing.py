@@ -23,7 +23,7 @@ from rich.progress import Progress, TaskID
 from pl_normkit import __version__
 from pl_normkit.errors import ConfigError
 from pl_normkit.recipes.callback_words import CallbackWord, parse_callbacks
-from pl_normkit.recipes.command_line import Recipe, RecipeCLI, run_recipe
+from pl_normkit.recipes.command_line import Recipe, RecipeCLI, name_configs, run_recipe
 from pl_normkit.recipes.comparison_report import draw_comparison, print_comparison
 from pl_normkit.recipes.own_randomness import isolate_train_data
 from pl_normkit.recipes.paired_runs import ARMS, Arm, PairedRun, RunStore, digest_settings
@@ -172,6 +172,7 @@ def compare(recipe: Recipe, args: Sequence[str]) -> int:
     words = parse_callbacks(options.words)
     for word in words:
         word.build()  # arguments it refuses are said before anything is trained
+    rest = name_configs(recipe, rest)
     settings = _settings(recipe, words, rest)
     label = "+".join(word.kind.__name__ for word in words)
     store = RunStore(options.out or Path("runs") / "compare" / f"{recipe.name}-{label}-{digest_settings(settings)}", settings)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 __all__ = ["IMAGE_SUFFIXES", "decode_picture", "find_images", "image_size", "open_picture", "read_gray", "read_image", "require_folder"]
 
+import gzip
+import io
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,8 @@ from pl_normkit.errors import DataError
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
+_REFUSALS = (OSError, ValueError, SyntaxError, EOFError, zlib.error)
+
 
 def require_folder(folder: Path, what: str, mend: str = "give the right folder, such as --data.root PATH") -> None:
     """Raise DataError unless `folder` is a folder; `what` names it in the message."""
@@ -23,34 +28,34 @@ def require_folder(folder: Path, what: str, mend: str = "give the right folder, 
         raise DataError(f"{what} is not there", where=str(folder), evidence=f"{seen} at this path", mend=mend)
 
 
-def find_images(folder: Path) -> list[Path]:
+def find_images(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[Path]:
     """The image files under `folder`, sorted. Raises DataError when there are none."""
-    found = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
+    found = [path for path in sorted(folder.rglob("*")) if path.name.lower().endswith(suffixes) and path.is_file()]
     if not found:
         held = len(list(folder.iterdir()))
         raise DataError(
             "the image folder is empty",
             where=str(folder),
             evidence=f"{held} entries, none of them an image" if held else "no entries",
-            mend=f"put images there ({', '.join(IMAGE_SUFFIXES)}), or give another folder",
+            mend=f"put images there ({', '.join(suffixes)}), or give another folder",
         )
     return found
 
 
 def open_picture(path: Path, kind: str) -> Image.Image:
-    """The file with its header read. Raises DataError, in which `kind` says what the file should be, such as "image"."""
+    """The file, maybe packed (.gz), with its header read. Raises DataError; `kind` says what the file should be, such as "image"."""
     try:
-        return Image.open(path)
-    except (OSError, ValueError, SyntaxError) as error:
+        return Image.open(io.BytesIO(gzip.decompress(path.read_bytes())) if path.suffix == ".gz" else path)
+    except _REFUSALS as error:
         raise _unreadable(path, kind, error) from error
 
 
 def decode_picture(path: Path, kind: str, mode: str | None) -> Tensor:
     """Pixels (H, W) or (H, W, channels), converted to PIL's `mode` unless that is None. Raises DataError."""
     try:
-        with Image.open(path) as picture:
+        with open_picture(path, kind) as picture:
             return torch.from_numpy(np.array(picture.convert(mode) if mode else picture))
-    except (OSError, ValueError, SyntaxError) as error:
+    except _REFUSALS as error:
         raise _unreadable(path, kind, error) from error
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["FolderData", "SegmentationData", "TextureMosaic"]
+__all__ = ["FilesData", "FolderData", "SegmentationData", "TextureMosaic"]
 
 from abc import abstractmethod
 from pathlib import Path
@@ -11,7 +11,9 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from pl_normkit.recipes.loading import RecipeData, require_option
-from pl_normkit.recipes.segmentation.folder import FolderSource, SplitBy, check_files, find_predict_images, read_class_names, split_folder
+from pl_normkit.recipes.segmentation.files import FileSource, Pair, check_files, find_predict_images
+from pl_normkit.recipes.segmentation.folder import SplitBy, read_class_names, split_folder
+from pl_normkit.recipes.segmentation.images import MaskCode
 from pl_normkit.recipes.segmentation.mosaic import TEXTURES, MosaicSource, Part, load_photograph
 from pl_normkit.recipes.segmentation.samples import (
     STRIDE,
@@ -119,7 +121,69 @@ class SegmentationData(RecipeData):
         )
 
 
-class FolderData(SegmentationData):
+class FilesData(SegmentationData):
+    """Samples in files: an image and a mask each. A subclass finds them; without test samples, tests run on those for validation.
+
+    Args:
+        class_names: one name per class.
+        code: how masks store labels; None where they store the labels themselves.
+        root: the folder of the data set.
+        predict_dir: folder of images for `predict`; None predicts the test (or validation) images.
+        check_masks: decode every mask before the first step; else only the headers are read then, and a wrong value stops the run later.
+        ignore_index, crop_size, batch_size, eval_batch_size, num_workers, scale, flip, jitter: see SegmentationData.
+    """
+
+    def __init__(
+        self,
+        class_names: list[str],
+        code: MaskCode | None,
+        root: str,
+        predict_dir: str | None = None,
+        check_masks: bool = True,
+        ignore_index: int = 255,
+        crop_size: int = 256,
+        batch_size: int = 8,
+        eval_batch_size: int = 1,
+        num_workers: int = 2,
+        scale: tuple[float, float] = (0.5, 2.0),
+        flip: float = 0.5,
+        jitter: float = 0.2,
+    ) -> None:
+        super().__init__(
+            class_names,
+            ignore_index=ignore_index,
+            crop_size=crop_size,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            scale=scale,
+            flip=flip,
+            jitter=jitter,
+        )
+        self.root = Path(root)
+        self.code = code or MaskCode(class_names, ignore_index)
+        self.predict_dir = Path(predict_dir) if predict_dir is not None else None
+        self.check_masks = check_masks
+
+    @abstractmethod
+    def find_pairs(self) -> dict[Part, list[Pair]]:
+        """Files for "train", "val" and maybe "test". Raises DataError."""
+
+    def build_sources(self, parts: tuple[Part, ...]) -> dict[Part, SampleSource]:
+        found = self.find_pairs()
+        chosen = {part: found.get(part) or found["val"] for part in parts}
+        for part, pairs in chosen.items():
+            check_files(pairs, self.code, part, decode_masks=self.check_masks)
+        return {part: FileSource(pairs, self.code) for part, pairs in chosen.items()}
+
+    def build_predict_source(self) -> SampleSource:
+        if self.predict_dir is not None:
+            return FileSource(find_predict_images(self.predict_dir), self.code)
+        found = self.find_pairs()
+        return FileSource(found.get("test") or found["val"], self.code)
+
+
+class FolderData(FilesData):
     """Images and masks in a folder.
 
     Layouts, told apart by `split`:
@@ -138,9 +202,7 @@ class FolderData(SegmentationData):
         split: see above.
         val_share: share of the images for validation, for "seed".
         seed: of that draw.
-        predict_dir: folder of images for `predict`; None predicts the test (or validation) images.
-        check_masks: decode every mask before the first step; else only the headers are read then, and a wrong value stops the run later.
-        ignore_index, crop_size, batch_size, eval_batch_size, num_workers, scale, flip, jitter: see SegmentationData.
+        options: see FilesData.
 
     Raises DataError for everything that is wrong with the folder, before training starts where that is cheap.
     """
@@ -152,50 +214,16 @@ class FolderData(SegmentationData):
         split: SplitBy = "auto",
         val_share: float = 0.2,
         seed: int = 0,
-        predict_dir: str | None = None,
-        check_masks: bool = True,
-        ignore_index: int = 255,
-        crop_size: int = 256,
-        batch_size: int = 8,
-        eval_batch_size: int = 1,
-        num_workers: int = 2,
-        scale: tuple[float, float] = (0.5, 2.0),
-        flip: float = 0.5,
-        jitter: float = 0.2,
+        **options: Any,
     ) -> None:
-        self.root = Path(root)
-        super().__init__(
-            read_class_names(self.root, classes),
-            ignore_index=ignore_index,
-            crop_size=crop_size,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
-            scale=scale,
-            flip=flip,
-            jitter=jitter,
-        )
+        super().__init__(read_class_names(Path(root), classes), None, root, **options)
         require_option(0 < val_share < 1, "val_share", val_share, "take a share between 0 and 1")
         self.split: SplitBy = split
         self.val_share = val_share
         self.seed = seed
-        self.predict_dir = Path(predict_dir) if predict_dir is not None else None
-        self.check_masks = check_masks
 
-    def build_sources(self, parts: tuple[Part, ...]) -> dict[Part, SampleSource]:
-        split = split_folder(self.root, self.split, self.val_share, self.seed)
-        chosen = {part: split.get(part) or split["val"] for part in parts}
-        for part, pairs in chosen.items():
-            check_files(pairs, self.class_names, self.ignore_index, part, decode_masks=self.check_masks)
-        return {part: FolderSource(pairs, self.class_names, self.ignore_index) for part, pairs in chosen.items()}
-
-    def build_predict_source(self) -> SampleSource:
-        if self.predict_dir is not None:
-            pairs = find_predict_images(self.predict_dir)
-        else:
-            split = split_folder(self.root, self.split, self.val_share, self.seed)
-            pairs = split.get("test") or split["val"]
-        return FolderSource(pairs, self.class_names, self.ignore_index)
+    def find_pairs(self) -> dict[Part, list[Pair]]:
+        return split_folder(self.root, self.split, self.val_share, self.seed)
 
 
 class TextureMosaic(SegmentationData):

@@ -1,0 +1,139 @@
+"""Image files with mask files: naming, reading and checking them."""
+
+from __future__ import annotations
+
+__all__ = ["FileSource", "Pair", "check_files", "find_predict_images", "name_images", "read_split_file", "require_masks"]
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from pl_normkit.errors import DataError, nearest
+from pl_normkit.recipes.image_files import find_images, image_size, read_image, require_folder
+from pl_normkit.recipes.segmentation.images import MaskCode, mask_size, read_mask
+from pl_normkit.recipes.segmentation.mosaic import Part
+from pl_normkit.recipes.segmentation.samples import Sample, SampleSource
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image file and its mask file; `name` is the image's path within its folder, without suffix."""
+
+    name: str
+    image: Path
+    mask: Path | None
+
+
+class FileSource(SampleSource):
+    """Samples read from files."""
+
+    def __init__(self, pairs: Sequence[Pair], code: MaskCode) -> None:
+        self.pairs = pairs
+        self.code = code
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def name(self, index: int) -> str:
+        return self.pairs[index].name
+
+    def read_image(self, index: int) -> Tensor:
+        return read_image(self.pairs[index].image)
+
+    def read(self, index: int) -> Sample:
+        pair = self.pairs[index]
+        if pair.mask is None:
+            raise DataError("an image has no mask", where=str(pair.image), mend="images without masks are for prediction only")
+        return read_image(pair.image), read_mask(pair.mask, self.code)
+
+
+def name_images(folder: Path, layout: str) -> dict[str, Path]:
+    """Image files under `folder` by their path within it, without suffix. Raises DataError; `layout` says what should be there."""
+    require_folder(folder, "the image folder", layout)
+    found: dict[str, Path] = {}
+    for path in find_images(folder):
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        if name in found:
+            evidence = f"{found[name].name} and {path.name}"
+            raise DataError("two images have one name", where=str(folder), evidence=evidence, mend="rename or remove one of them")
+        found[name] = path
+    return found
+
+
+def find_predict_images(folder: Path) -> list[Pair]:
+    """Images of `folder`, without masks. Raises DataError when there are none."""
+    return [Pair(name, path, None) for name, path in name_images(folder, "give a folder of images").items()]
+
+
+def require_masks(pairs: Sequence[Pair]) -> None:
+    """Raise DataError naming the first image whose mask is not there."""
+    lacking = [pair for pair in pairs if pair.mask is None or not pair.mask.is_file()]
+    if lacking:
+        first = lacking[0]
+        raise DataError(
+            "an image has no mask",
+            where=str(first.image),
+            evidence=f"no file {first.mask}; {len(lacking)} of {len(pairs)} images lack theirs",
+            mend="add the mask as a PNG with the name of its image, or take the image away",
+        )
+
+
+def read_split_file(path: Path, known: Collection[str]) -> list[str]:
+    """Image names, one a line, without suffix. Raises DataError for a file that cannot be read, is empty or names what is not `known`."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise DataError(
+            "a split file cannot be read",
+            where=str(path),
+            evidence=f"{type(error).__name__}: {error}",
+            mend="write one image name a line, without suffix, or split another way with --data.split",
+        ) from error
+    for number, line in enumerate(lines, 1):
+        if line.strip() and line.strip() not in known:
+            raise DataError(
+                "a split file names an image that is not there",
+                where=f"{path}, line {number}",
+                evidence=repr(line.strip()),
+                mend=nearest(line.strip(), known) or "write the name of an image file, without suffix",
+            )
+    names = [line.strip() for line in lines if line.strip()]
+    if not names:
+        raise DataError("a split file is empty", where=str(path), mend="write one image name a line, without suffix")
+    return names
+
+
+def check_files(pairs: Sequence[Pair], code: MaskCode, part: Part, *, decode_masks: bool) -> None:
+    """Read every header, and every mask if `decode_masks`, with a progress bar.
+
+    Raises DataError for the first file that cannot be read, a mask of another size than its image or with a class out of range,
+    and for training masks that show fewer than two classes altogether.
+    """
+    seen: set[int] = set()
+    for pair in track(pairs, description=f"checking {part} files", transient=True):
+        _check_pair_sizes(pair, code)
+        if decode_masks and pair.mask is not None:
+            seen.update(torch.unique(read_mask(pair.mask, code)).tolist())
+    if decode_masks and part == "train" and len(seen - {code.ignore_index}) < 2:
+        raise DataError(
+            "the training masks show fewer than two classes",
+            where=str(pairs[0].mask.parent if pairs[0].mask else pairs[0].image.parent),
+            evidence=f"values in {len(pairs)} masks: {sorted(seen)}, of which {code.ignore_index} is ignored",
+            mend="write class indices (0, 1, ...), not 0 and 255, into the masks; or set --data.ignore_index",
+        )
+
+
+def _check_pair_sizes(pair: Pair, code: MaskCode) -> None:
+    image = image_size(pair.image)
+    mask = mask_size(pair.mask, code) if pair.mask is not None else image
+    if image != mask:
+        raise DataError(
+            "a mask has another size than its image",
+            where=str(pair.mask),
+            evidence=f"mask {mask[1]} x {mask[0]}, image {image[1]} x {image[0]} pixels",
+            mend="save the mask at the size of its image (resize it with nearest-neighbour interpolation)",
+        )
