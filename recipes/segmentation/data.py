@@ -8,6 +8,7 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from torch.utils.data import DataLoader
 
 from pl_normkit.recipes.loading import RecipeData, require_option
@@ -41,6 +42,7 @@ class SegmentationData(RecipeData):
         scale: range of the random zoom.
         flip: probability of a horizontal flip.
         jitter: largest relative change of brightness and contrast.
+        transforms: transforms of `torchvision.transforms.v2`, applied to the crop and its mask after the flip.
 
     Raises DataError for a value that cannot be used.
     """
@@ -57,6 +59,7 @@ class SegmentationData(RecipeData):
         scale: tuple[float, float],
         flip: float,
         jitter: float,
+        transforms: list[nn.Module] | None = None,
     ) -> None:
         super().__init__()
         require_option(crop_size > 0 and crop_size % STRIDE == 0, "crop_size", crop_size, f"take a multiple of {STRIDE}")
@@ -73,7 +76,7 @@ class SegmentationData(RecipeData):
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
-        self.augment = Augment(crop_size, scale, flip, jitter, ignore_index)
+        self.augment = Augment(crop_size, scale, flip, jitter, ignore_index, tuple(transforms or ()))
         self.sources: dict[Part, SampleSource] = {}
 
     @abstractmethod
@@ -130,7 +133,7 @@ class FilesData(SegmentationData):
         root: the folder of the data set.
         predict_dir: folder of images for `predict`; None predicts the test (or validation) images.
         check_masks: decode every mask before the first step; else only the headers are read then, and a wrong value stops the run later.
-        ignore_index, crop_size, batch_size, eval_batch_size, num_workers, scale, flip, jitter: see SegmentationData.
+        ignore_index, crop_size, batch_size, eval_batch_size, num_workers, scale, flip, jitter, transforms: see SegmentationData.
     """
 
     def __init__(
@@ -148,6 +151,7 @@ class FilesData(SegmentationData):
         scale: tuple[float, float] = (0.5, 2.0),
         flip: float = 0.5,
         jitter: float = 0.2,
+        transforms: list[nn.Module] | None = None,
     ) -> None:
         super().__init__(
             class_names,
@@ -159,6 +163,7 @@ class FilesData(SegmentationData):
             scale=scale,
             flip=flip,
             jitter=jitter,
+            transforms=transforms,
         )
         self.root = Path(root)
         self.code = code or MaskCode(class_names, ignore_index)
@@ -236,7 +241,7 @@ class TextureMosaic(SegmentationData):
         image_size: side of a mosaic in pixels.
         regions: Voronoi cells in a mosaic.
         train_count, val_count: number of mosaics; tests use `val_count` other mosaics.
-        crop_size, batch_size, eval_batch_size, num_workers, scale, flip, jitter: see SegmentationData.
+        crop_size, batch_size, eval_batch_size, num_workers, scale, flip, jitter, transforms: see SegmentationData.
 
     Raises DataError without scikit-image.
     """
@@ -255,6 +260,7 @@ class TextureMosaic(SegmentationData):
         scale: tuple[float, float] = (0.8, 1.25),
         flip: float = 0.5,
         jitter: float = 0.2,
+        transforms: list[nn.Module] | None = None,
     ) -> None:
         super().__init__(
             [texture.name for texture in TEXTURES],
@@ -266,6 +272,7 @@ class TextureMosaic(SegmentationData):
             scale=scale,
             flip=flip,
             jitter=jitter,
+            transforms=transforms,
         )
         for option, value in (("image_size", image_size), ("regions", regions), ("train_count", train_count), ("val_count", val_count)):
             require_option(value > 0, option, value, "take at least 1")

@@ -56,5 +56,6 @@ class SegmentationLoss(nn.Module):
         self.terms = nn.ModuleList(_build_term(part, ignore_index) for part in name.split("+"))
 
     def forward(self, logits: Tensor, masks: Tensor) -> Tensor:
+        logits = logits.float()  # under mixed precision too: sums over pixels outgrow 16 bits
         terms: list[Tensor] = [term(logits, masks) for term in self.terms]
         return sum(terms[1:], start=terms[0])

@@ -17,6 +17,8 @@ from torchmetrics.classification import MulticlassJaccardIndex
 
 from pl_normkit.errors import ConfigError, DataError, ModelSpecError, nearest
 from pl_normkit.recipes.segmentation.losses import LossName, SegmentationLoss
+from pl_normkit.recipes.segmentation.samples import STRIDE
+from pl_normkit.recipes.segmentation.tiling import predict_tiled
 
 Batch = tuple[Tensor, Tensor]
 
@@ -73,6 +75,15 @@ class ClassIoU(MulticlassJaccardIndex):
         return iou.masked_fill(unseen, math.nan)
 
 
+def _check_tiles(size: int | None, overlap: float) -> None:
+    if size is not None and (size <= 0 or size % STRIDE):
+        raise ConfigError(
+            "tiles of this size cannot be used", where="--model.tile_size", evidence=str(size), mend=f"a multiple of {STRIDE}"
+        )
+    if not 0 <= overlap < 1:
+        raise ConfigError("tiles cannot overlap so", where="--model.tile_overlap", evidence=str(overlap), mend="take a share such as 0.25")
+
+
 class SegmentationModule(L.LightningModule):
     """Train any smp architecture and encoder for semantic segmentation.
 
@@ -89,6 +100,8 @@ class SegmentationModule(L.LightningModule):
         weight_decay: as the optimizer takes it.
         poly_power: power of the poly schedule, stepped after every optimizer step.
         warmup_steps: steps of linear warm-up before it.
+        tile_size: side in pixels of the windows that validation, test and prediction are computed in; None takes images whole.
+        tile_overlap: share of a window that it has in common with the next, at least.
         example_size: side in pixels of `example_input_array`, (2, 3, size, size) zeros, by which audits read the network.
 
     Raises ModelSpecError or ConfigError for arguments that do not make a network.
@@ -108,6 +121,8 @@ class SegmentationModule(L.LightningModule):
         weight_decay: float = 1e-2,
         poly_power: float = 0.9,
         warmup_steps: int = 0,
+        tile_size: int | None = None,
+        tile_overlap: float = 0.25,
         example_size: int = 96,
     ) -> None:
         super().__init__()
@@ -118,6 +133,9 @@ class SegmentationModule(L.LightningModule):
         self.weight_decay = weight_decay
         self.poly_power = poly_power
         self.warmup_steps = warmup_steps
+        _check_tiles(tile_size, tile_overlap)
+        self.tile_size = tile_size
+        self.tile_overlap = tile_overlap
         self.network = build_network(architecture, encoder_name, encoder_weights, len(self.class_names), **(model_options or {}))
         self.loss = SegmentationLoss(loss, ignore_index)
         self.iou = ClassIoU(len(self.class_names), ignore_index)
@@ -143,7 +161,7 @@ class SegmentationModule(L.LightningModule):
 
     def _evaluate(self, batch: Batch, stage: str) -> None:
         images, masks = batch
-        logits = self(images)
+        logits = self.predict_logits(images)
         self.log(f"{stage}_loss", self.loss(logits, masks), batch_size=len(images), sync_dist=True)
         self.iou.update(logits.argmax(1), masks)
 
@@ -162,8 +180,14 @@ class SegmentationModule(L.LightningModule):
 
     def predict_step(self, batch: tuple[Tensor, list[str], Tensor], batch_idx: int) -> Tensor:
         """Labels (N, H, W), int64, of the padded batch."""
-        labels: Tensor = self(batch[0]).argmax(1)
-        return labels
+        return self.predict_logits(batch[0]).argmax(1)
+
+    def predict_logits(self, images: Tensor) -> Tensor:
+        """As `forward`; large images window by window where `tile_size` is set."""
+        if self.tile_size is None:
+            logits: Tensor = self(images)
+            return logits
+        return predict_tiled(self, images, self.tile_size, round(self.tile_size * self.tile_overlap))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         total = self.trainer.estimated_stepping_batches

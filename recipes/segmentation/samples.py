@@ -5,8 +5,9 @@ from __future__ import annotations
 __all__ = ["Augment", "CollateNamed", "CollatePairs", "PredictDataset", "Sample", "SampleSource", "SegmentationDataset", "denormalize"]
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +55,8 @@ class Augment:
         scale: range of the random zoom.
         flip: probability of a horizontal flip.
         jitter: largest relative change of brightness and of contrast.
-        ignore_index: mask value of the padding around an image smaller than the crop.
+        ignore_index: mask value of the padding around an image smaller than the crop, and of what `transforms` bring in from outside.
+        transforms: transforms of torchvision v2, between flip and jitter; the size of the crop must stay.
     """
 
     crop_size: int
@@ -62,6 +64,7 @@ class Augment:
     flip: float = 0.5
     jitter: float = 0.2
     ignore_index: int = 255
+    transforms: Sequence[Callable[..., Any]] = ()
 
     def __call__(self, image: Tensor, mask: Tensor) -> Sample:
         """Image (3, H, W) float in [0, 1] and mask (H, W) int64 to (3, crop, crop) and (crop, crop)."""
@@ -69,9 +72,22 @@ class Augment:
         image, mask = self._crop(image, mask)
         if torch.rand(()).item() < self.flip:
             image, mask = image.flip(-1), mask.flip(-1)
+        for transform in self.transforms:
+            image, mask = self._transform(transform, image, mask)
         contrast, brightness = (1 + self.jitter * (2 * torch.rand(2) - 1)).tolist()
         mean = image.mean()
         return ((image - mean) * contrast + mean * brightness).clamp(0, 1), mask
+
+    def _transform(self, transform: Callable[..., Any], image: Tensor, mask: Tensor) -> Sample:
+        from torchvision import tv_tensors
+
+        # Geometric transforms fill masks with 0, which is a class: labels move up by one while they act.
+        changed = transform(tv_tensors.Image(image), tv_tensors.Mask(mask + 1))
+        labels = changed[1].as_subclass(Tensor).long() - 1
+        if labels.shape != mask.shape:
+            evidence = f"{type(transform).__name__}: {tuple(mask.shape)} became {tuple(labels.shape)}"
+            raise DataError("a transform changes the size of the crop", where="--data.transforms", evidence=evidence, mend="leave it out")
+        return changed[0].as_subclass(Tensor), labels.masked_fill(labels < 0, self.ignore_index)
 
     def _zoom(self, image: Tensor, mask: Tensor) -> Sample:
         low, high = self.scale

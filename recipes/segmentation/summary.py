@@ -66,7 +66,7 @@ def _draw_validation(module: SegmentationModule, data: SegmentationData, path: P
     module.eval()
     for batch in data.val_dataloader():
         batch_images, batch_masks = data.on_before_batch_transfer(batch, 0)
-        predicted = module(batch_images.to(module.device)).argmax(1).cpu()
+        predicted = module.predict_logits(batch_images.to(module.device)).argmax(1).cpu()
         images.extend(denormalize(batch_images))
         truths.extend(batch_masks)
         predictions.extend(predicted)

@@ -10,6 +10,7 @@ from PIL import Image
 
 from pl_normkit.cli import main
 from pl_normkit.errors import ConfigError, NormkitWarning
+from pl_normkit.recipes import segmentation
 from pl_normkit.recipes.segmentation import TEXTURES, run
 
 SMALL = ["--model.architecture=Unet", "--model.encoder_name=tu-test_resnet"]
@@ -140,6 +141,49 @@ def test_a_configuration_file_chooses_data_and_model(here, folder, capsys):
     assert config["model"]["loss"] == "cross_entropy+dice"
     assert config["trainer"]["max_epochs"] == 4
     assert (chosen["batch_size"], chosen["eval_batch_size"], chosen["scale"]) == (8, 1, [0.5, 2.0])
+
+
+CONFIGS = sorted(path.stem for path in Path(segmentation.__file__).with_name("configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_ready_configuration_trains_by_its_name(here, folder, name, capsys):
+    encoder = [] if name == "segformer" else ["--model.encoder_name=resnet18"]
+    small = [option for option in _on_folder(folder, "--trainer.max_steps=1", "--trainer.limit_val_batches=1") if option not in SMALL]
+
+    assert run(["--config", name, *small, *encoder, "--checkpoint.save_top_k=0", "--checkpoint.save_last=false"]) == 0
+
+    assert "mean (mIoU)" in capsys.readouterr().out
+
+
+def test_the_ready_configurations_are_the_promised_ones(here):
+    assert CONFIGS == ["deeplabv3plus", "fpn", "pspnet", "segformer", "upernet"]
+    with pytest.raises(ConfigError, match="no configuration") as caught:
+        run(["--config=upperent"])
+    assert "did you mean 'upernet'" in caught.value.mend
+
+
+def test_mixed_precision_averaged_weights_tiles_and_torchvision_transforms(here, folder):
+    options = [
+        "--trainer.precision=bf16-mixed",
+        "--trainer.max_steps=3",
+        "--trainer.callbacks+=EMAWeightAveraging",
+        "--trainer.callbacks.decay=0.5",
+        "--model.tile_size=32",
+        "--data.transforms+=torchvision.transforms.v2.RandomPhotometricDistort",
+        "--data.transforms.p=1.0",
+    ]
+    assert run(_on_folder(folder, *options)) == 0
+
+    version = _latest(here)
+    saved = torch.load(version / "checkpoints" / "last.ckpt", weights_only=True)
+    changed = [key for key, value in saved["state_dict"].items() if not torch.equal(value, saved["current_model_state"][key])]
+    assert "network.segmentation_head.0.weight" in changed
+    assert all(value.dtype != torch.bfloat16 for value in saved["state_dict"].values())
+    # The averaged weights are those that were validated.
+    with pytest.warns(UserWarning, match="callbacks used to create the checkpoint"):
+        run(["validate", *_on_folder(folder, options[0], "--model.tile_size=32", f"--ckpt_path={version / 'checkpoints' / 'last.ckpt'}")])
+    assert _column(_latest(here), "val_miou") == pytest.approx(_column(version, "val_miou")[-1:])
 
 
 def _break_image(folder: Path) -> list[str]:

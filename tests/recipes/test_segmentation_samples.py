@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchvision.transforms import v2
 
 from pl_normkit.errors import DataError
 from pl_normkit.recipes.segmentation import TextureMosaic
@@ -60,6 +61,39 @@ def test_jitter_changes_the_image_only():
     assert torch.equal(labels, mask)
     assert not torch.equal(changed, image)
     assert (changed - image).abs().max() < 0.25
+
+
+def test_transforms_of_torchvision_move_image_and_mask_alike_and_ignore_what_comes_from_outside():
+    torch.manual_seed(0)
+    mask = torch.zeros(64, 64, dtype=torch.int64)
+    mask[:, 32:] = 1
+    image = mask.float().expand(3, -1, -1) * 0.5 + 0.25
+    augment = Augment(64, scale=(1.0, 1.0), flip=0.0, jitter=0.0, ignore_index=9, transforms=[v2.RandomRotation((40, 40))])
+
+    turned, labels = augment(image, mask)
+
+    assert (turned.dtype, labels.dtype, type(turned), type(labels)) == (torch.float32, torch.int64, torch.Tensor, torch.Tensor)
+    outside = turned[0] == 0
+    assert set(labels.unique().tolist()) == {0, 1, 9}
+    assert torch.equal(labels == 9, outside)
+    assert 0.1 < outside.float().mean() < 0.4
+    assert torch.equal((turned[0] > 0.5).long()[~outside], labels[~outside])
+
+
+def test_photometric_transforms_leave_the_mask():
+    torch.manual_seed(0)
+    image, mask = torch.rand(3, 32, 32) * 0.5, torch.randint(3, (32, 32))
+
+    changed, labels = Augment(32, (1.0, 1.0), 0.0, 0.0, transforms=[v2.RandomPhotometricDistort(p=1.0)])(image, mask)
+
+    assert torch.equal(labels, mask)
+    assert not torch.equal(changed, image)
+
+
+def test_a_transform_that_changes_the_size_is_refused():
+    with pytest.raises(DataError, match="changes the size") as caught:
+        Augment(32, transforms=[v2.Resize(16)])(*_coded(40, 40))
+    assert "Resize: (32, 32) became (16, 16)" in caught.value.evidence
 
 
 def test_normalization_and_back():
