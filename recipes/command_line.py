@@ -38,6 +38,12 @@ class RecipeCLI(LightningCLI):
         # LightningCLI itself warns when sys.argv is not empty, which it never is under `pl-normkit run`.
         self.config = parser.parse_args(args)  # type: ignore[arg-type]
 
+    def build_bare_trainer(self, **changes: Any) -> L.Trainer:
+        """The Trainer of the options with `changes`, without the recipe's own callbacks: it writes neither checkpoints nor masks."""
+        options = {**vars(self.config_init[self.subcommand].trainer), "enable_checkpointing": False, **changes}
+        callbacks = options.pop("callbacks") or []
+        return self.trainer_class(**options, callbacks=callbacks if isinstance(callbacks, list) else [callbacks])
+
     def before_fit(self) -> None:
         self._require_checkpoint_file()
 

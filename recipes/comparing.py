@@ -107,11 +107,7 @@ def _trial_cli(base: type[RecipeCLI], trial: Trial) -> type[RecipeCLI]:
 
     class TrialCLI(base):  # type: ignore[misc,valid-type]
         def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-            # Without the recipe's own callbacks, and without the one that saves the configuration beside a run's log.
-            options = {**vars(self.config_init["fit"].trainer), "enable_checkpointing": False, **kwargs}
-            callbacks = options.pop("callbacks") or []
-            callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-            trainer: L.Trainer = self.trainer_class(**options, callbacks=callbacks)
+            trainer: L.Trainer = self.build_bare_trainer(**kwargs)
             return trainer
 
         def before_fit(self) -> None:

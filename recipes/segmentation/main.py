@@ -11,6 +11,7 @@ from rich.console import Console
 
 from pl_normkit.recipes.command_line import Recipe, RecipeCLI, run_recipe
 from pl_normkit.recipes.segmentation.data import SegmentationData
+from pl_normkit.recipes.segmentation.export import export
 from pl_normkit.recipes.segmentation.model import SegmentationModule
 from pl_normkit.recipes.segmentation.summary import print_iou, summarize_fit
 from pl_normkit.recipes.segmentation.writer import MaskWriter
@@ -60,8 +61,10 @@ RECIPE = Recipe(
 
 
 def run(args: list[str]) -> int:
-    """Run the recipe with command line arguments: `[fit|validate|test|predict] [options]`, "fit" being the default.
+    """Run the recipe with command line arguments: `[fit|validate|test|predict|export] [options]`, "fit" being the default.
 
     Options left out come from `default.yaml` beside this file. Returns 0. Raises NormkitError for bad input.
     """
+    if args[:1] == ["export"]:
+        return export(RECIPE, args[1:])
     return run_recipe(RECIPE, args)
