@@ -59,6 +59,7 @@ class PositionalVariance(Callback):
         self.batches = batches
         self.rho: float | None = None
         self._forget()
+        self._is_done = True  # until a fit is set up
 
     def _forget(self) -> None:
         self._found: tuple[nn.Module, PositionalSite] | None = None
@@ -104,12 +105,12 @@ class PositionalVariance(Callback):
             self._conclude(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._is_done or not self._validation.batches:
-            return
-        by_images = not self._train.batches
-        if by_images:
-            self._train = self._unpaired
-        self._conclude(trainer, pl_module, by_images=by_images)
+        if not self._is_done and self._validation.batches:
+            by_images = not self._train.batches
+            if by_images:
+                self._train = self._unpaired
+            self._conclude(trainer, pl_module, by_images=by_images)
+        self._is_done = True
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._watching.close()

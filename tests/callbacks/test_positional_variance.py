@@ -180,6 +180,15 @@ def test_ranks_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [sums.shape for sums in calls] == [(2, 8)]
 
 
+def test_validation_alone_is_left_alone() -> None:
+    module = Module()
+    options: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    module.net.embed.register_forward_hook(lambda *_: hooks.append(len(module.net.embed._forward_hooks)))
+    hooks: list[int] = []
+    L.Trainer(callbacks=[PositionalVariance()], **options).validate(module, loader(), verbose=False)
+    assert set(hooks) == {1}
+
+
 @pytest.mark.parametrize("options", [{"threshold": 0.0}, {"batches": 0}])
 def test_wrong_options(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):

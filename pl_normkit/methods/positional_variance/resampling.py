@@ -92,6 +92,8 @@ def patch_rows(model: nn.Module, site: PositionalSite) -> Tensor:
 def recover_original(positions: Tensor, grid: tuple[int, int]) -> tuple[Tensor, tuple[int, int]] | None:
     """The embedding (h * w, D) that was interpolated to `positions` (H * W, D), with its grid; None where none was."""
     values = positions.detach().double().cpu().reshape(*grid, -1)
+    if not bool(values.isfinite().all()):
+        return None
     old_grid = (_rank(values.flatten(1)), _rank(values.transpose(0, 1).flatten(1)))
     if old_grid == grid or min(old_grid) < 2 or old_grid[0] > grid[0] or old_grid[1] > grid[1]:
         return None

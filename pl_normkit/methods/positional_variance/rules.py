@@ -2,96 +2,37 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 
-from pl_normkit.errors import DataError, NothingMatchedError, TraceError
 from pl_normkit.findings import Evidence, FixSafety, Place, Severity
 from pl_normkit.methods.positional_variance.fix import is_rescaled, rescale_positional_embedding
-from pl_normkit.methods.positional_variance.measure import TOLERANCE, VarianceReport, measure_positional_variance
-from pl_normkit.methods.positional_variance.pipeline import read_loader, read_owner
-from pl_normkit.methods.positional_variance.resampling import as_rows, find_resampling, looks_trained, patch_rows
-from pl_normkit.methods.positional_variance.site import PositionalSite, find_site
-from pl_normkit.methods.positional_variance.transforms import (
-    Border,
-    Candidate,
-    Erasing,
-    Mixing,
-    Normalization,
-    Step,
-    natural_second_moment,
-    steps_of,
+from pl_normkit.methods.positional_variance.measure import TOLERANCE
+from pl_normkit.methods.positional_variance.reading import (
+    Data,
+    difference,
+    expected_ratio,
+    has_unread_mixing,
+    is_trained,
+    measured,
+    read_data,
+    read_site,
+    residual,
 )
-from pl_normkit.rules import Loaders, Mark, Needs, Observation, Subject, rule
+from pl_normkit.methods.positional_variance.resampling import as_rows, find_resampling, looks_trained, patch_rows
+from pl_normkit.methods.positional_variance.site import PositionalSite
+from pl_normkit.methods.positional_variance.transforms import Border, Candidate, Erasing, Mixing, Normalization, Step, natural_second_moment
+from pl_normkit.rules import Mark, Needs, Observation, Subject, rule
 
 REVIEWS = "arXiv 2405.14115, as public reviews of it report"
 _FITTING = 0.25  # how far E[I^2] may be from 1, and E[I] from 0
 _RHO = "measured Var[X], training over evaluation"
 
 
-@dataclass(frozen=True)
-class _Data:
-    """What happens to a batch, in order: in the loaders, and between the training loader and the model."""
-
-    train: Sequence[Step] = ()
-    later: Sequence[Step] = ()
-    evaluation: Sequence[Step] = ()
-
-    def normalization(self, step: Step | None = None) -> Normalization | None:
-        """The training images' normalization; with `step` only where it is still to come there."""
-        steps = [*self.train, *self.later]
-        behind = steps if step is None else steps[steps.index(step) :]
-        return next((found for found in behind if isinstance(found, Normalization)), None)
-
-    @property
-    def normalizations(self) -> tuple[Normalization | None, Normalization | None]:
-        """Of training and evaluation images."""
-        return self.normalization(), next((found for found in self.evaluation if isinstance(found, Normalization)), None)
-
-
-def _site(subject: Subject) -> PositionalSite | None:
-    """Where positions are added; None for models that these rules do not concern."""
-    assert subject.model is not None
-    assert subject.graph is not None
-    try:
-        return find_site(getattr(subject.model, "_orig_mod", subject.model), subject.graph)
-    except NothingMatchedError:
-        return None
-
-
-def _data(subject: Subject) -> _Data:
-    site, loaders = subject.once(_site), subject.loaders
-    if site is None or loaders is None:
-        return _Data()
-    train, evaluation = read_loader(loaders.train, "train loader"), read_loader(loaders.evaluation, "evaluation loader")
-    later = [found for owner in loaders.transforms for found in read_owner(owner, type(owner).__name__)]
-    return _Data(*(steps_of(found, site.size) for found in (train, later, evaluation)))
-
-
-def _measured(subject: Subject) -> VarianceReport | None:
-    """The probe's report, where drawing batches is allowed and both loaders are there."""
-    loaders = subject.loaders
-    if not subject.measure or subject.model is None or not isinstance(loaders, Loaders) or subject.once(_site) is None:
-        return None
-    if loaders.train is None or loaders.evaluation is None or any(parameter.is_meta for parameter in subject.model.parameters()):
-        return None
-    try:
-        return measure_positional_variance(subject.model, loaders.train, loaders.evaluation)
-    except (DataError, TraceError):  # the loaders give something else than this model's images
-        return None
-
-
 def _rho(subject: Subject, step: Step | None = None) -> list[Evidence]:
     """The measured ratio; not beside a step that acts behind the loaders, which the measured batches have not seen."""
-    report = subject.once(_measured)
-    is_seen = step is None or step in subject.once(_data).train
+    report = subject.once(measured)
+    is_seen = step is None or step in subject.once(read_data).train
     return [Evidence(_RHO, report.rho, expected="0.95 to 1.05")] if report is not None and is_seen else []
-
-
-def _image_second_moment(subject: Subject, data: _Data) -> float:
-    report = subject.once(_measured)
-    return report.evaluation.images.overall_second_moment if report is not None else natural_second_moment(data.normalization())
 
 
 def _place(site: PositionalSite) -> list[Place]:
@@ -127,24 +68,28 @@ def mixup_shifts_positions(subject: Subject) -> Iterator[Observation]:
     Published: that Mixup breaks the balance and CutMix does not is what public reviews of arXiv 2405.14115 report; its full text
     was not at hand. Derived: the ratios. VarianceSafeMixup is ours and not shown to be in the paper.
     """
-    site = subject.once(_site)
-    data = subject.once(_data)
+    site, data = subject.once(read_site), subject.once(read_data)
     found = [step for step in (*data.train, *data.later) if isinstance(step, Mixing)]
-    if site is None or not found:
-        return
-    worst = min(found, key=lambda step: step.recipe_ratio or 0.0)
-    evidence = []
-    if worst.ratio is not None and worst.recipe_ratio is not None:
-        evidence.append(Evidence("expected Var[X] of a mixed batch over a plain one", worst.ratio, expected="1"))
-        if worst.share < 1.0:
-            evidence.append(Evidence(f"the same over the run ({worst.share:.0%} of the images mixed)", worst.recipe_ratio, expected="1"))
-    yield Observation(
-        message=f"{worst.what} lowers the variance of the images in training and not in evaluation ({worst.where})",
-        places=_place(site),
-        evidence=[*evidence, *_rho(subject, worst)],
-        advice="Use CutMix alone (mixup_alpha=0, cutmix_alpha=1), or pl_normkit.nn.VarianceSafeMixup after normalization",
-        cause=worst.where,
-    )
+    if site is not None and (found or subject.once(has_unread_mixing)):
+        worst = min(found, key=lambda step: step.recipe_ratio or 0.0, default=None)
+        what = f"{worst.what} lowers" if worst is not None else "Labels are mixtures of two classes, and something lowers"
+        where = f" ({worst.where})" if worst is not None else ""
+        yield Observation(
+            message=f"{what} the variance of the images in training and not in evaluation{where}",
+            places=_place(site),
+            evidence=[*(_mixing_evidence(worst) if worst is not None else []), *_rho(subject, worst)],
+            advice="Use CutMix alone (mixup_alpha=0, cutmix_alpha=1), or pl_normkit.nn.VarianceSafeMixup after normalization",
+            cause=worst.where if worst is not None else "mixed labels",
+        )
+
+
+def _mixing_evidence(step: Mixing) -> list[Evidence]:
+    if step.ratio is None or step.recipe_ratio is None:
+        return []
+    found = [Evidence("expected Var[X] of a mixed batch over a plain one", step.ratio, expected="1")]
+    if step.share < 1.0:
+        found.append(Evidence(f"the same over the run ({step.share:.0%} of the images mixed)", step.recipe_ratio, expected="1"))
+    return found
 
 
 @rule("NK702", "erasing-shifts-positions", mark=Mark.PUBLISHED, source=REVIEWS, needs=(Needs.GRAPH, Needs.LOADERS))
@@ -176,11 +121,11 @@ def erasing_shifts_positions(subject: Subject) -> Iterator[Observation]:
     Published: mode "pixel" together with the default normalization is what public reviews of arXiv 2405.14115 report. Derived: the
     formulas, the threshold, and that one colour per block (mode "rand") keeps the variance over images but not within a patch.
     """
-    site, data = subject.once(_site), subject.once(_data)
+    site, data = subject.once(read_site), subject.once(read_data)
     for step in (*data.train, *data.later):
         if site is None or not isinstance(step, Erasing):
             continue
-        ratio = step.ratio(data.normalization(step), _image_second_moment(subject, data))
+        ratio = expected_ratio(subject, step)
         if step.mode == "pixel" and (ratio is None or abs(ratio - 1.0) <= TOLERANCE):
             continue
         is_noise = step.mode != "const"
@@ -233,10 +178,10 @@ def normalization_shifts_positions(subject: Subject) -> Iterator[Observation]:
     Published: default mean-std normalization is what a public review of arXiv 2405.14115 reports. Derived: the second moments, the
     thresholds (5 % between the loaders, 25 % from unit second moment or 0.25 from zero mean), and the exception for checkpoints.
     """
-    site, data = subject.once(_site), subject.once(_data)
+    site, data = subject.once(read_site), subject.once(read_data)
     if site is None:
         return
-    ratio = _difference(*data.normalizations)
+    ratio = difference(*data.normalizations)
     if ratio is not None:
         yield Observation(
             message="Training and evaluation images are normalised with different statistics",
@@ -245,31 +190,19 @@ def normalization_shifts_positions(subject: Subject) -> Iterator[Observation]:
             advice="Give both loaders the same mean and std",
             cause="different statistics",
         )
-    elif not _is_trained(subject, site):
+    elif not is_trained(subject, site):
         yield from _misfit(subject, site, data.normalizations[0])
 
 
-def _difference(train: Normalization | None, evaluation: Normalization | None) -> float | None:
-    """E[I^2] under the one over that under the other, None where they agree or one is unknown."""
-    if train is None or evaluation is None or len(train.mean) != len(evaluation.mean):
-        return None
-    pairs = zip((*train.mean, *train.std), (*evaluation.mean, *evaluation.std), strict=True)
-    if all(abs(one - other) < 0.005 for one, other in pairs):
-        return None
-    ratio = natural_second_moment(train) / natural_second_moment(evaluation)
-    shift = max(abs(one - other) / scale for one, other, scale in zip(train.mean, evaluation.mean, train.std, strict=True))
-    return ratio if abs(ratio - 1.0) > TOLERANCE or shift > TOLERANCE else None
-
-
 def _misfit(subject: Subject, site: PositionalSite, normalization: Normalization | None) -> Iterator[Observation]:
-    report = subject.once(_measured)
+    report = subject.once(measured)
     mean, second = 0.0, natural_second_moment(normalization)
     if report is not None:
         mean, second = report.evaluation.images.overall_mean, report.evaluation.images.overall_second_moment
     if abs(second - 1.0) <= _FITTING and abs(mean) <= _FITTING:
         return
-    measured = "measured" if report is not None else "natural images'"
-    evidence = [Evidence(f"{measured} second moment after normalization", second, expected="1")]
+    origin = "measured" if report is not None else "natural images'"
+    evidence = [Evidence(f"{origin} second moment after normalization", second, expected="1")]
     if report is not None:
         evidence.append(Evidence("measured mean after normalization", mean, expected="0"))
     yield Observation(
@@ -280,15 +213,6 @@ def _misfit(subject: Subject, site: PositionalSite, normalization: Normalization
         severity=Severity.NOTE,
         cause="second moment",
     )
-
-
-def _is_trained(subject: Subject, site: PositionalSite) -> bool:
-    assert subject.model is not None
-    model = getattr(subject.model, "_orig_mod", subject.model)
-    parameter = model.get_parameter(site.parameter).detach()
-    if parameter.is_meta or site.grid is None or site.is_resampled:
-        return False
-    return looks_trained(as_rows(parameter, site)[patch_rows(model, site)], site.grid)
 
 
 @rule(
@@ -329,7 +253,7 @@ def resampled_positions_lost_variance(subject: Subject) -> Iterator[Observation]
     recovery of the original, the threshold, and that an embedding that still is white noise (from scratch) is left alone where the forward
     pass interpolates it.
     """
-    site = subject.once(_site)
+    site = subject.once(read_site)
     if site is None or subject.model is None:
         return
     model = getattr(subject.model, "_orig_mod", subject.model)
@@ -385,35 +309,22 @@ def border_shifts_positions(subject: Subject) -> Iterator[Observation]:
     the augmentations that the reviews of arXiv 2405.14115 name. That random resized crop can break the balance is published there;
     its remedy is not known to us.
     """
-    site, data = subject.once(_site), subject.once(_data)
+    site, data = subject.once(read_site), subject.once(read_data)
     if site is None:
         return
-    report = subject.once(_measured)
+    report = subject.once(measured)
     for step in data.train:
-        ratio = _expected(subject, data, step) if isinstance(step, Border) else None
+        ratio = expected_ratio(subject, step) if isinstance(step, Border) else None
         if ratio is not None and abs(ratio - 1.0) > TOLERANCE and (report is None or report.estimate.is_off(TOLERANCE)):
             assert isinstance(step, Border)
             yield _border_observation(subject, site, step, ratio)
     yield from _unexplained(subject, site, data)
 
 
-def _expected(subject: Subject, data: _Data, step: Step) -> float | None:
-    """Var[X] with the step over that without, None where its settings do not tell; 1 for steps that change nothing."""
-    if isinstance(step, Mixing):
-        return step.recipe_ratio
-    if isinstance(step, (Erasing, Border)):
-        return step.ratio(data.normalization(step), _image_second_moment(subject, data))
-    return 1.0
-
-
-def _unexplained(subject: Subject, site: PositionalSite, data: _Data) -> Iterator[Observation]:
+def _unexplained(subject: Subject, site: PositionalSite, data: Data) -> Iterator[Observation]:
     """What is left of the measured ratio when all that the settings tell is taken out."""
-    report = subject.once(_measured)
-    ratios = [_expected(subject, data, step) for step in data.train]
-    if report is None or None in ratios or _difference(*data.normalizations) is not None:
-        return
-    expected = math.prod(ratio for ratio in ratios if ratio is not None)
-    if not (report.estimate.is_off(TOLERANCE) and report.estimate.is_off(TOLERANCE, expected)):
+    report, expected = subject.once(measured), subject.once(residual)
+    if report is None or expected is None or subject.once(has_unread_mixing):
         return
     candidates = list(dict.fromkeys(step.what for step in data.train if isinstance(step, Candidate)))
     named = f"{' or '.join(candidates)} can explain it" if candidates else "nothing that could be read off the loaders explains it"

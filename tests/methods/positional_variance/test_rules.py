@@ -112,6 +112,19 @@ class TestMixup:
         for owner in (Held(), Called(), Mixup(0.8)):
             assert codes(found(model, loader(normalised()), transforms=[owner])) == ["NK701"]
 
+    def test_mixing_that_cannot_be_read_shows_in_labels_and_variance(self, model: nn.Module) -> None:
+        """CutMix mixes labels alike and takes no variance; erasing takes variance and mixes no labels."""
+        mixes = {0.8: ["NK701"], 0.0: []}
+        for alpha, expected in mixes.items():
+            mixup = Mixup(alpha, float(alpha == 0.0), mode="elem", num_classes=10)
+            train = [mixup(images.clone(), labels) for images, labels in loader(normalised()) for _ in range(4)]
+            findings = found(model, train, measure=True)
+            assert codes(findings) == expected
+            assert [finding.cause for finding in findings] == ["mixed labels"] * len(expected)
+        plain = [(images * 0.7, labels) for images, labels in loader(normalised())]
+        (note,) = found(model, plain, measure=True)
+        assert (note.code, note.cause) == ("NK705", "unexplained")
+
     @pytest.mark.parametrize(
         "mixup",
         [

@@ -1,0 +1,154 @@
+"""What a subject says of its data and positions, read once for all rules."""
+
+from __future__ import annotations
+
+__all__ = [
+    "Data",
+    "difference",
+    "expected_ratio",
+    "has_unread_mixing",
+    "image_second_moment",
+    "is_trained",
+    "measured",
+    "read_data",
+    "read_site",
+    "residual",
+]
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from pl_normkit.errors import DataError, NothingMatchedError, TraceError
+from pl_normkit.methods.positional_variance.measure import TOLERANCE, VarianceReport, measure_positional_variance
+from pl_normkit.methods.positional_variance.pipeline import read_loader, read_owner
+from pl_normkit.methods.positional_variance.resampling import as_rows, looks_trained, patch_rows
+from pl_normkit.methods.positional_variance.site import PositionalSite, find_site
+from pl_normkit.methods.positional_variance.transforms import (
+    Border,
+    Erasing,
+    Mixing,
+    Normalization,
+    Step,
+    natural_second_moment,
+    steps_of,
+)
+from pl_normkit.rules import Subject
+
+
+@dataclass(frozen=True)
+class Data:
+    """What happens to a batch, in order: in the loaders, and between the training loader and the model."""
+
+    train: Sequence[Step] = ()
+    later: Sequence[Step] = ()
+    evaluation: Sequence[Step] = ()
+
+    def normalization(self, step: Step | None = None) -> Normalization | None:
+        """The training images' normalization; with `step` only where it is still to come there."""
+        steps = [*self.train, *self.later]
+        behind = steps if step is None else steps[steps.index(step) :]
+        return next((found for found in behind if isinstance(found, Normalization)), None)
+
+    @property
+    def normalizations(self) -> tuple[Normalization | None, Normalization | None]:
+        """Of training and evaluation images."""
+        return self.normalization(), next((found for found in self.evaluation if isinstance(found, Normalization)), None)
+
+
+def read_site(subject: Subject) -> PositionalSite | None:
+    """Where positions are added; None for models that these rules do not concern."""
+    assert subject.model is not None
+    assert subject.graph is not None
+    try:
+        return find_site(getattr(subject.model, "_orig_mod", subject.model), subject.graph)
+    except NothingMatchedError:
+        return None
+
+
+def read_data(subject: Subject) -> Data:
+    """The steps that can be read off the loaders; none where the model is of no concern."""
+    site, loaders = subject.once(read_site), subject.loaders
+    if site is None or loaders is None:
+        return Data()
+    train, evaluation = read_loader(loaders.train, "train loader"), read_loader(loaders.evaluation, "evaluation loader")
+    later = [found for owner in loaders.transforms for found in read_owner(owner, type(owner).__name__)]
+    return Data(*(steps_of(found, site.size) for found in (train, later, evaluation)))
+
+
+def measured(subject: Subject) -> VarianceReport | None:
+    """The probe's report, where drawing batches is allowed and both loaders are there."""
+    loaders = subject.loaders
+    if not subject.measure or subject.model is None or loaders is None or subject.once(read_site) is None:
+        return None
+    if loaders.train is None or loaders.evaluation is None or any(parameter.is_meta for parameter in subject.model.parameters()):
+        return None
+    try:
+        return measure_positional_variance(subject.model, loaders.train, loaders.evaluation)
+    except (DataError, TraceError):  # batches of another form than the model's inputs: the settings are judged alone
+        return None
+
+
+def image_second_moment(subject: Subject) -> float:
+    """E[I^2] of evaluation images: measured, else that of natural images under the normalization that was read."""
+    report = subject.once(measured)
+    if report is not None and report.evaluation.images.second_moment:
+        return report.evaluation.images.overall_second_moment
+    return natural_second_moment(subject.once(read_data).normalization())
+
+
+def expected_ratio(subject: Subject, step: Step) -> float | None:
+    """Var[X] with the step over that without, None where its settings do not tell; 1 for steps that change nothing."""
+    if isinstance(step, Mixing):
+        return step.recipe_ratio
+    if isinstance(step, (Erasing, Border)):
+        return step.ratio(subject.once(read_data).normalization(step), image_second_moment(subject))
+    return 1.0
+
+
+def residual(subject: Subject) -> float | None:
+    """The measured ratio that the settings lead to expect, where it is not what was measured; None where all is explained."""
+    report, data = subject.once(measured), subject.once(read_data)
+    ratios = [expected_ratio(subject, step) for step in data.train]
+    if report is None or None in ratios or difference(*data.normalizations) is not None:
+        return None
+    expected = math.prod(ratio for ratio in ratios if ratio is not None)
+    is_off = report.estimate.is_off(TOLERANCE) and report.estimate.is_off(TOLERANCE, expected)
+    return expected if is_off else None
+
+
+def has_unread_mixing(subject: Subject) -> bool:
+    """Whether images lost variance that no setting explains, and labels of a training batch name two classes: one more batch is drawn."""
+    report, expected, loaders = subject.once(measured), subject.once(residual), subject.loaders
+    if report is None or expected is None or loaders is None or loaders.train is None or report.rho > expected:
+        return False
+    for leaf in tree_leaves(next(iter(loaders.train), None)):
+        if isinstance(leaf, Tensor) and leaf.dim() == 2 and leaf.is_floating_point() and leaf.shape[1] > 2:
+            first, second, third = leaf.topk(3).values.unbind(1)
+            return bool(((second > third + 1e-3) & (first < 1.0)).any())
+    return False
+
+
+def difference(train: Normalization | None, evaluation: Normalization | None) -> float | None:
+    """E[I^2] under the one over that under the other, None where they agree or one is unknown."""
+    if train is None or evaluation is None or len(train.mean) != len(evaluation.mean):
+        return None
+    pairs = zip((*train.mean, *train.std), (*evaluation.mean, *evaluation.std), strict=True)
+    if all(abs(one - other) < 0.005 for one, other in pairs):
+        return None
+    ratio = natural_second_moment(train) / natural_second_moment(evaluation)
+    shift = max(abs(one - other) / scale for one, other, scale in zip(train.mean, evaluation.mean, train.std, strict=True))
+    return ratio if abs(ratio - 1.0) > TOLERANCE or shift > TOLERANCE else None
+
+
+def is_trained(subject: Subject, site: PositionalSite) -> bool:
+    """Whether the embedding looks as after training; False where that cannot be told."""
+    assert subject.model is not None
+    model = getattr(subject.model, "_orig_mod", subject.model)
+    parameter = model.get_parameter(site.parameter).detach()
+    if parameter.is_meta or site.grid is None or site.is_resampled:
+        return False
+    return looks_trained(as_rows(parameter, site)[patch_rows(model, site)], site.grid)
