@@ -11,6 +11,7 @@ from rich.console import Console
 
 from pl_normkit.recipes.command_line import Recipe, RecipeCLI, run_recipe
 from pl_normkit.recipes.vit.data import ClassificationData
+from pl_normkit.recipes.vit.field import FieldRecorder
 from pl_normkit.recipes.vit.model import ClassifierModule
 from pl_normkit.recipes.vit.summary import print_accuracy, summarize_fit
 from pl_normkit.recipes.vit.writer import PredictionWriter
@@ -27,6 +28,7 @@ class VitCLI(RecipeCLI):
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
         self.add_checkpoint_arguments(parser, RECIPE.metric)
         parser.add_lightning_class_args(PredictionWriter, "predictions")
+        parser.add_lightning_class_args(FieldRecorder, "field")
 
     def after_fit(self) -> None:
         summarize_fit(self.trainer, self.model, self.datamodule, Console())

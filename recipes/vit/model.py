@@ -17,6 +17,7 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
 from pl_normkit.errors import ConfigError, DataError
+from pl_normkit.methods.gaussian_bias import add_gaussian_bias
 from pl_normkit.recipes.averaging import ema_callbacks
 from pl_normkit.recipes.vit.groups import layer_decay_groups
 from pl_normkit.recipes.vit.network import build_network
@@ -46,6 +47,7 @@ class ClassifierModule(L.LightningModule):
         image_size: side of the images in pixels; from the command line it comes from the data.
         in_chans: channels of the images; from the command line it comes from the data.
         drop_path: largest probability of dropping a residual branch.
+        gaussian_bias: add a learnable Gaussian of the patch distance to the attention logits of every layer.
         label_smoothing: share of each target spread over all classes.
         lr: learning rate of the head, and of all layers with `layer_decay` 1.
         weight_decay: of the parameters whose role wants it (`pl_normkit.methods.weight_decay.param_groups`).
@@ -53,7 +55,7 @@ class ClassifierModule(L.LightningModule):
         warmup_epochs: length of the linear warm-up before the cosine; may be a fraction.
         ema_decay: decay of the moving average of the weights, by which validation and the checkpoint go; 0 switches it off.
 
-    Raises ModelSpecError or ConfigError for arguments that do not make a network.
+    Raises ModelSpecError, ConfigError or NothingMatchedError for arguments that do not make a network.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class ClassifierModule(L.LightningModule):
         image_size: int = 224,
         in_chans: int = 3,
         drop_path: float = 0.1,
+        gaussian_bias: bool = False,
         label_smoothing: float = 0.1,
         lr: float = 1e-3,
         weight_decay: float = 0.05,
@@ -95,6 +98,8 @@ class ClassifierModule(L.LightningModule):
             **(options or {}),
         )
         self.example_input_array = torch.zeros(2, in_chans, image_size, image_size)
+        if gaussian_bias:
+            add_gaussian_bias(self.network, example_inputs=self.example_input_array)
         self.top1 = self._accuracy("micro")
         self.macro = self._accuracy("macro")
         self.accuracy: dict[str, float] = {}
@@ -178,6 +183,16 @@ class ClassifierModule(L.LightningModule):
                 "the checkpoint was trained on other classes than the data has",
                 evidence=f"checkpoint: {list(saved)}; data: {self.class_names}",
                 mend="give the data the classes the checkpoint was trained with",
+            )
+        own = self.state_dict()
+        strange = [key for key, value in checkpoint["state_dict"].items() if key not in own or own[key].shape != value.shape]
+        if strange:
+            bias = any("gaussian_bias" in key for key in strange)
+            raise ConfigError(
+                "the checkpoint belongs to another network",
+                where=strange[0],
+                evidence=f"{len(strange)} of its tensors are not in this network, or have another shape",
+                mend="set --model.gaussian_bias true" if bias else "give the --model options the checkpoint was trained with",
             )
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from pl_normkit.recipes.outcome import print_checkpoint, print_findings
 from pl_normkit.recipes.vit.data import ClassificationData
+from pl_normkit.recipes.vit.field import FieldRecorder
 from pl_normkit.recipes.vit.model import ClassifierModule
 from pl_normkit.recipes.vit.pictures import draw_predictions
 
@@ -33,10 +34,23 @@ def summarize_fit(trainer: L.Trainer, module: ClassifierModule, data: Classifica
         print_accuracy(console, module.accuracy, f"validation after {trainer.global_step} steps")
     print_findings(trainer, console)
     print_checkpoint(trainer, console)
-    if "val" in data.sources:
-        path = Path(trainer.log_dir or trainer.default_root_dir) / "validation.png"
-        _draw_validation(module, data, path)
-        console.print(f"pictures:   {path}", soft_wrap=True, highlight=False)
+    folder = Path(trainer.log_dir or trainer.default_root_dir)
+    _draw_validation(module, data, folder / "validation.png")
+    _finish_field(trainer, module, folder / "receptive_field.png", console)
+    console.print(f"pictures:   {folder / 'validation.png'}", soft_wrap=True, highlight=False)
+
+
+def _finish_field(trainer: L.Trainer, module: ClassifierModule, path: Path, console: Console) -> None:
+    """Say how far the network looks, before and after training, and draw it."""
+    recorder = next((callback for callback in trainer.callbacks if isinstance(callback, FieldRecorder)), None)  # type: ignore[attr-defined]
+    if recorder is None:
+        return
+    recorder.finish(trainer, module, path)
+    if recorder.reason:
+        console.print(f"field:      none ({recorder.reason})", soft_wrap=True, highlight=False)
+        return
+    radii = ", ".join(f"{field.radius_holding(0.5):.2f} px {title}" for title, field in recorder.fields.items())
+    console.print(f"field:      half of the mass within {radii}; {path}", soft_wrap=True, highlight=False)
 
 
 @torch.no_grad()
@@ -44,6 +58,6 @@ def _draw_validation(module: ClassifierModule, data: ClassificationData, path: P
     images, labels = data.on_before_batch_transfer(next(iter(data.val_dataloader())), 0)
     training = module.training
     module.eval()
-    shares = module(images[:_COUNT].to(module.device)).float().softmax(-1).cpu()
+    shares = module(images[:_COUNT].to(module.device, next(module.parameters()).dtype)).float().softmax(-1).cpu()
     module.train(training)
     draw_predictions(data.normalization.undo(images[:_COUNT]), labels[:_COUNT], shares, module.class_names, path)
