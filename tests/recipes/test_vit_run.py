@@ -1,12 +1,16 @@
 import csv
+import math
 import re
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from vit_tree import CLASSES, write_class_folders
 
+from pl_normkit.cli import main
+from pl_normkit.errors import ConfigError
 from pl_normkit.recipes.vit import run
 
 TINY = ["--model.options={patch_size: 8, embed_dim: 16, depth: 2, num_heads: 2}", "--model.warmup_epochs=0"]
@@ -80,3 +84,117 @@ def test_fit_resume_test_and_predict_on_a_folder(here, pets, capsys):
     assert [row["name"] for row in rows] == [f"{name}/{index}.png" for name in CLASSES for index in range(2)]
     assert {row["class"] for row in rows} <= set(CLASSES)
     assert all(1 / 3 <= float(row["probability"]) <= 1 for row in rows)
+
+
+def test_validation_and_checkpoint_go_by_the_moving_average(here, pets):
+    """A decay near 1 leaves the average at the weights after the first step, whatever training does later."""
+    options = _on(pets, "--model.lr=0.1", "--model.ema_decay=0.999999", "--trainer.max_epochs=3", "--checkpoint.save_top_k=-1")
+    assert run(options) == 0
+    averaged = _column(_latest(here), "val_loss")
+    checkpoints = _latest(here) / "checkpoints"
+    saved = torch.load(checkpoints / "last.ckpt", weights_only=True)
+    assert averaged == pytest.approx([averaged[0]] * 3, rel=1e-3)
+    key = "network.head.weight"
+    assert not torch.allclose(saved["state_dict"][key], saved["current_model_state"][key], atol=1e-2)
+
+    assert run([*options, "--model.ema_decay=0"]) == 0
+    plain = _column(_latest(here), "val_loss")
+    assert abs(plain[2] - plain[0]) > 0.01
+    assert "current_model_state" not in torch.load(_latest(here) / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def test_two_runs_with_one_seed_give_the_same_weights_and_a_biased_one_resumes(here):
+    options = [*TINY, *QUIET, "--trainer.limit_train_batches=2", "--model.gaussian_bias=true", "--field.images=0"]
+    states = []
+    for _ in range(2):
+        run([*options, "--trainer.max_epochs=1"])
+        states.append(torch.load(_latest(here) / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    assert any("gaussian_bias" in key for key in states[0])
+
+    last = _latest(here) / "checkpoints" / "last.ckpt"
+    run([*options, "--trainer.max_epochs=2", f"--ckpt_path={last}"])
+    assert torch.load(_latest(here) / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
+    with pytest.raises(ConfigError, match="another network"):
+        run(["validate", *TINY, *QUIET, f"--ckpt_path={last}"])
+
+
+def test_bfloat16_on_the_cpu_and_the_learning_rate_follows_the_cosine(here, pets):
+    more = ["--trainer.precision=bf16-mixed", "--trainer.max_epochs=2", "--trainer.callbacks=LearningRateMonitor"]
+    layers = ["--model.layer_decay=0.5", "--model.lr=0.01", "--model.weight_decay=0"]
+    assert run(_on(pets, *more, *layers)) == 0
+
+    rates = [0.01 * 0.5 * (1 + math.cos(math.pi * step / 6)) for step in range(6)]
+    assert _column(_latest(here), "lr/pg4") == pytest.approx(rates)
+    assert _column(_latest(here), "lr/pg1") == pytest.approx([0.125 * rate for rate in rates])
+
+
+def test_a_configuration_file_chooses_data_and_model(here, pets, capsys):
+    data = {"class_path": "FolderData", "init_args": {"root": str(pets), "image_size": 32}}
+    Path("mine.yaml").write_text(yaml.safe_dump({"data": data, "model": {"name": "test_resnet", "options": None}}))
+
+    assert run(["--config", "mine.yaml", *QUIET, "--print_config"]) == 0
+
+    config = yaml.safe_load(capsys.readouterr().out)
+    chosen = config["data"]["init_args"]
+    assert (config["model"]["name"], config["model"]["options"]) == ("test_resnet", None)
+    assert (chosen["batch_size"], chosen["cutmix"], chosen["erase"]) == (64, 0.5, 0.25)
+
+
+def _no_val(root: Path) -> list[str]:
+    (root / "val").rename(root / "valid")
+    return []
+
+
+def _one_class(root: Path) -> list[str]:
+    for name in CLASSES[1:]:
+        (root / "train" / name).rename(root / name)
+    return []
+
+
+def _spoil_header(root: Path) -> list[str]:
+    (root / "train" / "dog" / "1.png").write_bytes(b"not a picture")
+    return []
+
+
+def _cut_short(root: Path) -> list[str]:
+    whole = (root / "train" / "dog" / "1.png").read_bytes()
+    (root / "train" / "dog" / "1.png").write_bytes(whole[: len(whole) // 2])
+    return ["--data.num_workers=1", "--data.batch_size=12"]
+
+
+def _strange_class(root: Path) -> list[str]:
+    (root / "val" / "dog").rename(root / "val" / "dogs")
+    return []
+
+
+def _empty_class(root: Path) -> list[str]:
+    for path in (root / "val" / "owl").iterdir():
+        path.unlink()
+    return []
+
+
+@pytest.mark.parametrize(
+    ("spoil", "what", "where", "mend"),
+    [
+        (_no_val, "the val folder is not there", "pets/val", "--data.val_share"),
+        (_one_class, "at least two classes", "pets/train", "a folder of its own"),
+        (_spoil_header, "the image cannot be read", "dog/1.png", "replace the file"),
+        (_cut_short, "the image cannot be read", "dog/1.png", "replace the file"),
+        (_strange_class, "val has a class that train does not have", "val/dogs", "did you mean 'dog'?"),
+        (_empty_class, "the image folder is empty", "val/owl", ".png"),
+        (lambda root: [f"--data.root={root}s"], "the data folder is not there", "petss", "--data.root"),
+        (lambda root: ["--model.name=vit_tinny_patch16_224"], "timm has no model", "vit_tinny", "did you mean 'vit_tiny_patch16_224'?"),
+        (lambda root: ["--data.std=[0.1,0.1]"], "option std cannot be used", "--data.std", "give 3 numbers"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_two(here, pets, capsys, spoil, what, where, mend):
+    more = spoil(pets)
+
+    code = main(["run", "vit", "fit", *_on(pets, *more)])
+
+    message = capsys.readouterr().err
+    assert code == 2
+    assert message.count("error: ") == 1
+    assert all(text in message for text in (what, where, mend))
+    assert "Traceback" not in message
