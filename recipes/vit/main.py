@@ -13,6 +13,7 @@ from pl_normkit.recipes.command_line import Recipe, RecipeCLI, run_recipe
 from pl_normkit.recipes.vit.data import ClassificationData
 from pl_normkit.recipes.vit.field import FieldRecorder
 from pl_normkit.recipes.vit.model import ClassifierModule
+from pl_normkit.recipes.vit.network import warn_normalization
 from pl_normkit.recipes.vit.summary import print_accuracy, summarize_fit
 from pl_normkit.recipes.vit.writer import PredictionWriter
 
@@ -29,6 +30,11 @@ class VitCLI(RecipeCLI):
         self.add_checkpoint_arguments(parser, RECIPE.metric)
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.add_lightning_class_args(FieldRecorder, "field")
+
+    def before_fit(self) -> None:
+        super().before_fit()
+        if self.model.pretrained:
+            warn_normalization(self.model.network, self.datamodule.normalization)
 
     def after_fit(self) -> None:
         summarize_fit(self.trainer, self.model, self.datamodule, Console())

@@ -82,6 +82,7 @@ class ClassifierModule(L.LightningModule):
         _require(warmup_epochs >= 0, "warmup_epochs", warmup_epochs, "take 0 or more")
         _require(0 <= ema_decay < 1, "ema_decay", ema_decay, "take a decay below 1, such as 0.999; 0 switches it off")
         self.class_names = list(class_names)
+        self.pretrained = pretrained
         self.label_smoothing = label_smoothing
         self.lr = lr
         self.weight_decay = weight_decay

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-__all__ = ["build_network"]
+__all__ = ["build_network", "warn_normalization"]
 
+import warnings
 from typing import Any
 
 import timm
 from torch import nn
 
-from pl_normkit.errors import ModelSpecError, nearest
+from pl_normkit.errors import ModelSpecError, NormkitWarning, nearest
+from pl_normkit.recipes.vit.samples import Normalization
 
 
 def build_network(
@@ -75,5 +77,18 @@ def _explain(error: Exception, name: str, pretrained: bool, settings: dict[str, 
         f"timm cannot build {name}",
         where=", ".join(f"{key}={value}" for key, value in settings.items()),
         evidence=evidence,
-        mend="check name, --data.image_size and --model.options against timm's documentation",
+        mend="check name, --data.image_size and --model.options; --model.options null takes the model as timm has it",
     )
+
+
+def warn_normalization(network: nn.Module, normalization: Normalization) -> None:
+    """Warn where images are normalized otherwise than those on which timm's weights of `network` were trained."""
+    known: dict[str, Any] = getattr(network, "pretrained_cfg", None) or {}
+    trained = {name: tuple(known.get(name) or ()) for name in ("mean", "std")}
+    given = {"mean": normalization.mean, "std": normalization.std}
+    if all(len(trained[name]) == len(given[name]) for name in given) and any(
+        abs(own - other) > 1e-3 for name in given for own, other in zip(given[name], trained[name], strict=True)
+    ):
+        options = " ".join(f"--data.{name} {list(values)}" for name, values in trained.items())
+        text = f"the pretrained weights know images normalized otherwise than the data is; give them {options}"
+        warnings.warn(text, NormkitWarning, stacklevel=2)

@@ -2,9 +2,10 @@ import pytest
 import timm
 import torch
 
-from pl_normkit.errors import ConfigError, DataError, ModelSpecError, NothingMatchedError
+from pl_normkit.errors import ConfigError, DataError, ModelSpecError, NormkitWarning, NothingMatchedError
 from pl_normkit.recipes.vit import ClassifierModule, cosine_factor, layer_decay_groups
-from pl_normkit.recipes.vit.network import build_network
+from pl_normkit.recipes.vit.network import build_network, warn_normalization
+from pl_normkit.recipes.vit.samples import Normalization
 
 SMALL = {"options": {"patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}, "image_size": 16}
 
@@ -158,3 +159,11 @@ def test_a_checkpoint_of_other_classes_or_another_network_is_refused():
     with pytest.raises(ConfigError, match="another network") as caught:
         module.on_load_checkpoint({**checkpoint, "state_dict": {"network.head.weight": torch.zeros(2, 9)}})
     assert "options" in caught.value.mend
+
+
+def test_pretrained_weights_want_the_normalization_they_were_trained_with():
+    network = ClassifierModule(["a", "b"], "vit_tiny_patch16_224.augreg_in21k", **SMALL).network  # trained with 0.5 throughout
+
+    warn_normalization(network, Normalization((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)))
+    with pytest.warns(NormkitWarning, match=r"--data.mean \[0.5, 0.5, 0.5\] --data.std \[0.5, 0.5, 0.5\]"):
+        warn_normalization(network, Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))

@@ -130,7 +130,7 @@ def test_bfloat16_on_the_cpu_and_the_learning_rate_follows_the_cosine(here, pets
 
 def test_a_configuration_file_chooses_data_and_model(here, pets, capsys):
     data = {"class_path": "FolderData", "init_args": {"root": str(pets), "image_size": 32}}
-    Path("mine.yaml").write_text(yaml.safe_dump({"data": data, "model": {"name": "test_resnet", "options": None}}))
+    Path("mine.yaml").write_text(yaml.safe_dump({"data": data, "model": {"name": "test_resnet"}}))
 
     assert run(["--config", "mine.yaml", *QUIET, "--print_config"]) == 0
 
