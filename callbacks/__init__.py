@@ -10,6 +10,7 @@ __all__ = [
     "ModelAudit",
     "NaNGuard",
     "PositionalVariance",
+    "ScaleEqualization",
     "StochasticPooling",
 ]
 
@@ -20,4 +21,5 @@ from pl_normkit.callbacks.gaussian_bias import GaussianBias
 from pl_normkit.callbacks.model_audit import ModelAudit
 from pl_normkit.callbacks.nan_guard import NaNGuard
 from pl_normkit.callbacks.positional_variance import PositionalVariance
+from pl_normkit.callbacks.scale_equalization import ScaleEqualization
 from pl_normkit.callbacks.stochastic_pooling import StochasticPooling

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["guess_inputs", "inputs_in"]
+__all__ = ["first_samples", "guess_inputs", "inputs_in"]
 
 import inspect
 from collections.abc import Mapping
@@ -21,21 +21,32 @@ def guess_inputs(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
     Reads a map-style dataset through the loader's `collate_fn`; no worker starts, no loader iterates, every RNG is as before.
     Of a batch that is a sequence the first item counts, of a mapping the entries that `forward` names.
     """
+    return inputs_in(first_samples(trainer, pl_module), pl_module)
+
+
+def first_samples(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
+    """A batch of the first two samples of the stage's data, None where they cannot be had; read as `guess_inputs` says."""
     with preserved(pl_module):
         try:
-            batch = _first_samples(trainer)
+            return _first_samples(trainer)
         except Exception:  # data that is not ready yet, or that fails, is the run's own affair: it will say so itself
             return None
-    return inputs_in(batch, pl_module)
 
 
 def _first_samples(trainer: pl.Trainer) -> Any:
-    source = trainer.fit_loop._data_source
+    source = _loop(trainer)._data_source
     loader = source.dataloader() if source.is_defined() else None
+    loader = loader[0] if isinstance(loader, (list, tuple)) and loader else loader
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or len(loader.dataset) == 0:  # type: ignore[arg-type]
         return None
     samples = [loader.dataset[index] for index in range(min(2, len(loader.dataset)))]  # type: ignore[arg-type]
     return loader.collate_fn(samples)
+
+
+def _loop(trainer: pl.Trainer) -> Any:
+    """The loop of the stage: outside of fitting the evaluation data are what the network will be called with."""
+    stages = {"validate": trainer.validate_loop, "test": trainer.test_loop, "predict": trainer.predict_loop}
+    return stages.get(str(trainer.state.fn.value) if trainer.state.fn is not None else "fit", trainer.fit_loop)
 
 
 def inputs_in(batch: Any, pl_module: pl.LightningModule) -> Any:

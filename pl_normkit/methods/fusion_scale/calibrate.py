@@ -6,7 +6,7 @@ __all__ = ["Granularity", "calibrate_scales", "equalizers_of"]
 
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -35,6 +35,7 @@ def calibrate_scales(
     granularity: Granularity = "branch",
     max_batches: int | None = None,
     inputs: InputsOf | None = None,
+    hosts: Collection[str] | None = None,
     progress: Progress | None = None,
 ) -> Changes:
     """Give every equalizer that has none yet its statistics over the loader; `undo` makes them the identity again.
@@ -49,6 +50,7 @@ def calibrate_scales(
         max_batches: batches of each pass; None for all.
         inputs: from a batch to the model's inputs; by default the tensor itself, the first item of a sequence, the entries of a
             dict that forward names.
+        hosts: paths of the layers whose equalizers are meant; None for all.
         progress: called after each batch.
 
     Raises:
@@ -58,7 +60,7 @@ def calibrate_scales(
     equalizers = equalizers_of(model)
     if not equalizers:
         raise NothingMatchedError("the model holds no scale equalizer", mend="call equalize_scales, which inserts them")
-    waiting = {path: module for path, module in equalizers.items() if not module.is_calibrated}
+    waiting = {path: module for path, module in equalizers.items() if not module.is_calibrated and _is_meant(path, hosts)}
     batches = list(itertools.islice(loader, max_batches)) if isinstance(loader, Iterator) else loader
     changes = Changes()
     try:
@@ -71,6 +73,10 @@ def calibrate_scales(
         changes.undo()
         raise
     return changes
+
+
+def _is_meant(path: str, hosts: Collection[str] | None) -> bool:
+    return hosts is None or path.removesuffix(f".{NAME}") in hosts
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-__all__ = ["Mode", "check_options", "equalize_scales", "insert_at", "insert_equalizers", "is_equalized", "plan_sites", "split_trained"]
+__all__ = [
+    "Mode",
+    "check_options",
+    "equalize_scales",
+    "has_statistics",
+    "insert_at",
+    "insert_equalizers",
+    "is_equalized",
+    "plan_sites",
+    "split_trained",
+]
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -12,7 +22,7 @@ from torch import nn
 
 from pl_normkit.errors import ConfigError, EditError, NothingMatchedError
 from pl_normkit.graph import ModelGraph
-from pl_normkit.methods.fusion_scale.calibrate import Granularity, calibrate_scales, equalizers_of
+from pl_normkit.methods.fusion_scale.calibrate import Granularity, calibrate_scales
 from pl_normkit.methods.fusion_scale.equalizer import NAME, ScaleEqualizer
 from pl_normkit.methods.fusion_scale.fold import BORDERS, Border, fold, is_folded
 from pl_normkit.methods.fusion_scale.folding import resolve_path
@@ -72,12 +82,18 @@ def equalize_scales(
     check_options(mode, granularity, border)
     if example_inputs is None:
         example_inputs, loader = first_inputs(model, loader, inputs)
-    changes = insert_equalizers(model, example_inputs, sums=sums, allow_trained=allow_trained)
-    if not equalizers_of(model):  # all were folded before
+    sites, skipped = plan_sites(model, example_inputs, sums=sums)
+    if not allow_trained:
+        sites, trained = split_trained(model, sites)
+        skipped += trained
+    hosts = [site.host for site in sites if not has_statistics(model, site)]
+    changes = insert_at(model, sites, skipped)
+    if not hosts:
         return changes
     try:
-        changes.add(calibrate_scales(model, loader, granularity=granularity, max_batches=max_batches, inputs=inputs, progress=progress))
-        if mode == "init" and changes:
+        options: dict[str, Any] = {"granularity": granularity, "max_batches": max_batches, "inputs": inputs, "progress": progress}
+        changes.add(calibrate_scales(model, loader, hosts=hosts, **options))
+        if mode == "init":
             changes.add(fold(model, border=border))
     except BaseException:
         changes.undo()
@@ -142,9 +158,9 @@ def insert_at(model: nn.Module, sites: Sequence[Site], skipped: Sequence[Change]
 def split_trained(model: nn.Module, sites: Sequence[Site]) -> tuple[list[Site], list[Change]]:
     """Sites that are not trained yet; the others with the reason. Raises EditError when none is left.
 
-    What is equalized already counts as untrained: nothing will be done there.
+    What has its statistics already counts as untrained: nothing will be done there.
     """
-    norms = [(site, "" if is_equalized(model, site) else trained_norm(model, site)) for site in sites]
+    norms = [(site, "" if has_statistics(model, site) else trained_norm(model, site)) for site in sites]
     trained = [Change(site.host, f"left alone: {norm} behind it has been trained") for site, norm in norms if norm]
     if len(trained) == len(sites):
         raise EditError(
@@ -157,9 +173,17 @@ def split_trained(model: nn.Module, sites: Sequence[Site]) -> tuple[list[Site], 
 
 
 def is_equalized(model: nn.Module, site: Site) -> bool:
-    """Whether an equalizer stands here, or was folded into the layer's weight before."""
-    if NAME in get_module(model, site.host)._modules:
-        return True
+    """Whether an equalizer stands here, calibrated or not, or was folded into the layer's weight before."""
+    return NAME in get_module(model, site.host)._modules or _was_folded(model, site)
+
+
+def has_statistics(model: nn.Module, site: Site) -> bool:
+    """Whether a calibrated equalizer stands here, or was folded into the layer's weight before."""
+    standing = get_module(model, site.host)._modules.get(NAME)
+    return _was_folded(model, site) or (isinstance(standing, ScaleEqualizer) and standing.is_calibrated)
+
+
+def _was_folded(model: nn.Module, site: Site) -> bool:
     return bool(site.folds_into) and is_folded(get_module(model, resolve_path(site.host, site.folds_into[0])))
 
 

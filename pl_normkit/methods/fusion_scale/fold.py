@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Border", "fold", "is_folded"]
+__all__ = ["BORDERS", "Border", "fold", "is_folded", "why_not_foldable"]
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,16 +69,21 @@ def fold(model: nn.Module, *, border: Border = "keep") -> Changes:
 
 
 def _obstacle(model: nn.Module, host: str, equalizer: ScaleEqualizer, border: Border) -> str:
-    if equalizer.obstacle:
-        return equalizer.obstacle
-    if not equalizer.is_calibrated:
+    if not equalizer.obstacle and not equalizer.is_calibrated:
         return "it was never calibrated"
-    layers = _layers(model, host, equalizer)
+    return why_not_foldable(model, host, equalizer.folds_into, equalizer.obstacle, border)
+
+
+def why_not_foldable(model: nn.Module, host: str, folds_into: Sequence[str], obstacle: str, border: Border) -> str:
+    """Why an equalizer at `host` would stay, "" where `fold` would take it; `folds_into` and `obstacle` as in `ScaleEqualizer`."""
+    if obstacle:
+        return obstacle
+    layers = _layers(model, host, folds_into)
     if any(isinstance(parameter, DTensor) for layer in layers for parameter in layer.parameters()):
         return "the weights are sharded"
     if any(layer._parameters.get("weight") is None for layer in layers if isinstance(layer, _ConvNd)):
         return "the weight is computed from others"
-    padded = _padded_layers(equalizer, layers)
+    padded = _padded_layers(layers)
     if not padded or border == "ignore":
         return ""
     if border == "keep":
@@ -86,14 +91,12 @@ def _obstacle(model: nn.Module, host: str, equalizer: ScaleEqualizer, border: Bo
     return "" if padded == [0] and _can_pad(layers[0]) else "a padding that cannot be replaced"
 
 
-def _layers(model: nn.Module, host: str, equalizer: ScaleEqualizer) -> list[nn.Module]:
-    return [get_module(model, resolve_path(host, relative)) for relative in equalizer.folds_into]
+def _layers(model: nn.Module, host: str, folds_into: Sequence[str]) -> list[nn.Module]:
+    return [get_module(model, resolve_path(host, relative)) for relative in folds_into]
 
 
-def _padded_layers(equalizer: ScaleEqualizer, layers: Sequence[nn.Module]) -> list[int]:
+def _padded_layers(layers: Sequence[nn.Module]) -> list[int]:
     """Positions of the convolutions that pad a shifted input with zeros."""
-    if not bool(equalizer.shift.any()):
-        return []
     return [position for position, layer in enumerate(layers) if isinstance(layer, _ConvNd) and border_of(layer)]
 
 
@@ -104,8 +107,8 @@ def _can_pad(layer: nn.Module) -> bool:
 def _edits(model: nn.Module, host: str, equalizer: ScaleEqualizer, border: Border, skipped: list[Change]) -> list[Edit]:
     paths = tuple(resolve_path(host, relative) for relative in equalizer.folds_into)
     edits: list[Edit] = [_FoldIntoWeights(paths, host), Remove(host, NAME, f"equalizer folded into {', '.join(paths)}")]
-    layers = _layers(model, host, equalizer)
-    if _padded_layers(equalizer, layers):
+    layers = _layers(model, host, equalizer.folds_into)
+    if _padded_layers(layers):
         layer = layers[0]
         assert isinstance(layer, _ConvNd)
         if border == "ignore":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["InputsOf", "Progress", "first_inputs", "measuring", "run_batches"]
+__all__ = ["InputsOf", "Progress", "first_inputs", "inputs_of", "measuring", "run_batches"]
 
 import inspect
 import itertools
