@@ -7,7 +7,6 @@ Ratios of interleaved runs in one process. Writes benchmarks/results/fusion_scal
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import csv
 import gc
@@ -26,7 +25,7 @@ from pl_normkit.methods.fusion_scale import calibrate_scales, equalize_scales, f
 from pl_normkit.methods.fusion_scale.calibrate import equalizers_of
 
 MODELS = {"Unet": {}, "UPerNet": {}, "Segformer": {}, "DeepLabV3Plus": {}}
-SIZE, SAMPLES, BATCHES, TURNS = 128, 4, 2, 9
+SIZE, SAMPLES, BATCHES, TURNS = 128, 4, 2, 5
 
 
 def build(name: str) -> nn.Module:
@@ -122,5 +121,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(BrokenPipeError):
-        main()
+    main()

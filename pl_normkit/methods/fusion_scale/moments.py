@@ -13,6 +13,9 @@ from torch import Tensor
 
 from pl_normkit.errors import DataError
 
+_RUN = 4096
+"""Squares summed in float32 at a time; over a map of a million the sum would lose three digits."""
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -31,14 +34,21 @@ class Moments:
 
     @classmethod
     def of(cls, features: Tensor) -> Moments:
-        """Of (N, C, ...) features, per channel over everything else; half types are widened first."""
+        """Of (N, C, ...) features, per channel over everything else; half types are widened first.
+
+        Two passes over each sample's map, centred before squaring; samples are merged in float64. The norm of the centred map is
+        several times faster on a CPU than torch's own variance.
+        """
         features = features.detach()
-        features = features if features.dtype == torch.float64 else features.float()
-        dims = [dim for dim in range(features.dim()) if dim != 1]
-        var, mean = torch.var_mean(features, dim=dims, correction=0)
-        values = features.numel() // max(features.shape[1], 1)
-        both = torch.stack([mean, var]).cpu().double()
-        return cls(torch.full_like(both[0], values), both[0], both[1] * values)
+        maps = (features if features.dtype == torch.float64 else features.float()).flatten(2)
+        mean = maps.mean(2)
+        centred = maps - mean[..., None]
+        norms = [torch.linalg.vector_norm(part, dim=2) for part in centred.split(_RUN, 2)]
+        means, *parts = torch.stack([mean, *norms]).cpu().double()
+        count = torch.full_like(means, maps.shape[2])
+        centre = means.mean(0)
+        m2 = (torch.stack(parts).square().sum(0) + count * (means - centre).square()).sum(0)
+        return cls(count.sum(0), centre, m2)
 
     @property
     def is_finite(self) -> bool:

@@ -60,3 +60,9 @@ def test_branches_are_pooled_in_the_order_of_their_channels() -> None:
     pooled = Moments.of(x).pooled([1, 2])
     assert pooled.mean.tolist() == [1.0, 5.0]
     assert pooled.std.tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_large_map_costs_no_digits(memory_format: torch.memory_format) -> None:
+    x = torch.randn(1, 2, 768, 768).relu().to(memory_format=memory_format)
+    torch.testing.assert_close(Moments.of(x).std, x.double().var((0, 2, 3), correction=0).sqrt(), rtol=1e-5, atol=0)
