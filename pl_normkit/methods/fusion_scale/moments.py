@@ -42,9 +42,8 @@ class Moments:
         features = features.detach()
         maps = (features if features.dtype == torch.float64 else features.float()).flatten(2)
         mean = maps.mean(2)
-        centred = maps - mean[..., None]
-        norms = [torch.linalg.vector_norm(part, dim=2) for part in centred.split(_RUN, 2)]
-        means, *parts = torch.stack([mean, *norms]).cpu().double()
+        norms = [_norms_around(*sample) for sample in zip(maps, mean, strict=True)]  # one sample's centred copy at a time
+        means, *parts = torch.stack([mean, *torch.stack(norms, 1)]).cpu().double()
         count = torch.full_like(means, maps.shape[2])
         centre = means.mean(0)
         m2 = (torch.stack(parts).square().sum(0) + count * (means - centre).square()).sum(0)
@@ -71,6 +70,12 @@ class Moments:
 
     def _channels(self, first: int, last: int) -> Moments:
         return Moments(self.count[first:last], self.mean[first:last], self.m2[first:last])
+
+
+def _norms_around(sample: Tensor, mean: Tensor) -> Tensor:
+    """Norms of the parts of each channel's centred map: (C, L) and (C,) to (parts, C)."""
+    centred = sample - mean[:, None]
+    return torch.stack([torch.linalg.vector_norm(part, dim=1) for part in torch.split(centred, _RUN, 1)])
 
 
 def _spans(widths: Sequence[int]) -> list[tuple[int, int]]:

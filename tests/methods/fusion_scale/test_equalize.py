@@ -172,6 +172,17 @@ def test_levels_follow_the_graph() -> None:
     assert passes == [(0, 1), (0, 2), (1, 1), (1, 2)]
 
 
+def test_branches_are_equal_in_a_training_pass() -> None:
+    """Statistics are those of training: batch norms before the fusion use their batch."""
+    model, (x,) = Nested(), images(1)
+    equalize_scales(model, [x])
+    outputs: list[Tensor] = []
+    model.get_submodule("fuse2.scale_equalizer").register_forward_hook(lambda _, __, output: outputs.append(output.detach()))
+    model.train()
+    model(x)
+    assert [float(part.std(correction=0)) for part in outputs[0].split([7, 4], 1)] == [pytest.approx(1, abs=1e-4)] * 2
+
+
 def test_by_channel() -> None:
     model, loader = OwnDecoder(), images()
     equalize_scales(model, loader, granularity="channel")
