@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from pl_normkit.callbacks._network import InputCapture, after_configure_model
-from pl_normkit.errors import ConfigError, NormkitError, NormkitWarning
+from pl_normkit.errors import ConfigError, NormkitError, NormkitWarning, NothingMatchedError
 from pl_normkit.methods.positional_variance.measure import TOLERANCE, observe, watch
 from pl_normkit.methods.positional_variance.moments import Estimate, MomentSums
 from pl_normkit.methods.positional_variance.site import PositionalSite, trace_site
@@ -44,6 +44,7 @@ class PositionalVariance(Callback):
     Args:
         threshold: warn where |rho - 1| is larger, and larger than two standard errors.
         batches: batches measured of each kind.
+        required: warn also of a network that adds no positions, which leaves nothing to measure.
 
     Attributes:
         rho: Var[X_train] / Var[X_validation], None until it is known.
@@ -52,11 +53,12 @@ class PositionalVariance(Callback):
         ConfigError: for a threshold that is not positive or fewer than one batch.
     """
 
-    def __init__(self, threshold: float = TOLERANCE, batches: int = 8) -> None:
+    def __init__(self, threshold: float = TOLERANCE, batches: int = 8, required: bool = True) -> None:
         if threshold <= 0.0 or batches < 1:
             raise ConfigError("threshold is above 0 and batches at least 1", evidence=f"{threshold} and {batches}")
         self.threshold = threshold
         self.batches = batches
+        self.required = required
         self.rho: float | None = None
         self._forget()
         self._is_done = True  # until a fit is set up
@@ -161,7 +163,7 @@ class PositionalVariance(Callback):
 
     def _fail(self, trainer: pl.Trainer, error: Exception) -> None:
         self._has_failed = True
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and (self.required or not isinstance(error, NothingMatchedError)):
             what = " ".join(str(error).split())
             warnings.warn(f"PositionalVariance measures nothing: {type(error).__name__}: {what}", NormkitWarning, stacklevel=2)
 

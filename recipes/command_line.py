@@ -14,7 +14,7 @@ from typing import Any
 import lightning as L
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentError
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from pl_normkit.errors import ConfigError, NormkitError, nearest
@@ -37,6 +37,14 @@ class RecipeCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         # LightningCLI itself warns when sys.argv is not empty, which it never is under `pl-normkit run`.
         self.config = parser.parse_args(args)  # type: ignore[arg-type]
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        options = self.config_init[self.subcommand].trainer
+        if options.enable_progress_bar is False and isinstance(options.callbacks, list):
+            # The bar of the default callbacks: Lightning refuses a bar in the list of a run that wants none.
+            options.callbacks = [callback for callback in options.callbacks if not isinstance(callback, ProgressBar)]
+        trainer: L.Trainer = super().instantiate_trainer(**kwargs)
+        return trainer
 
     def build_bare_trainer(self, **changes: Any) -> L.Trainer:
         """The Trainer of the options with `changes`, without the recipe's own callbacks: it writes neither checkpoints nor masks."""

@@ -1,167 +1,22 @@
-"""`pl-normkit run segmentation export`: the trained and fixed network as ONNX, as an exported program or as a plain checkpoint."""
+"""What `pl-normkit run segmentation export` writes: networks of segmentation-models-pytorch."""
 
 from __future__ import annotations
 
-__all__ = ["export", "export_network"]
+__all__ = ["SMP_FORM"]
 
-import argparse
-import importlib.util
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
-
-import lightning as L
-import torch
-from rich.console import Console
-from torch import Tensor, nn
-
-from pl_normkit.errors import ConfigError
-from pl_normkit.methods.fusion_scale import ScaleEqualizer, fold
-from pl_normkit.recipes.command_line import Recipe, RecipeCLI, run_recipe
+from pl_normkit.recipes.command_line import RecipeCLI
+from pl_normkit.recipes.export import Bare, ExportForm
 from pl_normkit.recipes.segmentation.model import build_network
 from pl_normkit.recipes.segmentation.samples import STRIDE
 
-_FORMATS = {".onnx": "ONNX", ".pt2": "a program of torch.export", ".pt": "a plain state_dict of the smp network"}
+
+def _build(cli: RecipeCLI) -> Bare:
+    chosen = cli.config["test"].model
+    options = chosen.model_options or {}
+    count = len(cli.model.class_names)
+    words = ", ".join([f"classes={count}", *(f"{name}={value!r}" for name, value in options.items())])
+    call = f"segmentation_models_pytorch.create_model({chosen.architecture!r}, {chosen.encoder_name!r}, None, {words})"
+    return Bare(build_network(chosen.architecture, chosen.encoder_name, None, count, **options), call)
 
 
-def export(recipe: Recipe, args: Sequence[str]) -> int:
-    """Run the command with the arguments after `export`. Returns 0. Raises NormkitError for bad input.
-
-    The options are those of the training; without `--config`, they are read from the `config.yaml` that the training left beside the
-    folder of its checkpoints. Callbacks that edit the network do so again, so that it is the one that was trained.
-    """
-    try:
-        options, rest = _parse(args)
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    beside = options.ckpt_path.parent.parent / "config.yaml"
-    if not any(word == "--config" or word.startswith("--config=") for word in rest) and beside.is_file():
-        rest = ["--config", str(beside), *rest]
-    cli = _export_cli(recipe.cli, options.to, options.size)
-    with warnings.catch_warnings():
-        # Those of a training that is over: its ModelCheckpoint is not needed here.
-        warnings.filterwarnings("ignore", message=r"Be aware that when using `ckpt_path`, callbacks")
-        return run_recipe(replace(recipe, cli=cli), ["test", *rest, f"--ckpt_path={options.ckpt_path}"])
-
-
-def _parse(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        prog="pl-normkit run segmentation export",
-        allow_abbrev=False,
-        description="Write the trained network to a file that this library is not needed for.",
-        epilog="Every other option is one of `pl-normkit run segmentation test`.",
-    )
-    parser.add_argument("--ckpt_path", type=Path, required=True, metavar="FILE", help="a checkpoint that `fit` wrote")
-    forms = ", ".join(f"{suffix} ({form})" for suffix, form in _FORMATS.items())
-    parser.add_argument("--to", type=Path, required=True, metavar="FILE", help=f"what to write, by its suffix: {forms}")
-    parser.add_argument("--size", metavar="SIDE|H,W", help=f"pixels of the images, multiples of {STRIDE} (default: the training crop)")
-    options, rest = parser.parse_known_args(args)
-    if options.to.suffix not in _FORMATS:
-        raise ConfigError("there is no such export format", where="--to", evidence=str(options.to), mend=f"one of {forms}")
-    if options.to.suffix == ".onnx":
-        _require_onnx()
-    options.size = _parse_size(options.size)
-    return options, rest
-
-
-def _parse_size(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    sides = text.split(",")
-    if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 and int(side) % STRIDE == 0 for side in sides):
-        raise ConfigError("the size cannot be used", where="--size", evidence=text, mend=f"multiples of {STRIDE}, such as 512 or 512,1024")
-    return int(sides[0]), int(sides[-1])
-
-
-def _require_onnx() -> None:
-    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(f"{' and '.join(missing)} are needed for ONNX", where="--to", mend="pip install 'pl_normkit[export]'")
-
-
-def _export_cli(base: type[RecipeCLI], path: Path, size: tuple[int, int] | None) -> type[RecipeCLI]:
-    """The recipe's command line, whose `test` restores the checkpoint, tests nothing and writes the network."""
-
-    class ExportCLI(base):  # type: ignore[misc,valid-type]
-        def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-            trainer: L.Trainer = self.build_bare_trainer(logger=False, limit_test_batches=0, enable_model_summary=False, **kwargs)
-            return trainer
-
-        def before_test(self) -> None:
-            super().before_test()
-            self.datamodule.setup = lambda stage: None  # no sample is read
-
-        def after_test(self) -> None:
-            chosen = self.config["test"].model
-            options = chosen.model_options or {}
-
-            def build() -> nn.Module:
-                return build_network(chosen.architecture, chosen.encoder_name, None, len(self.model.class_names), **options)
-
-            images = torch.zeros(2, 3, *(size or self.model.example_input_array.shape[-2:]))
-            export_network(self.model.network.cpu(), path, images, build)
-            console = Console()
-            console.print(f"network:    {path}", soft_wrap=True, highlight=False)
-            call = f"segmentation_models_pytorch.create_model({chosen.architecture!r}, {chosen.encoder_name!r}, None, "
-            call += ", ".join([f"classes={len(self.model.class_names)}", *(f"{name}={value!r}" for name, value in options.items())])
-            if path.suffix == ".pt":
-                console.print(f"loads into: {call})", soft_wrap=True, highlight=False, markup=False)
-
-    return ExportCLI
-
-
-def export_network(network: nn.Module, path: Path, images: Tensor, build: Callable[[], nn.Module]) -> None:
-    """Write `network` in the format that the suffix of `path` names; it is left in evaluation mode, scale equalizers folded where exact.
-
-    Args:
-        network: from images (N, 3, H, W) to logits.
-        path: .onnx, .pt2 or .pt; its folder is made.
-        images: (2, 3, H, W), of the size to export for; any batch size will do later.
-        build: gives the bare network, whose keys and function a .pt file must have.
-
-    Raises ConfigError for .pt where the bare network would not do the same.
-    """
-    network.eval()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if any(isinstance(module, ScaleEqualizer) for module in network.modules()):
-        fold(network)
-    if path.suffix == ".pt":
-        _require_same(network, build().eval(), torch.rand_like(images))
-        torch.save(network.state_dict(), path)
-        return
-    shapes = ({0: torch.export.Dim("batch", min=1)},)
-    with torch.no_grad():
-        if path.suffix == ".pt2":
-            torch.export.save(torch.export.export(network, (images,), dynamic_shapes=shapes), path)
-            return
-        torch.onnx.export(
-            network,
-            (images,),
-            path,
-            dynamo=True,
-            dynamic_shapes=shapes,
-            input_names=["images"],
-            output_names=["logits"],
-            external_data=False,
-            verbose=False,
-        )
-
-
-@torch.no_grad()
-def _require_same(network: nn.Module, bare: nn.Module, images: Tensor) -> None:
-    state, mend = network.state_dict(), "export to .onnx or .pt2, which hold the whole computation"
-    differing = sorted(state.keys() ^ bare.state_dict().keys())
-    if differing:
-        more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
-        raise ConfigError("the network has other weights than its bare architecture", evidence=", ".join(differing[:4]) + more, mend=mend)
-    bare.load_state_dict(state)
-    expected, found = network(images), bare(images)
-    scale = expected.abs().max()
-    if not torch.allclose(expected, found, rtol=1e-4, atol=1e-4 * float(scale)):
-        raise ConfigError(
-            "the bare architecture computes something else with these weights: an edit is not among them",
-            evidence=f"logits differ by {float((expected - found).abs().max()):.3g} where the largest is {float(scale):.3g}",
-            mend=f"{mend}; or say the edit in --model.model_options (atrous rates)",
-        )
+SMP_FORM = ExportForm("smp", _build, stride=STRIDE, edits="say the edit in --model.model_options (atrous rates)")

@@ -10,8 +10,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 
 from pl_normkit.recipes.command_line import Recipe, RecipeCLI, run_recipe
+from pl_normkit.recipes.export import export
 from pl_normkit.recipes.segmentation.data import SegmentationData
-from pl_normkit.recipes.segmentation.export import export
+from pl_normkit.recipes.segmentation.export import SMP_FORM
 from pl_normkit.recipes.segmentation.model import SegmentationModule
 from pl_normkit.recipes.segmentation.summary import print_iou, summarize_fit
 from pl_normkit.recipes.segmentation.writer import MaskWriter
@@ -66,5 +67,5 @@ def run(args: list[str]) -> int:
     Options left out come from `default.yaml` beside this file. Returns 0. Raises NormkitError for bad input.
     """
     if args[:1] == ["export"]:
-        return export(RECIPE, args[1:])
+        return export(RECIPE, SMP_FORM, args[1:])
     return run_recipe(RECIPE, args)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 __all__ = ["layer_decay_groups"]
 
+import warnings
 from typing import Any
 
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
+from pl_normkit.errors import NormkitWarning, TraceError
 from pl_normkit.methods.weight_decay import param_groups
 
 
@@ -16,10 +18,15 @@ def layer_decay_groups(network: nn.Module, lr: float, weight_decay: float, layer
     """Parameter groups of `network` with learning rate `lr * layer_decay ** (layers above)` and weight decay by role.
 
     The layers are timm's (`group_matcher`): the embedding is the lowest, each block one, the head the highest, which gets `lr`.
-    Frozen parameters are in no group.
+    Frozen parameters are in no group. A network that cannot be traced is warned of; its roles then come from the types of its modules.
 
     Source: layer-wise decay as in BEiT (H. Bao et al., 2021), in timm's implementation; weight decay as `param_groups`.
     """
     layers = param_groups_layer_decay(network, layer_decay=layer_decay)
     groups = [{"params": group["params"], "lr": lr * group["lr_scale"]} for group in layers]
-    return param_groups(network, weight_decay, example_inputs, groups=groups)
+    try:
+        return param_groups(network, weight_decay, example_inputs, groups=groups)
+    except TraceError as error:
+        text = f"{error.what}; weight decay goes by the types of modules alone"
+        warnings.warn(text, NormkitWarning, stacklevel=2)
+        return param_groups(network, weight_decay, groups=groups)

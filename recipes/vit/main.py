@@ -10,10 +10,12 @@ from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 
 from pl_normkit.recipes.command_line import Recipe, RecipeCLI, run_recipe
+from pl_normkit.recipes.export import export
+from pl_normkit.recipes.vit.checks import require_size, warn_cut_patches, warn_normalization
 from pl_normkit.recipes.vit.data import ClassificationData
+from pl_normkit.recipes.vit.export import TIMM_FORM
 from pl_normkit.recipes.vit.field import FieldRecorder
 from pl_normkit.recipes.vit.model import ClassifierModule
-from pl_normkit.recipes.vit.network import warn_normalization
 from pl_normkit.recipes.vit.summary import print_accuracy, summarize_fit
 from pl_normkit.recipes.vit.writer import PredictionWriter
 
@@ -33,6 +35,8 @@ class VitCLI(RecipeCLI):
 
     def before_fit(self) -> None:
         super().before_fit()
+        require_size(self.model.network, self.model.example_input_array)
+        warn_cut_patches(self.model.network, self.datamodule.image_size)
         if self.model.pretrained:
             warn_normalization(self.model.network, self.datamodule.normalization)
 
@@ -67,8 +71,10 @@ RECIPE = Recipe(
 
 
 def run(args: list[str]) -> int:
-    """Run the recipe with command line arguments: `[fit|validate|test|predict] [options]`, "fit" being the default.
+    """Run the recipe with command line arguments: `[fit|validate|test|predict|export] [options]`, "fit" being the default.
 
     Options left out come from `default.yaml` beside this file. Returns 0. Raises NormkitError for bad input.
     """
+    if args[:1] == ["export"]:
+        return export(RECIPE, TIMM_FORM, args[1:])
     return run_recipe(RECIPE, args)

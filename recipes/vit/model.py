@@ -46,7 +46,7 @@ class ClassifierModule(L.LightningModule):
         options: further arguments of `timm.create_model`.
         image_size: side of the images in pixels; from the command line it comes from the data.
         in_chans: channels of the images; from the command line it comes from the data.
-        drop_path: largest probability of dropping a residual branch.
+        drop_path: largest probability of dropping a residual branch; None is 0.1 where the network has stochastic depth.
         gaussian_bias: add a learnable Gaussian of the patch distance to the attention logits of every layer.
         label_smoothing: share of each target spread over all classes.
         lr: learning rate of the head, and of all layers with `layer_decay` 1.
@@ -66,7 +66,7 @@ class ClassifierModule(L.LightningModule):
         options: dict[str, Any] | None = None,
         image_size: int = 224,
         in_chans: int = 3,
-        drop_path: float = 0.1,
+        drop_path: float | None = None,
         gaussian_bias: bool = False,
         label_smoothing: float = 0.1,
         lr: float = 1e-3,
@@ -76,7 +76,7 @@ class ClassifierModule(L.LightningModule):
         ema_decay: float = 0.0,
     ) -> None:
         super().__init__()
-        _require(0 <= drop_path < 1, "drop_path", drop_path, "take a probability below 1")
+        _require(drop_path is None or 0 <= drop_path < 1, "drop_path", drop_path, "take a probability below 1")
         _require(0 <= label_smoothing < 1, "label_smoothing", label_smoothing, "take a share below 1")
         _require(0 < layer_decay <= 1, "layer_decay", layer_decay, "take a factor above 0, at most 1 (1 switches it off)")
         _require(warmup_epochs >= 0, "warmup_epochs", warmup_epochs, "take 0 or more")
@@ -98,7 +98,7 @@ class ClassifierModule(L.LightningModule):
             drop_path=drop_path,
             **(options or {}),
         )
-        self.example_input_array = torch.zeros(2, in_chans, image_size, image_size)
+        self.example_input_array: Tensor = torch.zeros(2, in_chans, image_size, image_size)
         if gaussian_bias:
             add_gaussian_bias(self.network, example_inputs=self.example_input_array)
         self.top1 = self._accuracy("micro")

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-__all__ = ["build_network", "warn_normalization"]
+__all__ = ["DROP_PATH", "build_network", "build_with_settings"]
 
-import warnings
+import re
 from typing import Any
 
 import timm
 from torch import nn
 
-from pl_normkit.errors import ModelSpecError, NormkitWarning, nearest
-from pl_normkit.recipes.vit.samples import Normalization
+from pl_normkit.errors import ModelSpecError, nearest
+
+DROP_PATH = 0.1
+"""The largest probability of dropping a branch, where none is given."""
 
 
 def build_network(
-    name: str, num_classes: int, *, image_size: int, in_chans: int = 3, pretrained: bool = False, drop_path: float = 0.0, **options: Any
+    name: str,
+    num_classes: int,
+    *,
+    image_size: int,
+    in_chans: int = 3,
+    pretrained: bool = False,
+    drop_path: float | None = None,
+    **options: Any,
 ) -> nn.Module:
     """Network of timm from images (N, in_chans, image_size, image_size) to logits (N, num_classes).
 
@@ -25,28 +34,60 @@ def build_network(
         image_size: side of the images in pixels; networks that fix it (ViTs) are built for it.
         in_chans: channels of the images.
         pretrained: take timm's weights, which are downloaded unless they are in the cache.
-        drop_path: largest probability of dropping a residual branch (stochastic depth).
+        drop_path: largest probability of dropping a residual branch (stochastic depth); None is 0.1 where the network has it.
         options: further arguments of `timm.create_model`, such as `patch_size`.
 
     Raises ModelSpecError for an unknown name or tag, weights that cannot be had, or options the model does not take.
     """
+    return build_with_settings(
+        name, num_classes, image_size=image_size, in_chans=in_chans, pretrained=pretrained, drop_path=drop_path, **options
+    )[0]
+
+
+def build_with_settings(
+    name: str,
+    num_classes: int,
+    *,
+    image_size: int,
+    in_chans: int = 3,
+    pretrained: bool = False,
+    drop_path: float | None = None,
+    **options: Any,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """As `build_network`, with the arguments that `timm.create_model` was given after the name and `pretrained`."""
     _check_name(name)
-    settings: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans, **options}
-    if drop_path:
+    settings: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans}
+    wishes: dict[str, Any] = {"img_size": image_size}
+    if drop_path is None:
+        wishes["drop_path_rate"] = DROP_PATH
+    elif drop_path:
         settings["drop_path_rate"] = drop_path
-    sized = {"img_size": image_size, **settings}
+    settings |= options
     try:
-        try:
-            network: nn.Module = timm.create_model(name, pretrained=pretrained, **sized)
-        except TypeError as error:
-            if "unexpected keyword argument 'img_size'" not in str(error):
-                raise
-            network = timm.create_model(name, pretrained=pretrained, **settings)
+        return _create(name, pretrained, settings, wishes)
     except Warning:  # raised where a user makes warnings errors; no reason to call the network impossible
         raise
     except Exception as error:
-        raise _explain(error, name, pretrained, sized) from error
-    return network
+        raise _explain(error, name, pretrained, {**wishes, **settings}) from error
+
+
+def _create(name: str, pretrained: bool, settings: dict[str, Any], wishes: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """The model with `settings`, and with those of `wishes` that it takes: not every class knows an image size or stochastic depth."""
+    while True:
+        try:
+            taken = {**wishes, **settings}
+            return timm.create_model(name, pretrained=pretrained, **taken), taken
+        except TypeError as error:
+            refused = _read_refused(str(error)) & (wishes.keys() - settings.keys())
+            if not refused:
+                raise
+            wishes = {key: value for key, value in wishes.items() if key not in refused}
+
+
+def _read_refused(message: str) -> set[str]:
+    """Names in Python's "unexpected keyword argument 'a'", and in timm's "unexpected keyword argument(s): ['a', 'b']"."""
+    _, found, names = message.partition("unexpected keyword argument")
+    return set(re.findall(r"'(\w+)'", names)) if found else set()
 
 
 def _check_name(name: str) -> None:
@@ -77,18 +118,7 @@ def _explain(error: Exception, name: str, pretrained: bool, settings: dict[str, 
         f"timm cannot build {name}",
         where=", ".join(f"{key}={value}" for key, value in settings.items()),
         evidence=evidence,
-        mend="check name, --data.image_size and --model.options; --model.options null takes the model as timm has it",
+        mend="leave --model.drop_path out, there is no branch to drop"
+        if "drop_path_rate" in _read_refused(str(error))
+        else "check name, --data.image_size and --model.options; --model.options null takes the model as timm has it",
     )
-
-
-def warn_normalization(network: nn.Module, normalization: Normalization) -> None:
-    """Warn where images are normalized otherwise than those on which timm's weights of `network` were trained."""
-    known: dict[str, Any] = getattr(network, "pretrained_cfg", None) or {}
-    trained = {name: tuple(known.get(name) or ()) for name in ("mean", "std")}
-    given = {"mean": normalization.mean, "std": normalization.std}
-    if all(len(trained[name]) == len(given[name]) for name in given) and any(
-        abs(own - other) > 1e-3 for name in given for own, other in zip(given[name], trained[name], strict=True)
-    ):
-        options = " ".join(f"--data.{name} {list(values)}" for name, values in trained.items())
-        text = f"the pretrained weights know images normalized otherwise than the data is; give them {options}"
-        warnings.warn(text, NormkitWarning, stacklevel=2)

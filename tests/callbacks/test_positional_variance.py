@@ -159,6 +159,11 @@ def test_a_model_that_cannot_be_measured_is_one_warning(build: Any) -> None:
     assert callback.rho is None
 
 
+@pytest.mark.parametrize(("build", "count"), [(Convolutions, 0), (Unreadable, 1)])
+def test_a_network_without_positions_may_pass_in_silence(build: Any, count: int) -> None:
+    assert len(fit(Module(build()), PositionalVariance(batches=2, required=False))) == count
+
+
 def test_a_compiled_network_is_measured_in_front_of_its_graph() -> None:
     callback = PositionalVariance(batches=4)
     (warning,) = fit(Module(torch.compile(TinyViT(), backend="eager"), contrast=0.5), callback)  # type: ignore[arg-type]

@@ -9,8 +9,8 @@ import torch
 from pl_normkit.cli import main
 from pl_normkit.errors import ConfigError
 from pl_normkit.methods.fusion_scale import ScaleEqualizer, equalize_scales
+from pl_normkit.recipes.export import export_network
 from pl_normkit.recipes.segmentation import run
-from pl_normkit.recipes.segmentation.export import export_network
 
 LAST = Path("runs/segmentation/version_0/checkpoints/last.ckpt")
 

@@ -4,7 +4,8 @@ import torch
 
 from pl_normkit.errors import ConfigError, DataError, ModelSpecError, NormkitWarning, NothingMatchedError
 from pl_normkit.recipes.vit import ClassifierModule, cosine_factor, layer_decay_groups
-from pl_normkit.recipes.vit.network import build_network, warn_normalization
+from pl_normkit.recipes.vit.checks import require_size, warn_cut_patches, warn_normalization
+from pl_normkit.recipes.vit.network import build_network, build_with_settings
 from pl_normkit.recipes.vit.samples import Normalization
 
 SMALL = {"options": {"patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}, "image_size": 16}
@@ -44,6 +45,48 @@ def test_an_unknown_model_is_named_with_the_nearest(name, what, mend):
 def test_an_option_the_model_refuses_is_a_model_error():
     with pytest.raises(ModelSpecError, match="patch_sise"):
         build_network("test_vit", 3, image_size=32, patch_sise=8)
+
+
+@pytest.mark.parametrize(
+    ("name", "has_branches"), [("densenet121", False), ("hrnet_w18", False), ("caformer_s18", True), ("resnet18", True)]
+)
+def test_networks_without_an_image_size_or_stochastic_depth_are_built_too(name, has_branches):
+    """timm's classes refuse what they do not know in two wordings, and one after the other."""
+    with torch.device("meta"):
+        network, taken = build_with_settings(name, 3, image_size=64)
+        assert taken == {"num_classes": 3, "in_chans": 3, **({"drop_path_rate": 0.1} if has_branches else {})}
+        assert network.num_classes == 3
+        if not has_branches:
+            with pytest.raises(ModelSpecError, match="drop_path_rate") as caught:
+                build_network(name, 3, image_size=64, drop_path=0.2)
+            assert "leave --model.drop_path out" in caught.value.mend
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("module", sorted(set(timm.models._registry._model_to_module.values())))
+def test_a_model_of_every_module_of_timm_is_built(module):
+    names = [name for name in timm.list_models() if timm.models._registry._model_to_module[name] == module]
+    with torch.device("meta"):
+        build_network(names[0], 3, image_size=224)
+
+
+def test_an_image_size_that_the_network_fails_on_is_named():
+    network = build_network("vit_tiny_patch16_224", 3, image_size=16, **SMALL["options"]).train()
+
+    require_size(network, torch.zeros(2, 3, 16, 16))
+    with pytest.raises(ModelSpecError, match="VisionTransformer fails on images of 24 x 24 pixels") as caught:
+        require_size(network, torch.zeros(2, 3, 24, 24))
+    assert "its weights were made at 224" in caught.value.mend
+    assert network.training
+
+
+def test_patches_that_leave_pixels_out_are_warned_of():
+    options = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    warn_cut_patches(build_network("vit_tiny_patch16_224", 3, image_size=16, **options), 16)
+    warn_cut_patches(build_network("vit_tiny_patch16_224", 3, image_size=20, dynamic_img_pad=True, **options), 20)
+    warn_cut_patches(build_network("test_resnet", 3, image_size=20), 20)
+    with pytest.warns(NormkitWarning, match="no patch holds the last 4 of the 20 pixels of a side"):
+        warn_cut_patches(build_network("vit_tiny_patch16_224", 3, image_size=20, **options), 20)
 
 
 def test_weights_that_cannot_be_had_are_one_error(monkeypatch):
@@ -104,6 +147,35 @@ def test_frozen_parameters_are_in_no_group():
 
     frozen = {id(parameter) for parameter in network.blocks[0].parameters()}
     assert not frozen & {id(parameter) for group in groups for parameter in group["params"]}
+
+
+class _Untraceable(torch.nn.Module):
+    """Its path depends on the values of the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(16)
+        self.head = torch.nn.Linear(16, 2)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.norm(images.flatten(1))
+        return self.head(features if images.sum() > 0 else -features)
+
+
+def test_decay_of_a_network_that_cannot_be_traced_goes_by_modules():
+    network = _Untraceable()
+    with pytest.warns(NormkitWarning) as caught:
+        groups = layer_decay_groups(network, 0.1, 0.05, 1.0, torch.zeros(2, 1, 4, 4))
+    reason, effect = (str(warning.message) for warning in caught)
+    assert "weight decay goes by the types of modules alone" in reason
+    assert "norm.weight" in effect
+    decays = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    assert {name: decays[id(parameter)] for name, parameter in network.named_parameters()} == {
+        "norm.weight": 0.0,
+        "norm.bias": 0.0,
+        "head.weight": 0.05,
+        "head.bias": 0.0,
+    }
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,7 @@ def test_the_default_run_trains_on_digits_under_audit_and_sums_up(here, capsys):
     with Image.open(version / "validation.png") as sheet:
         assert min(sheet.size) > 4 * 96
     assert len(_column(version, "train_loss")) == 2
+    assert len(_column(version, "normkit/positional_rho")) == 1
     assert len(_column(version, "val_acc")) == len(_column(version, "val_acc_macro")) == 1
 
 
@@ -128,6 +129,14 @@ def test_bfloat16_on_the_cpu_and_the_learning_rate_follows_the_cosine(here, pets
     assert _column(_latest(here), "lr/pg1") == pytest.approx([0.125 * rate for rate in rates])
 
 
+def test_a_run_without_a_progress_bar(here, pets):
+    """The bar among the default callbacks goes; the others stay."""
+    assert run([*_on(pets)[:-1], "--trainer.enable_progress_bar=false", "--trainer.max_steps=1", "--field.images=0"]) == 0
+
+    config = yaml.safe_load((_latest(here) / "config.yaml").read_text())
+    assert "pl_normkit.callbacks.ModelAudit" in [callback["class_path"] for callback in config["trainer"]["callbacks"]]
+
+
 def test_a_configuration_file_chooses_data_and_model(here, pets, capsys):
     data = {"class_path": "FolderData", "init_args": {"root": str(pets), "image_size": 32}}
     Path("mine.yaml").write_text(yaml.safe_dump({"data": data, "model": {"name": "test_resnet"}}))
@@ -184,6 +193,7 @@ def _empty_class(root: Path) -> list[str]:
         (_empty_class, "the image folder is empty", "val/owl", ".png"),
         (lambda root: [f"--data.root={root}s"], "the data folder is not there", "petss", "--data.root"),
         (lambda root: ["--model.name=vit_tinny_patch16_224"], "timm has no model", "vit_tinny", "did you mean 'vit_tiny_patch16_224'?"),
+        (lambda root: ["--data.image_size=4"], "fails on images of 4 x 4 pixels", "--data.image_size 4", "take another --data.image_size"),
         (lambda root: ["--data.std=[0.1,0.1]"], "option std cannot be used", "--data.std", "give 3 numbers"),
     ],
 )

@@ -1,0 +1,200 @@
+"""`pl-normkit run RECIPE export`: the trained and fixed network as ONNX, as an exported program or as a plain checkpoint."""
+
+from __future__ import annotations
+
+__all__ = ["Bare", "ExportForm", "export", "export_network"]
+
+import argparse
+import importlib.util
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from pl_normkit.errors import ConfigError
+from pl_normkit.methods.fusion_scale import ScaleEqualizer, fold
+from pl_normkit.recipes.command_line import Recipe, RecipeCLI, run_recipe
+
+
+@dataclass(frozen=True)
+class Bare:
+    """The architecture without edits.
+
+    Attributes:
+        network: with weights of any kind.
+        call: Python that builds it without this library.
+    """
+
+    network: nn.Module
+    call: str
+
+
+@dataclass(frozen=True)
+class ExportForm:
+    """What `export` needs to know of a recipe.
+
+    Attributes:
+        library: whose network it trains, as people call it.
+        build: gives the bare architecture of a run's options.
+        stride: what the sides of `--size` are multiples of; None where the size of the network is that of the data.
+        notes: lines to print after the file, such as how images are normalized.
+        edits: how edits that leave no trace in the weights can be said to the bare architecture, for an error.
+    """
+
+    library: str
+    build: Callable[[Any], Bare]
+    stride: int | None = None
+    notes: Callable[[Any], Sequence[str]] = lambda cli: ()
+    edits: str = ""
+
+    @property
+    def formats(self) -> dict[str, str]:
+        """What there is to write, by suffix."""
+        return {".onnx": "ONNX", ".pt2": "a program of torch.export", ".pt": f"a plain state_dict of the {self.library} network"}
+
+
+def export(recipe: Recipe, form: ExportForm, args: Sequence[str]) -> int:
+    """Run the command with the arguments after `export`. Returns 0. Raises NormkitError for bad input.
+
+    The options are those of the training; without `--config`, they are read from the `config.yaml` that the training left beside the
+    folder of its checkpoints. Callbacks that edit the network do so again, so that it is the one that was trained.
+    """
+    try:
+        options, rest = _parse(recipe.name, form, args)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    beside = options.ckpt_path.parent.parent / "config.yaml"
+    if not any(word == "--config" or word.startswith("--config=") for word in rest) and beside.is_file():
+        rest = ["--config", str(beside), *rest]
+    cli = _export_cli(recipe.cli, form, options.to, options.size)
+    with warnings.catch_warnings():
+        # Those of a training that is over: its ModelCheckpoint is not needed here.
+        warnings.filterwarnings("ignore", message=r"Be aware that when using `ckpt_path`, callbacks")
+        return run_recipe(replace(recipe, cli=cli), ["test", *rest, f"--ckpt_path={options.ckpt_path}"])
+
+
+def _parse(recipe: str, form: ExportForm, args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog=f"pl-normkit run {recipe} export",
+        allow_abbrev=False,
+        description="Write the trained network to a file that this library is not needed for.",
+        epilog=f"Every other option is one of `pl-normkit run {recipe} test`.",
+    )
+    parser.add_argument("--ckpt_path", type=Path, required=True, metavar="FILE", help="a checkpoint that `fit` wrote")
+    forms = ", ".join(f"{suffix} ({what})" for suffix, what in form.formats.items())
+    parser.add_argument("--to", type=Path, required=True, metavar="FILE", help=f"what to write, by its suffix: {forms}")
+    if form.stride:
+        about = f"pixels of the images, multiples of {form.stride} (default: the training crop)"
+        parser.add_argument("--size", metavar="SIDE|H,W", help=about)
+    options, rest = parser.parse_known_args(args)
+    if options.to.suffix not in form.formats:
+        raise ConfigError("there is no such export format", where="--to", evidence=str(options.to), mend=f"one of {forms}")
+    if options.to.suffix == ".onnx":
+        _require_onnx()
+    options.size = _parse_size(options.size, form.stride) if form.stride and options.size else None
+    return options, rest
+
+
+def _parse_size(text: str, stride: int) -> tuple[int, int]:
+    sides = text.split(",")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 and int(side) % stride == 0 for side in sides):
+        raise ConfigError("the size cannot be used", where="--size", evidence=text, mend=f"multiples of {stride}, such as 512 or 512,1024")
+    return int(sides[0]), int(sides[-1])
+
+
+def _require_onnx() -> None:
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"{' and '.join(missing)} are needed for ONNX", where="--to", mend="pip install 'pl_normkit[export]'")
+
+
+def _export_cli(base: type[RecipeCLI], form: ExportForm, path: Path, size: tuple[int, int] | None) -> type[RecipeCLI]:
+    """The recipe's command line, whose `test` restores the checkpoint, tests nothing and writes the network."""
+
+    class ExportCLI(base):  # type: ignore[misc,valid-type]
+        def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+            trainer: L.Trainer = self.build_bare_trainer(logger=False, limit_test_batches=0, enable_model_summary=False, **kwargs)
+            return trainer
+
+        def before_test(self) -> None:
+            super().before_test()
+            self.datamodule.setup = lambda stage: None  # no sample is read
+
+        def after_test(self) -> None:
+            images = self.model.example_input_array
+            if size is not None:
+                images = images.new_zeros(*images.shape[:2], *size)
+            lines = [f"network:    {path}"]
+
+            def build() -> nn.Module:
+                bare = form.build(self)
+                lines.append(f"loads into: {bare.call}")
+                return bare.network
+
+            export_network(self.model.network.cpu(), path, images.cpu(), build, form.edits)
+            for line in [*lines, *form.notes(self)]:
+                Console().print(line, soft_wrap=True, highlight=False, markup=False)
+
+    return ExportCLI
+
+
+def export_network(network: nn.Module, path: Path, images: Tensor, build: Callable[[], nn.Module], edits: str = "") -> None:
+    """Write `network` in the format that the suffix of `path` names; it is left in evaluation mode, scale equalizers folded where exact.
+
+    Args:
+        network: from images (N, channels, H, W) to logits.
+        path: .onnx, .pt2 or .pt; its folder is made.
+        images: (2, channels, H, W), of the size to export for; any batch size will do later.
+        build: gives the bare network, whose keys and function a .pt file must have.
+        edits: how edits can be said to the bare network, for the error.
+
+    Raises ConfigError for .pt where the bare network would not do the same.
+    """
+    network.eval()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if any(isinstance(module, ScaleEqualizer) for module in network.modules()):
+        fold(network)
+    if path.suffix == ".pt":
+        _require_same(network, build().eval(), torch.rand_like(images), edits)
+        torch.save(network.state_dict(), path)
+        return
+    shapes = ({0: torch.export.Dim("batch", min=1)},)
+    with torch.no_grad():
+        if path.suffix == ".pt2":
+            torch.export.save(torch.export.export(network, (images,), dynamic_shapes=shapes), path)
+            return
+        torch.onnx.export(
+            network,
+            (images,),
+            path,
+            dynamo=True,
+            dynamic_shapes=shapes,
+            input_names=["images"],
+            output_names=["logits"],
+            external_data=False,
+            verbose=False,
+        )
+
+
+@torch.no_grad()
+def _require_same(network: nn.Module, bare: nn.Module, images: Tensor, edits: str) -> None:
+    state, mend = network.state_dict(), "export to .onnx or .pt2, which hold the whole computation"
+    differing = sorted(state.keys() ^ bare.state_dict().keys())
+    if differing:
+        more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
+        raise ConfigError("the network has other weights than its bare architecture", evidence=", ".join(differing[:4]) + more, mend=mend)
+    bare.load_state_dict(state)
+    expected, found = network(images), bare(images)
+    scale = expected.abs().max()
+    if not torch.allclose(expected, found, rtol=1e-4, atol=1e-4 * float(scale)):
+        raise ConfigError(
+            "the bare architecture computes something else with these weights: an edit is not among them",
+            evidence=f"logits differ by {float((expected - found).abs().max()):.3g} where the largest is {float(scale):.3g}",
+            mend=f"{mend}; or {edits}" if edits else mend,
+        )
