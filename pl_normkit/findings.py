@@ -54,19 +54,21 @@ class Place:
 
 @dataclass(frozen=True)
 class Evidence:
-    """A number measured on this very subject.
+    """A number for this very subject.
 
     Attributes:
-        what: the measured quantity, such as "variance of the input of bn2, eval over train".
-        value: what was measured.
+        what: the quantity, such as "variance of the input of bn2, eval over train".
+        value: its value.
         expected: what it should be, as a number or a range in words.
         unit: unit of `value`, "" for ratios and counts.
+        is_measured: False for what follows from settings by a formula.
     """
 
     what: str
     value: float
     expected: str = ""
     unit: str = ""
+    is_measured: bool = True
 
     def __str__(self) -> str:
         unit = f" {self.unit}" if self.unit else ""

@@ -53,7 +53,8 @@ def _head(finding: Finding) -> str:
 def _body(finding: Finding) -> str:
     count = f" ({len(finding.places)} places)" if len(finding.places) > 1 else ""
     lines = [f"{escape(finding.message)}{count}."]
-    lines += [f"[green]measured[/green] {escape(str(item))}" for item in finding.evidence]
+    origin = {True: "[green]measured[/green]", False: "[green]computed[/green]"}
+    lines += [f"{origin[item.is_measured]} {escape(str(item))}" for item in finding.evidence]
     lines.append(f"[bold]do[/bold] {escape(finding.advice)}")
     if finding.fix_safety is not FixSafety.DISPLAY:
         lines.append(f"[bold]fix[/bold] available ({finding.fix_safety.value})")

@@ -109,8 +109,8 @@ def test_json_uses_the_names_of_the_attributes() -> None:
             {"module": "head", "source": "<string>:1"},
         ],
         "evidence": [
-            {"what": "variance ratio", "value": 0.5, "expected": "1", "unit": ""},
-            {"what": "memory", "value": 3.0, "expected": "", "unit": "MiB"},
+            {"what": "variance ratio", "value": 0.5, "expected": "1", "unit": "", "is_measured": True},
+            {"what": "memory", "value": 3.0, "expected": "", "unit": "MiB", "is_measured": True},
         ],
         "advice": "move it",
         "fix_safety": "safe",
