@@ -223,3 +223,20 @@ def test_model_audit_hands_the_loaders_over() -> None:
     assert callback.report is not None
     assert [finding.code for finding in callback.report.findings] == ["NK701"]
     assert callback.report.findings[0].places[0].module == "net.where"
+
+
+def test_a_resumed_run_measures_anew(tmp_path: Any) -> None:
+    """It keeps nothing in the checkpoint; the data of the run that goes on are what counts."""
+    options: dict[str, Any] = {"default_root_dir": tmp_path, "logger": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    options |= {"enable_model_summary": False, "enable_checkpointing": False}
+    callback = PositionalVariance(batches=4)
+    first = L.Trainer(callbacks=[callback], max_epochs=1, **options)
+    with pytest.warns(NormkitWarning, match="augmentation changes"):
+        first.fit(Module(contrast=0.5), loader(), loader())
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    assert callback.rho == pytest.approx(0.26, abs=0.04)
+    for again in (callback, PositionalVariance(batches=4)):
+        second = L.Trainer(callbacks=[again], max_epochs=2, **options)
+        with pytest.warns(NormkitWarning, match=r"is 0\.5"):
+            second.fit(Module(contrast=0.7), loader(), loader(), ckpt_path=tmp_path / "last.ckpt")
+        assert again.rho == pytest.approx(0.5, abs=0.06)

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["SplitVariance", "VarianceReport", "measure_positional_variance", "observe", "watch"]
 
 import inspect
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,6 +82,10 @@ class VarianceReport:
 
     def __str__(self) -> str:
         rows = [f"rho = Var[X_train] / Var[X_eval] = {self.rho:.3f} +- {self.estimate.error:.3f} (should be 1 within {TOLERANCE:.0%})"]
+        if abs(self.balance / self.rho - 1.0) > 1e-3:
+            rows.append(
+                f"with Var[P], which the two image sizes resample differently: {self.balance:.3f} (should be 1 within {TOLERANCE:.0%})"
+            )
         for name, split in (("train", self.train), ("eval", self.evaluation)):
             mean = ", ".join(f"{value:.3f}" for value in split.images.mean)
             square = ", ".join(f"{value:.3f}" for value in split.images.second_moment)
@@ -109,7 +114,7 @@ def measure_positional_variance(
 
     Raises:
         ConfigError: for max_batches < 1.
-        DataError: for a loader without batches, or batches without floating images (N, C, H, W).
+        DataError: for a loader without batches, batches without floating images (N, C, H, W), or values that are not finite.
         NothingMatchedError: where the model adds no absolute positional embedding to patch tokens.
         TraceError: where the model cannot be traced.
 
@@ -122,6 +127,9 @@ def measure_positional_variance(
     with preserved(network, buffers=True), _generators_kept(train_loader), _generators_kept(eval_loader):
         train = _measure_split(network, train_loader, max_batches, training=True)
         evaluation = _measure_split(network, eval_loader, max_batches, training=False)
+    for name, split in (("train_loader", train), ("eval_loader", evaluation)):
+        if not math.isfinite(split.tokens):
+            raise DataError("images or weights hold values that are not finite", where=name, evidence=f"Var[X] is {split.tokens}")
     if evaluation.tokens == 0.0 or max(evaluation.images.std) < 1e-6:
         raise DataError("the evaluation images are constant: no ratio can be taken", where="eval_loader")
     return VarianceReport(train, evaluation)
@@ -213,8 +221,9 @@ def watch(model: nn.Module, site: PositionalSite, sums: MomentSums) -> Iterator[
 
 @contextmanager
 def _generators_kept(loader: Any) -> Iterator[None]:
-    """Iterating a DataLoader draws from its own generators too."""
-    holders = [loader, *(getattr(loader, name, None) for name in ("sampler", "batch_sampler", "loader"))]
+    """Iterating a DataLoader draws from its own generators too; what prefetches from it holds it as `loader`."""
+    loaders = [loader, getattr(loader, "loader", None), getattr(getattr(loader, "loader", None), "loader", None)]
+    holders = [*loaders, *(getattr(inner, name, None) for inner in loaders for name in ("sampler", "batch_sampler"))]
     found = {id(g): g for holder in holders if isinstance(g := getattr(holder, "generator", None), torch.Generator)}
     states = [(generator, generator.get_state()) for generator in found.values()]
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["MIXUP", "Found", "class_path", "name_of", "read_loader", "read_owner"]
+__all__ = ["BATCH_HOOKS", "MIXUP", "Found", "class_path", "name_of", "own_hook", "read_loader", "read_owner"]
 
 import functools
 import inspect
@@ -17,9 +17,9 @@ from torch.utils.data import Dataset
 
 # Where the classes that rules recognise live; the libraries themselves are never imported here.
 _LIBRARIES = ("torchvision.transforms", "timm.data", "albumentations", "kornia.augmentation", "pl_normkit.methods.positional_variance")
-_HOOKS = ("on_before_batch_transfer", "on_after_batch_transfer", "training_step")
+BATCH_HOOKS = ("on_before_batch_transfer", "on_after_batch_transfer")
 _DEPTH = 6
-MIXUP = re.compile(r"mix_?up", re.IGNORECASE)
+MIXUP = re.compile(r"mix_?up(?!.*(criterion|loss|target|label))", re.IGNORECASE)  # what CutMix shares with it mixes no images
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,22 @@ def read_owner(owner: Any, name: str) -> list[Found]:
     if _is_of_library(owner) or isinstance(owner, FunctionType):
         walk.value(owner, name, 1.0, _DEPTH)
         return walk.found
-    for attribute, value in {**vars(owner), **(owner._modules if isinstance(owner, nn.Module) else {})}.items():
+    kept_by_torch = vars(nn.Module()).keys()  # `_modules` and the like
+    attributes = {key: value for key, value in vars(owner).items() if key not in kept_by_torch}
+    for attribute, value in {**attributes, **(owner._modules if isinstance(owner, nn.Module) else {})}.items():
         walk.value(value, f"{name}.{attribute}", 1.0, 2)
-    for hook in _HOOKS:
-        function = getattr(type(owner), hook, None)
-        if isinstance(function, FunctionType) and not function.__module__.startswith(("lightning", "pytorch_lightning")):
+    for hook in (*BATCH_HOOKS, "training_step"):
+        function = own_hook(owner, hook)
+        if function is not None:
             walk.function(function, f"{name}.{hook}", 2)
     return walk.found
+
+
+def own_hook(owner: Any, name: str) -> FunctionType | None:
+    """The method as the user wrote it; None where it is Lightning's own or missing."""
+    function = getattr(type(owner), name, None)
+    is_own = isinstance(function, FunctionType) and not function.__module__.startswith(("lightning", "pytorch_lightning"))
+    return function if is_own else None
 
 
 def _is_of_library(value: Any) -> bool:
@@ -131,7 +140,8 @@ class _Walk:
         if isinstance(function, MethodType):
             self.value(function.__self__, name, 1.0, depth)
         around = inspect.getclosurevars(function)
-        for key, value in {**around.nonlocals, **around.globals}.items():
+        defaults = {key: item.default for key, item in inspect.signature(function).parameters.items()}
+        for key, value in {**defaults, **around.nonlocals, **around.globals}.items():
             if not inspect.ismodule(value):
                 self.value(value, f"{name}: {key}", 1.0, depth)
 

@@ -16,19 +16,22 @@ __all__ = [
 ]
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from pl_normkit.errors import DataError, NothingMatchedError, TraceError
 from pl_normkit.methods.positional_variance.measure import TOLERANCE, VarianceReport, measure_positional_variance
-from pl_normkit.methods.positional_variance.pipeline import read_loader, read_owner
+from pl_normkit.methods.positional_variance.pipeline import BATCH_HOOKS, own_hook, read_loader, read_owner
 from pl_normkit.methods.positional_variance.resampling import as_rows, looks_trained, patch_rows
 from pl_normkit.methods.positional_variance.site import PositionalSite, find_site
 from pl_normkit.methods.positional_variance.transforms import (
     Border,
+    Candidate,
     Erasing,
     Mixing,
     Normalization,
@@ -36,6 +39,7 @@ from pl_normkit.methods.positional_variance.transforms import (
     natural_second_moment,
     steps_of,
 )
+from pl_normkit.preserve import preserved
 from pl_normkit.rules import Subject
 
 
@@ -70,9 +74,9 @@ def read_site(subject: Subject) -> PositionalSite | None:
 
 
 def read_data(subject: Subject) -> Data:
-    """The steps that can be read off the loaders; none where the model is of no concern."""
+    """The steps that can be read off the loaders; none where the model is of no concern, as one whose patch tokens are normalised."""
     site, loaders = subject.once(read_site), subject.loaders
-    if site is None or loaders is None:
+    if site is None or site.is_normalised or loaders is None:
         return Data()
     train, evaluation = read_loader(loaders.train, "train loader"), read_loader(loaders.evaluation, "evaluation loader")
     later = [found for owner in loaders.transforms for found in read_owner(owner, type(owner).__name__)]
@@ -80,16 +84,73 @@ def read_data(subject: Subject) -> Data:
 
 
 def measured(subject: Subject) -> VarianceReport | None:
-    """The probe's report, where drawing batches is allowed and both loaders are there."""
-    loaders = subject.loaders
-    if not subject.measure or subject.model is None or loaders is None or subject.once(read_site) is None:
+    """The probe's report, where drawing batches is allowed and both loaders are there; batches pass the run's own batch hooks."""
+    loaders, site = subject.loaders, subject.once(read_site)
+    if not subject.measure or subject.model is None or loaders is None or site is None or site.is_normalised:
         return None
     if loaders.train is None or loaders.evaluation is None or any(parameter.is_meta for parameter in subject.model.parameters()):
         return None
-    try:
-        return measure_positional_variance(subject.model, loaders.train, loaders.evaluation)
-    except (DataError, TraceError):  # batches of another form than the model's inputs: the settings are judged alone
+    if not _hooked(subject) and _is_normalised_later(subject.once(read_data)):
         return None
+    with _as_fed(subject) as (train, evaluation):
+        try:
+            return measure_positional_variance(subject.model, train, evaluation)
+        except (DataError, TraceError):  # batches of another form than the model's inputs: the settings are judged alone
+            return None
+
+
+def _hooked(subject: Subject) -> list[Any]:
+    """Modules and data modules with batch hooks of the user's own."""
+    owners = subject.loaders.transforms if subject.loaders is not None else ()
+    return [owner for owner in owners if any(own_hook(owner, name) for name in BATCH_HOOKS)]
+
+
+@contextmanager
+def _as_fed(subject: Subject) -> Iterator[tuple[Any, Any]]:
+    """Both loaders as the model is fed by them; what hooks and modes change is put back."""
+    assert subject.loaders is not None
+    train, evaluation, owners = subject.loaders.train, subject.loaders.evaluation, _hooked(subject)
+    with ExitStack() as stack:
+        for owner in owners:
+            if isinstance(owner, nn.Module):
+                stack.enter_context(preserved(owner, buffers=True))
+        yield (_Fed(train, True, owners), _Fed(evaluation, False, owners)) if owners else (train, evaluation)
+
+
+@dataclass(frozen=True)
+class _Fed:
+    """A loader whose batches pass the batch hooks of modules and data modules, as in a run of Lightning."""
+
+    loader: Any
+    training: bool
+    owners: Sequence[Any]
+
+    def __iter__(self) -> Iterator[Any]:
+        for owner in self.owners:
+            if isinstance(owner, nn.Module):
+                owner.train(self.training)
+        for batch in self.loader:
+            yield self._fed(batch)
+
+    def _fed(self, batch: Any) -> Any:
+        for name in BATCH_HOOKS:
+            owner = next((owner for owner in reversed(self.owners) if own_hook(owner, name)), None)  # a data module's hook goes first
+            if owner is None:
+                continue
+            try:
+                batch = getattr(owner, name)(batch, 0)
+            except Exception as error:
+                raise DataError(
+                    "a batch hook does not run outside of a fit",
+                    where=f"{type(owner).__name__}.{name}",
+                    evidence=f"{type(error).__name__}: {error}",
+                ) from error
+        return batch
+
+
+def _is_normalised_later(data: Data) -> bool:
+    """Whether batches of the loader are not yet what the model gets."""
+    return any(isinstance(step, Normalization) for step in data.later) and not any(isinstance(step, Normalization) for step in data.train)
 
 
 def image_second_moment(subject: Subject) -> float:
@@ -115,6 +176,8 @@ def residual(subject: Subject) -> float | None:
     ratios = [expected_ratio(subject, step) for step in data.train]
     if report is None or None in ratios or difference(*data.normalizations) is not None:
         return None
+    if _hooked(subject) and any(not isinstance(step, (Normalization, Candidate)) for step in data.later):
+        return None  # whether the hooks apply it, or the training step does, is not known
     expected = math.prod(ratio for ratio in ratios if ratio is not None)
     is_off = report.estimate.is_off(TOLERANCE) and report.estimate.is_off(TOLERANCE, expected)
     return expected if is_off else None
@@ -125,7 +188,9 @@ def has_unread_mixing(subject: Subject) -> bool:
     report, expected, loaders = subject.once(measured), subject.once(residual), subject.loaders
     if report is None or expected is None or loaders is None or loaders.train is None or report.rho > expected:
         return False
-    for leaf in tree_leaves(next(iter(loaders.train), None)):
+    with _as_fed(subject) as (train, _):
+        batch = next(iter(train), None)
+    for leaf in tree_leaves(batch):
         if isinstance(leaf, Tensor) and leaf.dim() == 2 and leaf.is_floating_point() and leaf.shape[1] > 2:
             first, second, third = leaf.topk(3).values.unbind(1)
             return bool(((second > third + 1e-3) & (first < 1.0)).any())

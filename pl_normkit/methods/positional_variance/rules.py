@@ -25,7 +25,7 @@ from pl_normkit.rules import Mark, Needs, Observation, Subject, rule
 
 REVIEWS = "arXiv 2405.14115, as public reviews of it report"
 _FITTING = 0.25  # how far E[I^2] may be from 1, and E[I] from 0
-_RHO = "measured Var[X], training over evaluation"
+_RHO = "Var[X] of all batches, training over evaluation"
 
 
 def _rho(subject: Subject, step: Step | None = None) -> list[Evidence]:
@@ -33,6 +33,10 @@ def _rho(subject: Subject, step: Step | None = None) -> list[Evidence]:
     report = subject.once(measured)
     is_seen = step is None or step in subject.once(read_data).train
     return [Evidence(_RHO, report.rho, expected="0.95 to 1.05")] if report is not None and is_seen else []
+
+
+def _settings(ratio: float) -> Evidence:
+    return Evidence("Var[X] by the settings of this step, training over evaluation", ratio, expected="1", is_measured=False)
 
 
 def _place(site: PositionalSite) -> list[Place]:
@@ -86,9 +90,10 @@ def mixup_shifts_positions(subject: Subject) -> Iterator[Observation]:
 def _mixing_evidence(step: Mixing) -> list[Evidence]:
     if step.ratio is None or step.recipe_ratio is None:
         return []
-    found = [Evidence("expected Var[X] of a mixed batch over a plain one", step.ratio, expected="1")]
+    found = [Evidence("Var[X] of a mixed batch over a plain one, by its settings", step.ratio, expected="1", is_measured=False)]
     if step.share < 1.0:
-        found.append(Evidence(f"the same over the run ({step.share:.0%} of the images mixed)", step.recipe_ratio, expected="1"))
+        what = f"the same over the run ({step.share:.0%} of the images mixed)"
+        found.append(Evidence(what, step.recipe_ratio, expected="1", is_measured=False))
     return found
 
 
@@ -134,7 +139,7 @@ def erasing_shifts_positions(subject: Subject) -> Iterator[Observation]:
             message=f"{step.what} erases with {_FILLS[step.mode] if fits or not is_noise else _MISFIT} ({step.where})",
             places=_place(site),
             evidence=[
-                *([Evidence("expected Var[X], training over evaluation", ratio, expected="1")] if ratio is not None else []),
+                *([_settings(ratio)] if ratio is not None else []),
                 *_rho(subject, step),
             ],
             advice="Erase pixel by pixel with the statistics of the normalised images: mode='pixel' with the default mean and std, "
@@ -186,7 +191,10 @@ def normalization_shifts_positions(subject: Subject) -> Iterator[Observation]:
         yield Observation(
             message="Training and evaluation images are normalised with different statistics",
             places=_place(site),
-            evidence=[Evidence("second moment of natural images, training over evaluation", ratio, expected="1"), *_rho(subject)],
+            evidence=[
+                Evidence("second moment of natural images, training over evaluation", ratio, expected="1", is_measured=False),
+                *_rho(subject),
+            ],
             advice="Give both loaders the same mean and std",
             cause="different statistics",
         )
@@ -201,10 +209,11 @@ def _misfit(subject: Subject, site: PositionalSite, normalization: Normalization
         mean, second = report.evaluation.images.overall_mean, report.evaluation.images.overall_second_moment
     if abs(second - 1.0) <= _FITTING and abs(mean) <= _FITTING:
         return
-    origin = "measured" if report is not None else "natural images'"
-    evidence = [Evidence(f"{origin} second moment after normalization", second, expected="1")]
+    whose = "evaluation" if report is not None else "natural"
+    what = f"second moment of {whose} images after normalization"
+    evidence = [Evidence(what, second, expected="1", is_measured=report is not None)]
     if report is not None:
-        evidence.append(Evidence("measured mean after normalization", mean, expected="0"))
+        evidence.append(Evidence("mean of evaluation images after normalization", mean, expected="0"))
     yield Observation(
         message="The normalised images have no zero mean and unit second moment",
         places=_place(site),
@@ -313,10 +322,12 @@ def border_shifts_positions(subject: Subject) -> Iterator[Observation]:
     if site is None:
         return
     report = subject.once(measured)
-    for step in data.train:
-        ratio = expected_ratio(subject, step) if isinstance(step, Border) else None
-        if ratio is not None and abs(ratio - 1.0) > TOLERANCE and (report is None or report.estimate.is_off(TOLERANCE)):
-            assert isinstance(step, Border)
+    for step in (*data.train, *data.later):
+        if not isinstance(step, Border) or (step in data.later and step.what == "Pad"):  # a module may keep that for evaluation
+            continue
+        ratio = expected_ratio(subject, step)
+        is_refuted = step in data.train and report is not None and not report.estimate.is_off(TOLERANCE)
+        if ratio is not None and abs(ratio - 1.0) > TOLERANCE and not is_refuted:
             yield _border_observation(subject, site, step, ratio)
     yield from _unexplained(subject, site, data)
 
@@ -326,12 +337,17 @@ def _unexplained(subject: Subject, site: PositionalSite, data: Data) -> Iterator
     report, expected = subject.once(measured), subject.once(residual)
     if report is None or expected is None or subject.once(has_unread_mixing):
         return
-    candidates = list(dict.fromkeys(step.what for step in data.train if isinstance(step, Candidate)))
+    train, evaluation = ([step.what for step in steps if isinstance(step, Candidate)] for steps in (data.train, data.evaluation))
+    candidates = list(dict.fromkeys(what for what in train if what not in evaluation))
+    candidates += [f"{what} in evaluation" for what in dict.fromkeys(evaluation) if what not in train]
     named = f"{' or '.join(candidates)} can explain it" if candidates else "nothing that could be read off the loaders explains it"
     yield Observation(
         message=f"The patch tokens of training images have another variance than those of evaluation images; {named}",
         places=_place(site),
-        evidence=[Evidence(_RHO, report.rho, expected=f"{expected:.3g}"), Evidence("standard error of that", report.estimate.error)],
+        evidence=[
+            Evidence(_RHO, report.rho, expected="1" if expected == 1.0 else f"1, and {expected:.3g} by the settings"),
+            Evidence("standard error of that", report.estimate.error),
+        ],
         advice="Measure with one step after the other off (measure_positional_variance); raise the lower bound of crop scales, weaken "
         "brightness and contrast, fill with the mean colour",
         severity=Severity.NOTE,  # measured, but what causes it is not known
@@ -343,7 +359,7 @@ def _border_observation(subject: Subject, site: PositionalSite, step: Border, ra
     return Observation(
         message=f"{step.what} fills the border with a constant in training ({step.where})",
         places=_place(site),
-        evidence=[Evidence("expected Var[X], training over evaluation", ratio, expected="1"), *_rho(subject)],
+        evidence=[_settings(ratio), *_rho(subject, step)],
         advice="Reflect at the border (padding_mode='reflect'), or fill with the mean colour where the area is small",
         cause=step.where,
     )

@@ -33,6 +33,7 @@ class PositionalSite:
         size: height and width of the image.
         grid: rows and columns of patch tokens, None where patches are cut by reshaping.
         is_resampled: whether the forward pass interpolates the embedding.
+        is_normalised: whether X comes out of a norm over channels, which gives it the same variance whatever the image is.
         source: `file.py:line` of the addition.
         node: the addition in the trace.
     """
@@ -47,6 +48,7 @@ class PositionalSite:
     size: tuple[int, int]
     grid: tuple[int, int] | None
     is_resampled: bool
+    is_normalised: bool
     source: str
     node: Node = field(repr=False, compare=False)
 
@@ -83,7 +85,7 @@ def _read_addition(model: nn.Module, graph: ModelGraph, node: Node) -> Positiona
     entering = node.reads[-1].path[-1].shape
     if width not in (node.shape[1], node.shape[-1]) or entering[-len(node.shape) + 1 :] != node.shape[1:] or positions < 2:
         return None
-    if graph.calls[source.module, source.op] != 1 or not isinstance(model.get_submodule(source.module), _TOKENS):
+    if graph.calls[source.module, source.op] != 1 or not _is_output(model, graph, source):
         return None
     return PositionalSite(
         parameter=node.parameters[0],
@@ -96,9 +98,17 @@ def _read_addition(model: nn.Module, graph: ModelGraph, node: Node) -> Positiona
         size=_image_size(graph),
         grid=_grid(source),
         is_resampled=_is_resampled(node, _grid(source)),
+        is_normalised="layer_norm" in source.op or "rms_norm" in source.op,
         source=node.source,
         node=node,
     )
+
+
+def _is_output(model: nn.Module, graph: ModelGraph, source: Node) -> bool:
+    """Whether the value is what its module returns, so that a hook there sees it; norms of libraries count where they end with it."""
+    module = model.get_submodule(source.module)
+    is_known = isinstance(module, _TOKENS) or (source.kind is Kind.NORM and next(module.children(), None) is None)
+    return is_known and [node for node in graph.nodes if node.module == source.module][-1] is source
 
 
 def _patch_tokens(node: Node) -> tuple[Node, int] | None:

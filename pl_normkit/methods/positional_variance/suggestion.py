@@ -59,10 +59,11 @@ def suggest_augmentation(
     if len(mean) != len(std) or min(std, default=0.0) <= 0.0:
         raise ConfigError("mean and std have one positive std per channel", evidence=f"{tuple(mean)} and {tuple(std)}")
     normalization = Normalization(tuple(mean), tuple(std), "")
+    noise = _noise(normalization, images)
     second = natural_second_moment(normalization) if images is None else images.overall_second_moment
-    fits = abs(second - 1.0) <= 0.25
+    fits = abs(second - 1.0) <= 0.25 and all(abs(centre) <= 0.25 for centre in noise["mean"])
     transform = {"mean": tuple(mean), "std": tuple(std), "re_prob": erase_probability if fits else 0.0, "re_mode": "pixel", "re_count": 1}
-    erasing = None if fits else {**_noise(normalization, images), "probability": erase_probability}
+    erasing = None if fits else {**noise, "probability": erase_probability}
     return Suggestion(transform, {"mixup_alpha": 0.0, "cutmix_alpha": 1.0}, erasing)
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 __all__ = ["Border", "Candidate", "Erasing", "Mixing", "Normalization", "Step", "natural_second_moment", "steps_of"]
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pl_normkit.methods.positional_variance.pipeline import MIXUP, Found, class_path, name_of
@@ -248,27 +249,64 @@ def _random_crop(found: Found, size: tuple[int, int]) -> Border | None:
     return _border(found, 1.0 - max(1.0 - stays[1] / size[0], 0.0) * max(1.0 - stays[0] / size[1], 0.0), transform.fill)
 
 
-def _rotated(low: float, high: float) -> float:
-    """Empty share of a square turned by an angle between `low` and `high` degrees and cut to its old size, mean over angles."""
-    angles = [math.radians(low + (high - low) * (step + 0.5) / 64) for step in range(64)]
-    return sum(1.0 - 2.0 / (1.0 + abs(math.sin(angle)) + abs(math.cos(angle))) for angle in angles) / len(angles)
-
-
 def _affine(found: Found, _: tuple[int, int]) -> Border | None:
-    """Rotation, translation and zoom of torchvision and albumentations; shear adds to what is counted here."""
+    """Rotation, translation, zoom and shear of torchvision and albumentations."""
     transform = found.transform
     if not _is_constant(transform) or getattr(transform, "expand", False):
         return None
     degrees = getattr(transform, "degrees", getattr(transform, "limit", getattr(transform, "rotate", (0.0, 0.0))))
-    kept = 1.0 - _rotated(*_floats(degrees)[:2])
     translate = getattr(transform, "translate", getattr(transform, "translate_percent", None))
-    for largest in translate.values() if isinstance(translate, dict) else translate or ():
-        kept *= 1.0 - max(abs(bound) for bound in _floats(largest)) / 2.0
-    return _border(found, float(getattr(transform, "p", 1.0)) * (1.0 - kept), transform.fill)
+    scales = _ranges(getattr(transform, "scale", None), 1.0)
+    shears = _ranges(getattr(transform, "shear", None), 0.0)
+    area = empty_share([_floats(degrees)[:2], *_shifts(translate), *scales, *shears])
+    return _border(found, float(getattr(transform, "p", 1.0)) * area, transform.fill)
+
+
+def _ranges(value: Any, neutral: float) -> list[tuple[float, ...]]:
+    """(low, high) along both sides, as torchvision (one range, or two in one tuple) and albumentations (one for each side) keep them."""
+    if isinstance(value, Mapping):
+        return [_floats(value["x"]), _floats(value["y"])]
+    bounds = _floats(value) if value is not None else (neutral, neutral)
+    other = bounds if neutral else (neutral, neutral)  # one range of zoom is for both sides, one of shear for the first
+    return [bounds[:2], bounds[2:] or other]
+
+
+def _shifts(value: Any) -> list[tuple[float, ...]]:
+    """(low, high) along both sides; torchvision keeps the largest shifts, albumentations ranges."""
+    if isinstance(value, Mapping):
+        return [_floats(value["x"]), _floats(value["y"])]
+    return [(-float(bound), float(bound)) for bound in value or (0.0, 0.0)]
+
+
+def empty_share(ranges: Sequence[Sequence[float]]) -> float:
+    """Share of a square image that its affine maps leave empty, mean over uniform draws.
+
+    Args:
+        ranges: (low, high) of the angle in degrees, two shifts as shares of the side, two zooms and two shears in degrees.
+    """
+    engine = torch.quasirandom.SobolEngine(len(ranges))  # type: ignore[no-untyped-call]
+    draws = engine.draw(257, dtype=torch.float64)[1:]
+    low, high = torch.tensor([(float(found[0]), float(found[-1])) for found in ranges], dtype=torch.float64).T
+    angle, right, down, wide, tall, lean, fall = (low + (high - low) * draws).T
+    turn = torch.deg2rad(angle)
+    rotation = torch.stack([turn.cos(), -turn.sin(), turn.sin(), turn.cos()], -1).reshape(-1, 2, 2)
+    one = torch.ones_like(wide)
+    shear = torch.stack([one, torch.deg2rad(lean).tan(), torch.deg2rad(fall).tan(), one], -1).reshape(-1, 2, 2)
+    back = torch.linalg.inv(rotation @ shear @ torch.diag_embed(torch.stack([wide, tall], -1)))
+    side = (torch.arange(64, dtype=torch.float64) + 0.5) / 64 - 0.5
+    points = torch.cartesian_prod(side, side) - torch.stack([right, down], -1)[:, None]
+    return float(((points @ back.mT).abs() > 0.5).any(-1).double().mean())
 
 
 def _candidate(found: Found, _: tuple[int, int]) -> Candidate | None:
     return Candidate(name_of(found.transform), found.where) if _is_constant(found.transform) else None
+
+
+def _resize(found: Found, _: tuple[int, int]) -> Candidate:
+    transform = found.transform
+    sizes = [getattr(transform, name, None) for name in ("size", "max_size", "height", "width", "min_size")]
+    shown = ", ".join(str(size) for size in sizes if size is not None)
+    return Candidate(f"{type(transform).__name__}({shown})", found.where)
 
 
 _CANDIDATES = (
@@ -288,6 +326,7 @@ _CANDIDATES = (
 _READERS: dict[tuple[str, str], Callable[[Found, tuple[int, int]], Step | None]] = {
     ("torchvision", "Normalize"): _normalize,
     ("albumentations", "Normalize"): _normalize,
+    **{("torchvision", name): _normalize for name in ("ImageClassification", "SemanticSegmentation")},  # what weights.transforms() gives
     ("timm", "Mixup"): _timm_mixup,
     ("timm", "FastCollateMixup"): _timm_mixup,
     ("torchvision", "MixUp"): _torchvision_mixup,
@@ -301,4 +340,8 @@ _READERS: dict[tuple[str, str], Callable[[Found, tuple[int, int]], Step | None]]
     **{("torchvision", name): _candidate for name in _CANDIDATES},
     **{("albumentations", name): _candidate for name in (*_CANDIDATES, "PadIfNeeded", "SafeRotate", "Perspective")},
     **{("timm", name): _candidate for name in ("RandomResizedCropAndInterpolation", "RandAugment", "AutoAugment", "AugMixAugment")},
+    **{("timm", name): _candidate for name in ("RandomCropOrPad", "RandomPad")},
+    **{("torchvision", name): _resize for name in ("Resize", "RandomResize")},
+    **{("albumentations", name): _resize for name in ("Resize", "SmallestMaxSize", "LongestMaxSize")},
+    ("timm", "ResizeKeepRatio"): _resize,
 }

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from timm.data import Mixup
 
 from pl_normkit.errors import ConfigError, DataError
-from pl_normkit.methods.positional_variance import measure_positional_variance, suggest_augmentation
+from pl_normkit.methods.positional_variance import ImageMoments, measure_positional_variance, suggest_augmentation
 from pl_normkit.nn import VarianceSafeErasing, VarianceSafeMixup
 from tests.methods.positional_variance.images import HALF, MEAN, STD, normal_images, vit
 
@@ -158,5 +158,8 @@ def test_another_normalization_gets_erasing_of_its_own() -> None:
     measured = suggest_augmentation(HALF, HALF, images=report.evaluation.images).erasing
     assert measured is not None
     assert measured["std"] == pytest.approx(found.erasing["std"], rel=0.02)
+    shifted = suggest_augmentation(images=ImageMoments((0.4, 0.0, 0.0), (1.0, 1.0, 1.0)))  # unit second moment, but no zero mean
+    assert shifted.erasing is not None
+    assert "VarianceSafeErasing(mean=(0.4, 0.0, 0.0), std=(0.9165, 1.0, 1.0)" in str(shifted)
     with pytest.raises(ConfigError):
         suggest_augmentation((0.5,), HALF)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from pl_normkit.errors import ConfigError, DataError, NothingMatchedError
 from pl_normkit.methods.positional_variance import VarianceReport, measure_positional_variance
@@ -137,6 +137,7 @@ def test_images_that_are_not_square_and_sizes_that_differ() -> None:
     assert report.rho == pytest.approx(1.0, abs=0.02)
     assert report.evaluation.positions < 0.85 * report.train.positions
     assert report.balance == pytest.approx(report.rho * report.evaluation.positions / report.train.positions)
+    assert f"resample differently: {report.balance:.3f}" in str(report)
 
 
 def test_positions_are_read_as_the_forward_pass_resamples_them() -> None:
@@ -159,6 +160,35 @@ def test_everything_is_as_before() -> None:
     after = (torch.get_rng_state(), generator.get_state(), model.training, model.patch_embed.proj._forward_hooks.copy())
     assert [torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(before, after, strict=True)] == [True] * 4
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+
+
+def test_generators_behind_a_prefetcher_are_as_before(model: nn.Module) -> None:
+    class Prefetcher:
+        def __init__(self, loader: Any) -> None:
+            self.loader = loader
+
+        def __iter__(self) -> Any:
+            return iter(self.loader)
+
+    generator, data = torch.Generator().manual_seed(3), TensorDataset(normal_images(4))
+    sampler = RandomSampler(data, generator=generator)
+    before = generator.get_state()
+    measure_positional_variance(model, Prefetcher(DataLoader(data, batch_size=2, sampler=sampler)), [normal_images(2)])
+    assert torch.equal(generator.get_state(), before)
+
+
+class _NormOfMaps(nn.LayerNorm):
+    """As timm's LayerNorm2d: its norm is over the last dimension, its output has the channels first."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return super().forward(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def test_a_module_that_goes_on_after_its_norm_is_not_mistaken_for_the_tokens() -> None:
+    model = _WithPositions()
+    model.embed = nn.Sequential(model.embed, _NormOfMaps(8))  # type: ignore[assignment]
+    with pytest.raises(NothingMatchedError):
+        measure_positional_variance(model, [normal_images(2, 16)], [normal_images(2, 16)])
 
 
 def test_only_the_patch_embedding_runs(model: nn.Module) -> None:
@@ -194,6 +224,8 @@ def test_a_model_without_absolute_positions_is_refused(build: Any) -> None:
         ([torch.zeros(2, 3, 64, 64, dtype=torch.uint8)], [normal_images(2)], {}, DataError, "no normalised images"),
         ([torch.zeros(2, 5)], [normal_images(2)], {}, DataError, "no normalised images"),
         ([normal_images(2)], [torch.zeros(2, 3, 64, 64)], {}, DataError, "constant"),
+        ([normal_images(2) * torch.nan], [normal_images(2)], {}, DataError, "not finite\n  where: train_loader"),
+        ([normal_images(2)], [normal_images(2) / 0.0], {}, DataError, "not finite\n  where: eval_loader"),
         ([normal_images(2)], [normal_images(2)], {"max_batches": 0}, ConfigError, "at least 1"),
     ],
 )
