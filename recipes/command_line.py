@@ -14,10 +14,13 @@ from typing import Any
 import lightning as L
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentError
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from pl_normkit.errors import ConfigError, NormkitError, nearest
+from pl_normkit.recipes.callback_words import parse_callbacks
+from pl_normkit.recipes.editing import add_callbacks
+from pl_normkit.recipes.field import FieldRecorder
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 
@@ -26,6 +29,13 @@ class RecipeCLI(LightningCLI):
     """LightningCLI with a checkpoint callback and clear words about the checkpoint to start from."""
 
     trainer: L.Trainer
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_core_arguments_to_parser(parser)
+        about = (
+            "callbacks that act before all others, such as 'A,B' or 'A(option=1),package.module.C'; names are those of pl_normkit.callbacks"
+        )
+        parser.add_argument("--with", type=str | None, default=None, help=about)
 
     def add_checkpoint_arguments(self, parser: LightningArgumentParser, monitor: str) -> None:
         """Options `--checkpoint.*`: the last state, and the best by `monitor`, higher being better."""
@@ -54,17 +64,29 @@ class RecipeCLI(LightningCLI):
 
     def before_fit(self) -> None:
         self._require_checkpoint_file()
+        self._add_callbacks()
 
     def before_validate(self) -> None:
         self._require_checkpoint_file(needed=True)
+        self._add_callbacks()
 
     def before_test(self) -> None:
         self._require_checkpoint_file(needed=True)
+        self._add_callbacks()
 
     def before_predict(self) -> None:
         self._require_checkpoint_file(needed=True)
+        self._add_callbacks()
         # Predictions go to files; kept in memory as well, those of a large folder would not fit.
         self.config_init[self.subcommand].return_predictions = False
+
+    def _add_callbacks(self) -> None:
+        """Those of `--with`; a recorder of the receptive field comes first of all, to see the network from before their edits."""
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        text = self.config[self.subcommand]["with"]
+        if text is not None:
+            add_callbacks(self.trainer, parse_callbacks(text))
+        callbacks.sort(key=lambda callback: not isinstance(callback, FieldRecorder))
 
     def _require_checkpoint_file(self, needed: bool = False) -> None:
         path = self.config[self.subcommand].ckpt_path

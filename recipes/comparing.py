@@ -25,6 +25,7 @@ from pl_normkit.errors import ConfigError
 from pl_normkit.recipes.callback_words import CallbackWord, parse_callbacks
 from pl_normkit.recipes.command_line import Recipe, RecipeCLI, name_configs, run_recipe
 from pl_normkit.recipes.comparison_report import draw_comparison, print_comparison
+from pl_normkit.recipes.editing import add_callbacks
 from pl_normkit.recipes.own_randomness import isolate_train_data
 from pl_normkit.recipes.paired_runs import ARMS, Arm, PairedRun, RunStore, digest_settings
 
@@ -57,8 +58,9 @@ class Trial:
         if cli.trainer.world_size > 1:
             evidence = f"{cli.trainer.world_size} processes"
             raise ConfigError("a comparison trains on one device", where="--trainer.devices", evidence=evidence, mend="set it to 1")
-        callbacks = [word.build() for word in self.words] if self.arm == "with" else []
-        cli.trainer.callbacks.extend([*callbacks, _Watch(self)])  # type: ignore[attr-defined]
+        if self.arm == "with":
+            add_callbacks(cli.trainer, self.words)
+        cli.trainer.callbacks.append(_Watch(self))  # type: ignore[attr-defined]
         isolate_train_data(cli.datamodule, cli.trainer, self.seed)
         self.weights = _digest_weights(cli.model)
         L.seed_everything(self.seed, verbose=False)

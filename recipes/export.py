@@ -44,14 +44,12 @@ class ExportForm:
         build: gives the bare architecture of a run's options.
         stride: what the sides of `--size` are multiples of; None where the size of the network is that of the data.
         notes: lines to print after the file, such as how images are normalized.
-        edits: how edits that leave no trace in the weights can be said to the bare architecture, for an error.
     """
 
     library: str
     build: Callable[[Any], Bare]
     stride: int | None = None
     notes: Callable[[Any], Sequence[str]] = lambda cli: ()
-    edits: str = ""
 
     @property
     def formats(self) -> dict[str, str]:
@@ -137,14 +135,14 @@ def _export_cli(base: type[RecipeCLI], form: ExportForm, path: Path, size: tuple
                 lines.append(f"loads into: {bare.call}")
                 return bare.network
 
-            export_network(self.model.network.cpu(), path, images.cpu(), build, form.edits)
+            export_network(self.model.network.cpu(), path, images.cpu(), build)
             for line in [*lines, *form.notes(self)]:
                 Console().print(line, soft_wrap=True, highlight=False, markup=False)
 
     return ExportCLI
 
 
-def export_network(network: nn.Module, path: Path, images: Tensor, build: Callable[[], nn.Module], edits: str = "") -> None:
+def export_network(network: nn.Module, path: Path, images: Tensor, build: Callable[[], nn.Module]) -> None:
     """Write `network` in the format that the suffix of `path` names; it is left in evaluation mode, scale equalizers folded where exact.
 
     Args:
@@ -152,7 +150,6 @@ def export_network(network: nn.Module, path: Path, images: Tensor, build: Callab
         path: .onnx, .pt2 or .pt; its folder is made.
         images: (2, channels, H, W), of the size to export for; any batch size will do later.
         build: gives the bare network, whose keys and function a .pt file must have.
-        edits: how edits can be said to the bare network, for the error.
 
     Raises ConfigError for .pt where the bare network would not do the same.
     """
@@ -161,7 +158,7 @@ def export_network(network: nn.Module, path: Path, images: Tensor, build: Callab
     if any(isinstance(module, ScaleEqualizer) for module in network.modules()):
         fold(network)
     if path.suffix == ".pt":
-        _require_same(network, build().eval(), torch.rand_like(images), edits)
+        _require_same(network, build().eval(), torch.rand_like(images))
         torch.save(network.state_dict(), path)
         return
     shapes = ({0: torch.export.Dim("batch", min=1)},)
@@ -183,7 +180,7 @@ def export_network(network: nn.Module, path: Path, images: Tensor, build: Callab
 
 
 @torch.no_grad()
-def _require_same(network: nn.Module, bare: nn.Module, images: Tensor, edits: str) -> None:
+def _require_same(network: nn.Module, bare: nn.Module, images: Tensor) -> None:
     state, mend = network.state_dict(), "export to .onnx or .pt2, which hold the whole computation"
     differing = sorted(state.keys() ^ bare.state_dict().keys())
     if differing:
@@ -196,5 +193,5 @@ def _require_same(network: nn.Module, bare: nn.Module, images: Tensor, edits: st
         raise ConfigError(
             "the bare architecture computes something else with these weights: an edit is not among them",
             evidence=f"logits differ by {float((expected - found).abs().max()):.3g} where the largest is {float(scale):.3g}",
-            mend=f"{mend}; or {edits}" if edits else mend,
+            mend=mend,
         )

@@ -7,6 +7,8 @@ __all__ = ["RecipeData", "require_option"]
 from typing import Any
 
 import lightning as L
+import torch
+from torch import Tensor
 
 from pl_normkit.errors import DataError
 
@@ -22,6 +24,15 @@ class RecipeData(L.LightningDataModule):
         if isinstance(batch, DataError):
             raise batch
         return batch
+
+    def sample_images(self, count: int) -> Tensor:
+        """The first validation images, (count, channels, H, W) or fewer, as the network gets them. Raises DataError."""
+        taken: list[Tensor] = []
+        for batch in self.val_dataloader():
+            taken += self.on_before_batch_transfer(batch, 0)[0]
+            if len(taken) >= count:
+                break
+        return torch.stack(taken[:count])
 
 
 def require_option(holds: bool, option: str, value: object, mend: str) -> None:

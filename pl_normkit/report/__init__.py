@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["Report", "merge_reports"]
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -24,12 +24,14 @@ class Report:
         subject: what was audited, such as "ResNet".
         notes: what the audit could not do and why (a model that cannot be traced, a rule that failed).
         fixed: what was edited before the findings were taken.
+        pictures: title -> PNG file as bytes, for the HTML page.
     """
 
     findings: Sequence[Finding] = field(default_factory=list)
     subject: str = "model"
     notes: Sequence[str] = field(default_factory=list)
     fixed: Sequence[str] = field(default_factory=list)
+    pictures: Mapping[str, bytes] = field(default_factory=dict)
 
     def counts(self) -> dict[Severity, int]:
         """Number of findings by severity, zeros included."""
@@ -60,7 +62,7 @@ class Report:
         return to_github(self)
 
     def to_html(self) -> str:
-        """The terminal form as a self-contained HTML page."""
+        """The terminal form as a self-contained HTML page, with the pictures."""
         from pl_normkit.report.terminal import to_html
 
         return to_html(self)
@@ -79,4 +81,5 @@ def merge_reports(subject: str, reports: Sequence[Report]) -> Report:
         subject,
         [note for report in reports for note in report.notes],
         [change for report in reports for change in report.fixed],
+        {title: picture for report in reports for title, picture in report.pictures.items()},
     )

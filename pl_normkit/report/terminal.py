@@ -4,6 +4,8 @@ from __future__ import annotations
 
 __all__ = ["print_report", "to_html"]
 
+import base64
+import html
 import io
 from typing import TYPE_CHECKING
 
@@ -42,7 +44,13 @@ def print_report(report: Report, console: Console | None = None) -> None:
 def to_html(report: Report) -> str:
     console = Console(record=True, file=io.StringIO(), width=140)
     print_report(report, console)
-    return console.export_html(inline_styles=True)
+    page = console.export_html(inline_styles=True)
+    return page.replace("</body>", "".join(map(_figure, report.pictures.items())) + "</body>")
+
+
+def _figure(item: tuple[str, bytes]) -> str:
+    title, png = html.escape(item[0]), base64.b64encode(item[1]).decode()
+    return f'<figure><figcaption>{title}</figcaption><img alt="{title}" src="data:image/png;base64,{png}"></figure>\n'
 
 
 def _head(finding: Finding) -> str:

@@ -8,9 +8,11 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from pl_normkit.errors import DataError
 from pl_normkit.recipes.loading import RecipeData, require_option
 from pl_normkit.recipes.segmentation.files import FileSource, Pair, check_files, find_predict_images
 from pl_normkit.recipes.segmentation.folder import SplitBy, read_class_names, split_folder
@@ -24,6 +26,7 @@ from pl_normkit.recipes.segmentation.samples import (
     PredictDataset,
     SampleSource,
     SegmentationDataset,
+    crop_middle,
 )
 
 
@@ -113,6 +116,16 @@ class SegmentationData(RecipeData):
 
     def predict_dataloader(self) -> DataLoader[Any]:
         return self._eval_loader(PredictDataset(self.build_predict_source()), CollateNamed())
+
+    def sample_images(self, count: int) -> Tensor:
+        """Middles of the first validation images, (count, 3, crop_size, crop_size) or fewer: what the network is trained on, in size."""
+        dataset, taken = SegmentationDataset(self.sources["val"]), []
+        for index in range(min(count, len(dataset))):
+            item = dataset[index]
+            if isinstance(item, DataError):
+                raise item
+            taken.append(crop_middle(item[0], self.crop_size))
+        return torch.stack(taken)
 
     def _eval_loader(self, dataset: SegmentationDataset | PredictDataset, collate: CollatePairs | CollateNamed) -> DataLoader[Any]:
         return DataLoader(

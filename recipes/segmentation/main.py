@@ -11,6 +11,7 @@ from rich.console import Console
 
 from pl_normkit.recipes.command_line import Recipe, RecipeCLI, run_recipe
 from pl_normkit.recipes.export import export
+from pl_normkit.recipes.field import FieldRecorder
 from pl_normkit.recipes.segmentation.data import SegmentationData
 from pl_normkit.recipes.segmentation.export import SMP_FORM
 from pl_normkit.recipes.segmentation.model import SegmentationModule
@@ -30,6 +31,8 @@ class SegmentationCLI(RecipeCLI):
         parser.link_arguments("data", "model.example_size", compute_fn=lambda data: data.crop_size, apply_on="instantiate")
         self.add_checkpoint_arguments(parser, "val_miou")
         parser.add_lightning_class_args(MaskWriter, "masks")
+        parser.add_lightning_class_args(FieldRecorder, "field")
+        parser.set_defaults({"field.images": 8})
 
     def after_fit(self) -> None:
         summarize_fit(self.trainer, self.model, self.datamodule, Console())

@@ -11,11 +11,13 @@ from typing import Any, Literal
 import lightning as L
 import segmentation_models_pytorch as smp
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from pl_normkit.errors import ConfigError, DataError, ModelSpecError, nearest
+from pl_normkit.recipes.averaging import ema_callbacks
 from pl_normkit.recipes.segmentation.losses import LossName, SegmentationLoss
 from pl_normkit.recipes.segmentation.samples import STRIDE
 from pl_normkit.recipes.segmentation.tiling import predict_tiled
@@ -100,6 +102,7 @@ class SegmentationModule(L.LightningModule):
         weight_decay: as the optimizer takes it.
         poly_power: power of the poly schedule, stepped after every optimizer step.
         warmup_steps: steps of linear warm-up before it.
+        ema_decay: decay of the moving average of the weights, by which validation and the checkpoint go; 0 switches it off.
         tile_size: side in pixels of the windows that validation, test and prediction are computed in; None takes images whole.
         tile_overlap: share of a window that it has in common with the next, at least.
         example_size: side in pixels of `example_input_array`, (2, 3, size, size) zeros, by which audits read the network.
@@ -121,6 +124,7 @@ class SegmentationModule(L.LightningModule):
         weight_decay: float = 1e-2,
         poly_power: float = 0.9,
         warmup_steps: int = 0,
+        ema_decay: float = 0.0,
         tile_size: int | None = None,
         tile_overlap: float = 0.25,
         example_size: int = 96,
@@ -133,6 +137,10 @@ class SegmentationModule(L.LightningModule):
         self.weight_decay = weight_decay
         self.poly_power = poly_power
         self.warmup_steps = warmup_steps
+        if not 0 <= ema_decay < 1:
+            mend = "take a decay below 1, such as 0.999; 0 switches it off"
+            raise ConfigError("the weights cannot be averaged so", where="--model.ema_decay", evidence=repr(ema_decay), mend=mend)
+        self.ema_decay = ema_decay
         _check_tiles(tile_size, tile_overlap)
         self.tile_size = tile_size
         self.tile_overlap = tile_overlap
@@ -203,6 +211,10 @@ class SegmentationModule(L.LightningModule):
         if self.optimizer == "sgd":
             return torch.optim.SGD(self.parameters(), self.lr, momentum=0.9, weight_decay=self.weight_decay)
         return torch.optim.AdamW(self.parameters(), self.lr, weight_decay=self.weight_decay)
+
+    def configure_callbacks(self) -> Sequence[Callback]:
+        """The moving average comes last, so that it copies a network that other callbacks have edited already."""
+        return ema_callbacks(self.trainer, self.ema_decay)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["class_names"] = self.class_names

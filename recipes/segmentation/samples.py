@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-__all__ = ["Augment", "CollateNamed", "CollatePairs", "PredictDataset", "Sample", "SampleSource", "SegmentationDataset", "denormalize"]
+__all__ = [
+    "Augment",
+    "CollateNamed",
+    "CollatePairs",
+    "PredictDataset",
+    "Sample",
+    "SampleSource",
+    "SegmentationDataset",
+    "crop_middle",
+    "denormalize",
+]
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -112,6 +122,12 @@ def pad_to(tensor: Tensor, size: tuple[int, int], value: float) -> Tensor:
     """Pad the last two axes at the bottom and the right."""
     height, width = tensor.shape[-2:]
     return F.pad(tensor, (0, size[1] - width, 0, size[0] - height), value=value)
+
+
+def crop_middle(image: Tensor, side: int) -> Tensor:
+    """The middle square of an image (3, H, W); what it lacks becomes 0 at the bottom and the right."""
+    top, left = (max((length - side) // 2, 0) for length in image.shape[-2:])
+    return pad_to(image[:, top : top + side, left : left + side], (side, side), 0.0)
 
 
 def normalize(image: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a run ends with: IoU per class, findings, checkpoint and a sheet of validation images."""
+"""What a run ends with: IoU per class, findings, checkpoint, a sheet of validation images, and a page with all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from pl_normkit.recipes.outcome import print_checkpoint, print_findings
+from pl_normkit.recipes.field import finish_field
+from pl_normkit.recipes.outcome import print_checkpoint, print_findings, write_page
 from pl_normkit.recipes.segmentation.data import SegmentationData
 from pl_normkit.recipes.segmentation.model import SegmentationModule
 from pl_normkit.recipes.segmentation.pictures import draw_sheet
@@ -52,9 +53,11 @@ def summarize_fit(trainer: L.Trainer, module: SegmentationModule, data: Segmenta
     print_findings(trainer, console)
     print_checkpoint(trainer, console)
     if "val" in data.sources:
-        path = Path(trainer.log_dir or trainer.default_root_dir) / "validation.png"
-        _draw_validation(module, data, path)
-        console.print(f"pictures:   {path}", soft_wrap=True, highlight=False)
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        _draw_validation(module, data, folder / "validation.png")
+        console.print(f"pictures:   {folder / 'validation.png'}", soft_wrap=True, highlight=False)
+        pictures = finish_field(trainer, module, folder / "receptive_field.png", console)
+        write_page(trainer, {"validation images": folder / "validation.png", **pictures}, folder / "report.html", console)
 
 
 @torch.no_grad()

@@ -11,10 +11,10 @@ from rich.console import Console
 
 from pl_normkit.recipes.command_line import Recipe, RecipeCLI, run_recipe
 from pl_normkit.recipes.export import export
+from pl_normkit.recipes.field import FieldRecorder
 from pl_normkit.recipes.vit.checks import require_size, warn_cut_patches, warn_normalization
 from pl_normkit.recipes.vit.data import ClassificationData
 from pl_normkit.recipes.vit.export import TIMM_FORM
-from pl_normkit.recipes.vit.field import FieldRecorder
 from pl_normkit.recipes.vit.model import ClassifierModule
 from pl_normkit.recipes.vit.summary import print_accuracy, summarize_fit
 from pl_normkit.recipes.vit.writer import PredictionWriter

@@ -11,9 +11,9 @@ import lightning as L
 import torch
 from rich.console import Console
 
-from pl_normkit.recipes.outcome import print_checkpoint, print_findings
+from pl_normkit.recipes.field import finish_field
+from pl_normkit.recipes.outcome import print_checkpoint, print_findings, write_page
 from pl_normkit.recipes.vit.data import ClassificationData
-from pl_normkit.recipes.vit.field import FieldRecorder
 from pl_normkit.recipes.vit.model import ClassifierModule
 from pl_normkit.recipes.vit.pictures import draw_predictions
 
@@ -36,21 +36,9 @@ def summarize_fit(trainer: L.Trainer, module: ClassifierModule, data: Classifica
     print_checkpoint(trainer, console)
     folder = Path(trainer.log_dir or trainer.default_root_dir)
     _draw_validation(module, data, folder / "validation.png")
-    _finish_field(trainer, module, folder / "receptive_field.png", console)
     console.print(f"pictures:   {folder / 'validation.png'}", soft_wrap=True, highlight=False)
-
-
-def _finish_field(trainer: L.Trainer, module: ClassifierModule, path: Path, console: Console) -> None:
-    """Say how far the network looks, before and after training, and draw it."""
-    recorder = next((callback for callback in trainer.callbacks if isinstance(callback, FieldRecorder)), None)  # type: ignore[attr-defined]
-    if recorder is None:
-        return
-    recorder.finish(trainer, module, path)
-    if recorder.reason:
-        console.print(f"field:      none ({recorder.reason})", soft_wrap=True, highlight=False)
-        return
-    radii = ", ".join(f"{field.radius_holding(0.5):.2f} px {title}" for title, field in recorder.fields.items())
-    console.print(f"field:      half of the mass within {radii}; {path}", soft_wrap=True, highlight=False)
+    pictures = finish_field(trainer, module, folder / "receptive_field.png", console)
+    write_page(trainer, {"validation images": folder / "validation.png", **pictures}, folder / "report.html", console)
 
 
 @torch.no_grad()

@@ -1,4 +1,5 @@
 import importlib.util
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 
 from pl_normkit.cli import main
 from pl_normkit.errors import ConfigError
+from pl_normkit.methods.atrous_rates import set_atrous_rates
 from pl_normkit.methods.fusion_scale import ScaleEqualizer, equalize_scales
 from pl_normkit.recipes.export import export_network
 from pl_normkit.recipes.segmentation import run
@@ -58,17 +60,35 @@ def test_a_checkpoint_is_exported_in_every_format_and_computes_the_same(here, ca
 
 
 def test_the_exported_network_is_the_fixed_one(here, capsys):
-    """Atrous rates are in no weight: the configuration beside the checkpoint sets them again, and a bare state_dict is refused."""
-    _fit("--model.encoder_name=resnet18", "--data.crop_size=96", "--trainer.callbacks+=AtrousRates", "--trainer.callbacks.rates=[2,3,5]")
+    """Atrous rates are in no weight: the configuration beside the checkpoint sets them again, and smp can be built with them."""
+    _fit("--model.encoder_name=resnet18", "--data.crop_size=96", "--with=AtrousRates(rates=(2,3,5))")
     command = ["run", "segmentation", "export", f"--ckpt_path={LAST}"]
 
-    assert main([*command, "--to=model.pt"]) == 2
-    assert "computes something else" in capsys.readouterr().err
+    assert main([*command, "--to=model.pt"]) == 0
+    built = re.search(r"loads into: segmentation_models_pytorch\.(create_model\(.*\))", capsys.readouterr().out)
+    assert built is not None
+    assert "decoder_atrous_rates=[2, 3, 5]" in built[1]
     assert main([*command, "--to=model.pt2"]) == 0
     images = torch.rand(2, 3, 96, 96)
     fixed = smp.create_model("DeepLabV3Plus", "resnet18", None, classes=8, decoder_atrous_rates=(2, 3, 5))
     with torch.no_grad():
-        assert torch.allclose(torch.export.load("model.pt2").module()(images), _trained(fixed)(images), atol=1e-4)
+        expected = _trained(fixed)(images)
+        assert torch.allclose(torch.export.load("model.pt2").module()(images), expected, atol=1e-4)
+        plain = smp.create_model("DeepLabV3Plus", "resnet18", None, classes=8, decoder_atrous_rates=[2, 3, 5]).eval()
+        plain.load_state_dict(torch.load("model.pt", weights_only=True))
+        assert torch.equal(plain(images), expected)
+
+
+def test_an_edit_that_a_plain_checkpoint_would_lose_is_refused(tmp_path):
+    def build() -> torch.nn.Module:
+        return smp.create_model("DeepLabV3Plus", "resnet18", None, classes=3)
+
+    network = build()
+    set_atrous_rates(network, 64)
+    with pytest.raises(ConfigError, match="computes something else"):
+        export_network(network, tmp_path / "model.pt", torch.zeros(2, 3, 64, 64), build)
+
+    assert not (tmp_path / "model.pt").exists()
 
 
 def _equalized(architecture: str) -> torch.nn.Module:

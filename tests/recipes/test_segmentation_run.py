@@ -1,3 +1,4 @@
+import base64
 import csv
 import re
 from pathlib import Path
@@ -149,11 +150,14 @@ CONFIGS = sorted(path.stem for path in Path(segmentation.__file__).with_name("co
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_ready_configuration_trains_by_its_name(here, folder, name, capsys):
     encoder = [] if name == "segformer" else ["--model.encoder_name=resnet18"]
-    small = [option for option in _on_folder(folder, "--trainer.max_steps=1", "--trainer.limit_val_batches=1") if option not in SMALL]
+    quick = ["--trainer.max_steps=1", "--trainer.limit_val_batches=1", "--data.crop_size=64", "--field.images=0"]
+    small = [option for option in _on_folder(folder, *quick) if option not in SMALL]
 
     assert run(["--config", name, *small, *encoder, "--checkpoint.save_top_k=0", "--checkpoint.save_last=false"]) == 0
 
-    assert "mean (mIoU)" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "mean (mIoU)" in shown
+    assert ("by AtrousRates" in shown) == (name == "deeplabv3plus")
 
 
 def test_the_ready_configurations_are_the_promised_ones(here):
@@ -167,8 +171,7 @@ def test_mixed_precision_averaged_weights_tiles_and_torchvision_transforms(here,
     options = [
         "--trainer.precision=bf16-mixed",
         "--trainer.max_steps=3",
-        "--trainer.callbacks+=EMAWeightAveraging",
-        "--trainer.callbacks.decay=0.5",
+        "--model.ema_decay=0.5",
         "--model.tile_size=32",
         "--data.transforms+=torchvision.transforms.v2.RandomPhotometricDistort",
         "--data.transforms.p=1.0",
@@ -184,6 +187,43 @@ def test_mixed_precision_averaged_weights_tiles_and_torchvision_transforms(here,
     checkpoint = f"--ckpt_path={version / 'checkpoints' / 'last.ckpt'}"
     assert run(["validate", *_on_folder(folder, options[0], "--model.tile_size=32", checkpoint)]) == 0
     assert _column(_latest(here), "val_miou") == pytest.approx(_column(version, "val_miou")[-1:])
+
+
+MENDED = ["--model.architecture=DeepLabV3Plus", "--with=AtrousRates", "--data.crop_size=96"]
+
+
+def test_callbacks_of_the_with_option_edit_before_the_audit_reads(here, folder, capsys):
+    """The audit finds no misfit rates, the picture has the field from before the edit, the page has the pictures."""
+    quick = [option for option in _on_folder(folder, *MENDED, "--field.images=2") if option not in ("--trainer.callbacks=null", SMALL[0])]
+    with pytest.warns(NormkitWarning, match="NK201"):
+        assert run([*quick, "--trainer.max_steps=2", "--trainer.callbacks=pl_normkit.callbacks.ModelAudit"]) == 0
+
+    shown, version = capsys.readouterr().out, _latest(here)
+    assert "edits:      3 by AtrousRates" in shown
+    assert "NK50" not in shown
+    assert re.search(r"half of the mass within [\d.]+ px before the edits, [\d.]+ px before training, [\d.]+ px after training", shown)
+    page = (version / "report.html").read_text(encoding="utf-8")
+    embedded = [base64.b64decode(picture) for picture in re.findall(r"data:image/png;base64,([^\"]+)", page)]
+    assert embedded == [(version / name).read_bytes() for name in ("validation.png", "receptive_field.png")]
+    assert "AtrousRates: network.decoder.aspp" in page
+
+    # The rates come from the checkpoint, whatever the crop is now; without the callback they would be smp's.
+    checkpoint = f"--ckpt_path={version / 'checkpoints' / 'last.ckpt'}"
+    trained = _column(version, "val_loss")
+    assert run(["validate", *quick, "--trainer.callbacks=null", "--data.crop_size=256", checkpoint]) == 0
+    assert _column(_latest(here), "val_loss") == pytest.approx(trained)
+
+
+def test_edits_that_do_not_change_the_field_and_resumed_runs_show_no_field_from_before(here, folder, capsys):
+    two_fields = r"half of the mass within [\d.]+ px before training, [\d.]+ px after training"
+    options = _on_folder(folder, *MENDED, "--field.images=1", "--data.batch_size=4")
+    assert run([*options, "--trainer.max_steps=1", "--with=StochasticPooling"]) == 0
+    assert re.search(two_fields, capsys.readouterr().out)
+    assert run([*options, "--trainer.max_steps=1"]) == 0
+    assert "before the edits" in capsys.readouterr().out
+    last = _latest(here) / "checkpoints" / "last.ckpt"
+    assert run([*options, "--trainer.max_steps=2", f"--ckpt_path={last}"]) == 0
+    assert re.search(two_fields, capsys.readouterr().out)
 
 
 def _break_image(folder: Path) -> list[str]:
@@ -256,6 +296,9 @@ def test_debug_shows_the_traceback(here, folder, capsys):
         (["--data=FolderData"], "root", "--help"),
         (["--data=NoSuchData"], "NoSuchData", "--help"),
         (["--model.loss=hinge"], "hinge", "--help"),
+        (["--model.ema_decay=1"], "1", "0.999"),
+        ([*SMALL, "--trainer.callbacks=null", "--with=AtrosRates"], "", "did you mean 'AtrousRates'"),
+        (["--trainer.callbacks=pl_normkit.callbacks.AtrousRates", "--with=AtrousRates"], "AtrousRates, and another", "once"),
         (["test"], "", "--ckpt_path"),
         (["test", "--ckpt_path=nowhere.ckpt"], "", ".ckpt"),
         ([*SMALL, "--trainer.callbacks=null", "--trainer.max_epochs=-1"], "", "--trainer.max_steps"),

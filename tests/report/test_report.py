@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 from functools import cache
@@ -275,3 +276,15 @@ def test_html_is_a_page_of_its_own_with_everything_escaped() -> None:
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert ("src=" in page, "<link" in page) == (False, False)
     assert "NK101" in page
+
+
+def test_html_embeds_pictures_and_no_other_form_has_them() -> None:
+    png = bytes(range(256))
+    report = Report([finding()], "ResNet", pictures={"<sooner> & later": png})
+    page = report.to_html()
+    assert base64.b64decode(page.split("data:image/png;base64,")[1].split('"')[0]) == png
+    assert page.count("&lt;sooner&gt; &amp; later") == 2
+    assert "<sooner>" not in page
+    assert page.rstrip().endswith("</html>")
+    assert merge_reports("all", [report, Report([])]).pictures == report.pictures
+    assert all("sooner" not in text for text in (report.to_json(), report.to_sarif(), report.to_github(), shown(report)))
