@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["SUBCOMMANDS", "Recipe", "RecipeCLI", "name_configs", "run_recipe"]
+__all__ = ["SUBCOMMANDS", "LastCheckpoint", "Recipe", "RecipeCLI", "name_configs", "run_recipe"]
 
+import signal
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentError
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from pl_normkit.errors import ConfigError, NormkitError, nearest
 from pl_normkit.recipes.callback_words import parse_callbacks
@@ -23,6 +25,17 @@ from pl_normkit.recipes.editing import add_callbacks
 from pl_normkit.recipes.field import FieldRecorder
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """`last.ckpt` after every validation. ModelCheckpoint's own `save_last` leaves it at the best state from Lightning 2.6 on.
+
+    Args:
+        every_n_epochs: write it at the end of each so many epochs; 0 switches it off.
+    """
+
+    def __init__(self, every_n_epochs: int = 1) -> None:
+        super().__init__(filename="last", every_n_epochs=every_n_epochs, save_on_train_epoch_end=False, enable_version_counter=False)
 
 
 class RecipeCLI(LightningCLI):
@@ -38,11 +51,12 @@ class RecipeCLI(LightningCLI):
         parser.add_argument("--with", type=str | None, default=None, help=about)
 
     def add_checkpoint_arguments(self, parser: LightningArgumentParser, monitor: str) -> None:
-        """Options `--checkpoint.*`: the last state, and the best by `monitor`, higher being better."""
+        """Options `--checkpoint.*` of the best state by `monitor`, higher being better, and `--last.*` of the last one."""
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         # At the end of validation only: a resumed run first closes the epoch it was saved in, without a metric to go by.
-        checkpoint = {"monitor": monitor, "mode": "max", "save_last": True, "save_on_train_epoch_end": False}
+        checkpoint = {"monitor": monitor, "mode": "max", "save_on_train_epoch_end": False}
         parser.set_defaults({f"checkpoint.{option}": value for option, value in checkpoint.items()})
+        parser.add_lightning_class_args(LastCheckpoint, "last")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         # LightningCLI itself warns when sys.argv is not empty, which it never is under `pl-normkit run`.
@@ -122,7 +136,8 @@ class Recipe:
 def run_recipe(recipe: Recipe, args: Sequence[str]) -> int:
     """Run `recipe` with command line arguments: `[fit|validate|test|predict] [options]`, "fit" being the default.
 
-    Options left out come from the recipe's YAML files. Returns 0. Raises NormkitError for bad input.
+    Options left out come from the recipe's YAML files. Returns 0, or another code where a signal ended the run. Raises NormkitError for
+    bad input.
     """
     command = name_configs(recipe, _choose_subcommand(args, recipe.name))
     defaults = [str(recipe.default_config)]
@@ -147,7 +162,9 @@ def run_recipe(recipe: Recipe, args: Sequence[str]) -> int:
             )
         except (ArgumentError, ValueError) as error:
             raise _explain_refusal(error, f"pl-normkit run {recipe.name} {command[0]}") from error
-        except SystemExit as stop:  # --help and --print_config end that way
+        except SIGTERMException:
+            return 128 + signal.SIGTERM
+        except SystemExit as stop:  # --help and --print_config end that way, and an interrupted training with code 1
             return int(stop.code or 0)
     return 0
 

@@ -159,9 +159,9 @@ def _settings(recipe: Recipe, words: Sequence[CallbackWord], options: Sequence[s
 
 
 def compare(recipe: Recipe, args: Sequence[str]) -> int:
-    """Run the command with the arguments after `compare RECIPE`. Returns 0. Raises NormkitError for bad input.
+    """Run the command with the arguments after `compare RECIPE`. Returns 0, or another code where a signal ended a run.
 
-    Runs that the output folder already holds, from the same command, are not trained again.
+    Runs that the output folder already holds, from the same command, are not trained again. Raises NormkitError for bad input.
     """
     try:
         options, rest = _parse(recipe.name, args)
@@ -176,8 +176,9 @@ def compare(recipe: Recipe, args: Sequence[str]) -> int:
     store = RunStore(options.out or Path("runs") / "compare" / f"{recipe.name}-{label}-{digest_settings(settings)}", settings)
     seeds = range(options.seeds)
     console = Console()
-    if not _train_pairs(recipe, words, rest, store, seeds, console):
-        return 0
+    code = _train_pairs(recipe, words, rest, store, seeds, console)
+    if code is not None:
+        return code
     print_comparison(console, store.runs, seeds, recipe.metric, label)
     picture = store.folder / "comparison.png"
     console.print(f"runs:       {store.folder / 'runs.csv'}", soft_wrap=True, highlight=False)
@@ -188,8 +189,10 @@ def compare(recipe: Recipe, args: Sequence[str]) -> int:
 
 def _train_pairs(
     recipe: Recipe, words: Sequence[CallbackWord], options: Sequence[str], store: RunStore, seeds: Sequence[int], console: Console
-) -> bool:
-    """Train what `store` lacks. False when the options asked for something else than training (--help, --print_config)."""
+) -> int | None:
+    """Train what `store` lacks. The exit code of a run that came to no end: the options asked for something else (--help,
+    --print_config), or a signal ended it.
+    """
     # The callbacks go first, so that one that does not fit the network says so at once. Each second pair the other way round:
     # what slows a machine as it goes hits both arms alike.
     order = [(seed, arm) for seed in seeds for arm in (ARMS[::-1] if seed % 2 == 0 else ARMS)]
@@ -201,15 +204,15 @@ def _train_pairs(
         for seed, arm in missing:
             trial = Trial(seed, arm, recipe.metric, words, progress)
             command = ["fit", *_QUIET, *options, f"--seed_everything={seed}"]
-            run_recipe(replace(recipe, cli=_trial_cli(recipe.cli, trial)), command)
+            code = run_recipe(replace(recipe, cli=_trial_cli(recipe.cli, trial)), command)
             if trial.result is None:
-                return False
+                return code
             _check_weights(trial.result, store)
             store.add(trial.result)
             progress.advance(overall)
             run = trial.result
             console.print(f"seed {seed} {arm}: {recipe.metric} {run.metric:.4f} in {run.seconds:.1f} s", highlight=False)
-    return True
+    return None
 
 
 def _check_weights(run: PairedRun, store: RunStore) -> None:

@@ -41,8 +41,7 @@ class FieldRecorder(Callback):
         self._unedited: nn.Module | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Keep the network as it was built. Of a resumed run that would be random weights: there is nothing to show."""
-        is_wanted = stage == "fit" and trainer.is_global_zero and self.images > 0 and not trainer.ckpt_path
+        is_wanted = stage == "fit" and trainer.is_global_zero and self.images > 0
         self._unedited = copy.deepcopy(_network(pl_module)) if is_wanted and editing_callbacks(trainer) else None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -54,7 +53,8 @@ class FieldRecorder(Callback):
         elif isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
             self.reason = "the weights are sharded"
         elif trainer.is_global_zero:
-            if unedited is not None and any(callback.changes for callback in editing_callbacks(trainer)):
+            is_edited = any(callback.changes for callback in editing_callbacks(trainer))
+            if unedited is not None and is_edited and not trainer.ckpt_path:  # of a resumed run the copy has random weights
                 self._measure("before the edits", trainer, unedited.to(pl_module.device))
             self._measure("before training", trainer, _network(pl_module))
             self._drop_equal()

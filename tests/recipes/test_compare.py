@@ -3,6 +3,7 @@ import json
 import math
 import random
 import re
+import signal
 import sys
 import types
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from PIL import Image
 from scipy import stats
 from torch.utils.data import DataLoader, Dataset
@@ -40,6 +42,8 @@ class Probe(pl.Callback):
     batch_sums: ClassVar[list[float]] = []
     first_loss: ClassVar[list[float]] = []
 
+    interrupt: ClassVar[BaseException | None] = None
+
     def __init__(self, lr: float | None = None, spend: bool = False) -> None:
         torch.rand(3)
         self.lr = lr
@@ -57,6 +61,8 @@ class Probe(pl.Callback):
             trainer.lr_scheduler_configs[0].scheduler.base_lrs = [self.lr]
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == 2 and Probe.interrupt is not None:
+            raise Probe.interrupt
         Probe.batch_sums.append(batch[0].sum().item())
         if trainer.global_step == 1:
             Probe.first_loss.append(outputs["loss"].item())
@@ -70,6 +76,7 @@ def probes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     monkeypatch.setitem(sys.modules, "probe_callbacks", module)
     monkeypatch.chdir(tmp_path)
     Probe.batch_sums, Probe.first_loss = [], []
+    monkeypatch.setattr(Probe, "interrupt", None)
     return "probe_callbacks.Probe"
 
 
@@ -118,6 +125,20 @@ def test_a_pair_shares_weights_data_and_randomness_whatever_the_callback_draws(p
     assert len(set(without)) == 3
     value = {row["arm"]: row["metric"] for row in _rows(tmp_path / "out" / "runs.csv")}
     assert value["with"] == value["without"]
+
+
+@pytest.mark.parametrize(("interrupt", "code"), [(KeyboardInterrupt(), 1), (SIGTERMException(), 143)])
+def test_an_interrupted_comparison_says_so_and_keeps_whole_runs_alone(probes, tmp_path, monkeypatch, capsys, interrupt, code):
+    handler = signal.getsignal(signal.SIGINT)  # Lightning ignores further Ctrl-C while it shuts down
+    command = ["compare", "segmentation", "--with", probes, "--seeds", "1", "--out", "out", *TINY, f"--trainer.callbacks+={probes}"]
+    monkeypatch.setattr(Probe, "interrupt", interrupt)
+    try:
+        assert main(command) == code
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+    assert "difference" not in capsys.readouterr().out
+    assert not (tmp_path / "out" / "runs.csv").exists()
 
 
 def test_one_pair_gives_no_interval_and_says_so(probes, tmp_path, capsys):

@@ -94,6 +94,18 @@ def test_fit_resume_test_and_predict_on_a_folder(here, folder, capsys):
     assert set(np.unique(np.array(written))) <= {0, 1, 2}
 
 
+def test_the_last_checkpoint_is_the_last_state_and_the_other_the_best(here, folder, capsys):
+    """With a learning rate of 0 the first epoch stays the best."""
+    assert run([*_on_folder(folder, "--trainer.max_epochs=3", "--model.lr=0", "--data.batch_size=4", "--field.images=0")]) == 0
+
+    checkpoints = _latest(here) / "checkpoints"
+    assert "epoch=0-step=1.ckpt" in capsys.readouterr().out
+    assert {path.name: torch.load(path, weights_only=True)["global_step"] for path in checkpoints.iterdir()} == {
+        "epoch=0-step=1.ckpt": 1,
+        "last.ckpt": 3,
+    }
+
+
 def test_resumed_training_equals_uninterrupted_training(here, folder):
     """Four steps at once, and stopped after two: the same weights (the order of the samples is fixed by one batch an epoch)."""
     options = [
@@ -153,7 +165,7 @@ def test_every_ready_configuration_trains_by_its_name(here, folder, name, capsys
     quick = ["--trainer.max_steps=1", "--trainer.limit_val_batches=1", "--data.crop_size=64", "--field.images=0"]
     small = [option for option in _on_folder(folder, *quick) if option not in SMALL]
 
-    assert run(["--config", name, *small, *encoder, "--checkpoint.save_top_k=0", "--checkpoint.save_last=false"]) == 0
+    assert run(["--config", name, *small, *encoder, "--checkpoint.save_top_k=0", "--last.every_n_epochs=0"]) == 0
 
     shown = capsys.readouterr().out
     assert "mean (mIoU)" in shown
@@ -214,10 +226,25 @@ def test_callbacks_of_the_with_option_edit_before_the_audit_reads(here, folder, 
     assert _column(_latest(here), "val_loss") == pytest.approx(trained)
 
 
+def test_the_moving_average_holds_the_statistics_of_equalizers(here, folder):
+    """The average is begun before the calibration; its checkpoint has the calibrated statistics all the same."""
+    options = _on_folder(folder, "--with=ScaleEqualization(max_batches=1)", "--data.crop_size=64", "--model.architecture=PSPNet")
+    assert run([*options, "--trainer.max_steps=3", "--model.ema_decay=0.9", "--field.images=0", "--data.batch_size=4"]) == 0
+
+    version = _latest(here)
+    saved = torch.load(version / "checkpoints" / "last.ckpt", weights_only=True)
+    statistics = [key for key in saved["state_dict"] if key.endswith(("scale_equalizer.scale", "scale_equalizer.shift"))]
+    assert len(statistics) == 2
+    assert all(torch.allclose(saved["state_dict"][key], saved["current_model_state"][key], rtol=1e-6) for key in statistics)
+    assert all(saved["state_dict"][key].unique().numel() > 1 for key in statistics)
+    assert run(["validate", *options, f"--ckpt_path={version / 'checkpoints' / 'last.ckpt'}"]) == 0
+    assert _column(_latest(here), "val_loss") == pytest.approx(_column(version, "val_loss")[-1:])
+
+
 def test_edits_that_do_not_change_the_field_and_resumed_runs_show_no_field_from_before(here, folder, capsys):
     two_fields = r"half of the mass within [\d.]+ px before training, [\d.]+ px after training"
     options = _on_folder(folder, *MENDED, "--field.images=1", "--data.batch_size=4")
-    assert run([*options, "--trainer.max_steps=1", "--with=StochasticPooling"]) == 0
+    assert run([*options, "--trainer.max_steps=1", "--with=ScaleEqualization"]) == 0
     assert re.search(two_fields, capsys.readouterr().out)
     assert run([*options, "--trainer.max_steps=1"]) == 0
     assert "before the edits" in capsys.readouterr().out

@@ -2,11 +2,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from segmentation_tree import write_pairs
 from torchvision.transforms import v2
 
 from pl_normkit.errors import DataError
-from pl_normkit.recipes.segmentation import TextureMosaic
-from pl_normkit.recipes.segmentation.samples import Augment, CollateNamed, CollatePairs, denormalize, normalize
+from pl_normkit.recipes.segmentation import FolderData, TextureMosaic
+from pl_normkit.recipes.segmentation.samples import Augment, CollateNamed, CollatePairs, crop_middle, denormalize, normalize
 
 
 def _coded(height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -154,3 +155,34 @@ def test_an_impossible_option_is_named(option, value):
         TextureMosaic(**{option: value})
     assert option in caught.value.where + caught.value.what
     assert caught.value.mend
+
+
+@pytest.mark.parametrize(("height", "width", "top", "left"), [(32, 32, 0, 0), (50, 61, 9, 14), (20, 60, 0, 14), (10, 12, 0, 0)])
+def test_the_middle_of_an_image_is_cut_or_padded(height, width, top, left):
+    image = torch.rand(3, height, width)
+
+    middle = crop_middle(image, 32)
+
+    assert middle.shape == (3, 32, 32)
+    kept = image[:, top : top + 32, left : left + 32]
+    assert torch.equal(middle[:, : kept.shape[1], : kept.shape[2]], kept)
+    assert middle.count_nonzero() == kept.count_nonzero()
+
+
+def test_sample_images_have_the_size_of_the_training_crop_whatever_theirs_is(tmp_path):
+    for index, size in enumerate([(40, 90), (70, 30), (64, 64)]):
+        write_pairs(tmp_path / str(index), 1, size=size)
+        for kind in ("images", "masks"):
+            (tmp_path / kind).mkdir(exist_ok=True)
+            (tmp_path / str(index) / kind / "0.png").rename(tmp_path / kind / f"{index}.png")
+    (tmp_path / "train.txt").write_text("0\n")
+    (tmp_path / "val.txt").write_text("0\n1\n2\n")
+    data = FolderData(str(tmp_path), ["a", "b", "c"], crop_size=32, check_masks=False)
+    data.setup("fit")
+
+    assert data.sample_images(2).shape == (2, 3, 32, 32)
+    assert data.sample_images(9).shape == (3, 3, 32, 32)
+    picture = (tmp_path / "images" / "1.png").read_bytes()
+    (tmp_path / "images" / "1.png").write_bytes(picture[: len(picture) // 2])
+    with pytest.raises(DataError, match="cannot be read"):
+        data.sample_images(2)
