@@ -165,7 +165,7 @@ def test_one_pair_gives_no_interval_and_says_so(probes, tmp_path, capsys):
         (["--with", "no.such.module.Callback"], "there is no callback 'no.such.module.Callback'"),
         (["--with", "torch.nn.Linear"], "no callback class"),
         (["--with", "StochasticPooling", *TINY], "no average pool"),
-        (["--with", "AtrousRates", "--config", "deeplabv3plus", "--model.encoder_name=resnet18"], "edit the network twice"),
+        (["--with", "AtrousRates", "--trainer.callbacks=pl_normkit.callbacks.AtrousRates"], "edit the network twice"),
         (["--with", "GammaDecay", "--seeds", "0"], "at least one pair"),
         (["--with", "GammaDecay", "--seed_everything=3"], "--seeds"),
         (["--with", "GammaDecay", "--model.lrr=3"], "lrr"),

@@ -162,14 +162,12 @@ CONFIGS = sorted(path.stem for path in Path(segmentation.__file__).with_name("co
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_ready_configuration_trains_by_its_name(here, folder, name, capsys):
     encoder = [] if name == "segformer" else ["--model.encoder_name=resnet18"]
-    quick = ["--trainer.max_steps=1", "--trainer.limit_val_batches=1", "--data.crop_size=64", "--field.images=0"]
+    quick = ["--trainer.max_steps=1", "--trainer.limit_val_batches=1", "--field.images=0"]
     small = [option for option in _on_folder(folder, *quick) if option not in SMALL]
 
     assert run(["--config", name, *small, *encoder, "--checkpoint.save_top_k=0", "--last.every_n_epochs=0"]) == 0
 
-    shown = capsys.readouterr().out
-    assert "mean (mIoU)" in shown
-    assert ("by AtrousRates" in shown) == (name == "deeplabv3plus")
+    assert "mean (mIoU)" in capsys.readouterr().out
 
 
 def test_the_ready_configurations_are_the_promised_ones(here):

@@ -170,12 +170,12 @@ def test_the_middle_of_an_image_is_cut_or_padded(height, width, top, left):
 
 
 def test_sample_images_have_the_size_of_the_training_crop_whatever_theirs_is(tmp_path):
-    for index, size in enumerate([(40, 90), (70, 30), (64, 64)]):
+    for index, size in enumerate([(40, 90), (70, 30), (60, 60), (60, 60)]):
         write_pairs(tmp_path / str(index), 1, size=size)
         for kind in ("images", "masks"):
             (tmp_path / kind).mkdir(exist_ok=True)
             (tmp_path / str(index) / kind / "0.png").rename(tmp_path / kind / f"{index}.png")
-    (tmp_path / "train.txt").write_text("0\n")
+    (tmp_path / "train.txt").write_text("3\n")
     (tmp_path / "val.txt").write_text("0\n1\n2\n")
     data = FolderData(str(tmp_path), ["a", "b", "c"], crop_size=32, check_masks=False)
     data.setup("fit")
