@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.callbacks.spike import SpikeDetection
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from pl_normkit.callbacks.nan_guard import NaNGuard
 
@@ -103,10 +105,15 @@ class Net(nn.Module):
 
 
 class Module(pl.LightningModule):
-    def __init__(self, *, logs: bool) -> None:
+    def __init__(self, *, logs: bool, sharded: bool) -> None:
         super().__init__()
         self.net = Net()
         self.logs = logs
+        self.sharded = sharded
+
+    def configure_model(self) -> None:
+        if self.sharded and not isinstance(self.net.first.weight, DTensor):
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         out = self.net(batch["x"], batch["site"], batch["value"])
@@ -131,6 +138,7 @@ class Watch(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         tensors = [*pl_module.parameters(), *pl_module.buffers()]
         tensors += [value for entry in trainer.optimizers[0].state.values() for value in entry.values()]
+        tensors = [part for tensor in tensors if (part := part_here(tensor)).numel()]
         norms = torch.stack(torch._foreach_norm([tensor.detach() for tensor in tensors if tensor.is_floating_point()], float("inf")))
         if self.first_bad is None and not bool(torch.isfinite(norms).all()):
             self.first_bad = int(batch["step"])
@@ -138,12 +146,30 @@ class Watch(pl.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def part_here(tensor: Tensor) -> Tensor:
+    """The rows of a sharded tensor that this rank holds; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def strategy_for(options: dict[str, Any]) -> Any:
+    if options["world"] == 1:
+        return "auto"
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(options["port"]), "WORLD_SIZE": str(options["world"])}
+    os.environ |= {"NODE_RANK": "0", "LOCAL_RANK": str(options["rank"])}
+    timeout = timedelta(seconds=120)
+    if options.get("sharded"):
+        return ModelParallelStrategy(
+            process_group_backend="gloo", timeout=timeout, data_parallel_size=options["world"], tensor_parallel_size=1
+        )
+    return DDPStrategy(process_group_backend="gloo", timeout=timeout)
+
+
 def main(options: dict[str, Any]) -> None:
     rank, world, steps = options["rank"], options["world"], options["steps"]
     folder = Path(options["folder"])
-    harm = plan(options["planned"], world)
+    harm = plan(options["planned"], world, options.get("share", 0.06))
     torch.manual_seed(0)
-    module = Module(logs=options["guard"] == "early")
+    module = Module(logs=options["guard"] == "early", sharded=options.get("sharded", False))
     watch = Watch(options.get("die_at", -1))
     callbacks: list[pl.Callback] = [watch]
     guard = NaNGuard(folder=folder / "replay", max_files=3)
@@ -155,13 +181,9 @@ def main(options: dict[str, Any]) -> None:
         callbacks.append(EarlyStopping("train_loss", check_finite=True, check_on_train_epoch_end=True, patience=10**6))
     if options.get("checkpoint_every"):
         callbacks.append(ModelCheckpoint(folder, "step{step}", every_n_train_steps=options["checkpoint_every"], save_top_k=-1))
-    strategy: Any = "auto"
-    if world > 1:
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(options["port"]), "WORLD_SIZE": str(world)}
-        os.environ |= {"NODE_RANK": "0", "LOCAL_RANK": str(rank)}
-        strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=120))
     trainer = pl.Trainer(
-        max_epochs=1, accelerator="cpu", devices=world, strategy=strategy, logger=False, callbacks=callbacks, use_distributed_sampler=False,
+        max_epochs=1, accelerator="cpu", devices=world, strategy=strategy_for(options), logger=False, callbacks=callbacks,
+        use_distributed_sampler=False,
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=bool(options.get("checkpoint_every")),
         default_root_dir=folder,
     )  # fmt: skip
@@ -180,8 +202,12 @@ def main(options: dict[str, Any]) -> None:
         }
         for event in guard.events
     ]
-    optimizer = {str(key): value for key, value in trainer.optimizers[0].state_dict()["state"].items()}
-    torch.save({"model": module.state_dict(), "optimizer": optimizer}, folder / f"{options['name']}{rank}.pt")
+    optimizer = {
+        str(key): {name: part_here(value) for name, value in entry.items()}
+        for key, entry in trainer.optimizers[0].state_dict()["state"].items()
+    }
+    model = {name: part_here(value) for name, value in module.state_dict().items()}
+    torch.save({"model": model, "optimizer": optimizer}, folder / f"{options['name']}{rank}.pt")
     facts = {
         "first_bad": watch.first_bad,
         "events": events,

@@ -101,6 +101,20 @@ def test_the_trajectory_equals_a_run_without_those_batches(storm: tuple[Path, li
         assert_equal(state(storm[0], "clean", rank), state(storm[0], "guarded", rank))
 
 
+def test_sharded_parameters_stay_finite_and_follow_the_run_without_those_batches(tmp_path: Path) -> None:
+    """FSDP2: no rank sees all gradients, the flag is all-reduced, nothing is diagnosed."""
+    short: dict[str, Any] = {"sharded": True, "steps": 80, "share": 0.3}
+    facts = run(tmp_path, "guarded", guard="nan_guard", drop=False, **short)
+    run(tmp_path, "clean", guard="none", drop=True, **short)
+    struck = [harm["site"] for step, harm in plan(STEPS, 2, short["share"]).items() if step < short["steps"]]
+    assert set(struck) == set(nan_storm.SITES)
+    for rank in (0, 1):
+        assert (facts[rank]["first_bad"], facts[rank]["error"]) == (None, "")
+        assert [event["kind"] for event in facts[rank]["events"]] == ["unknown"] * len(struck)
+        assert_equal(state(tmp_path, "clean", rank), state(tmp_path, "guarded", rank))
+    assert state(tmp_path, "guarded", 0)["net.first.weight"].shape == (6, 6)  # half of the rows
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(("guard", "error"), [("spike", "TrainingSpikeException"), ("early", "")])
 def test_lightnings_own_checks_act_after_the_weights_are_nan(guard: str, error: str, tmp_path: Path) -> None:
