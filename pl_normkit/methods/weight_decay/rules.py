@@ -56,17 +56,13 @@ def _with_role(subject: Subject, *roles: Role, decayed: bool) -> list[str]:
     return [name for name, role in known.items() if role in roles and name in decays and (decays[name] > 0) is decayed]
 
 
-def _weights_are_decayed(subject: Subject) -> bool:
-    return bool(_with_role(subject, Role.WEIGHT, decayed=True))
-
-
 def _places(names: Iterable[str]) -> list[Place]:
     return [Place(name) for name in names]
 
 
-def _strength(subject: Subject, names: Iterable[str]) -> Evidence:
+def _strength(subject: Subject, names: Iterable[str], what: str = "largest weight decay among them", expected: str = "0") -> Evidence:
     decays = subject.once(_decays)
-    return Evidence("largest weight decay among them", max(decays[name] for name in names), "0")
+    return Evidence(what, max(decays[name] for name in names), expected)
 
 
 _OF_ROLE = {
@@ -91,7 +87,7 @@ def decay_on_shortcut_or_stem_scale(subject: Subject) -> Iterator[Observation]:
     variance, the opposite of an identity mapping; and decaying both scales cancels what decaying gamma_last brings.
 
     Evidence
-    The number of such scales in a group with weight decay, and the largest decay among them.
+    The largest weight decay among such scales.
 
     Example
     torch.optim.AdamW(resnet50().parameters(), weight_decay=0.05)
@@ -111,7 +107,7 @@ def decay_on_shortcut_or_stem_scale(subject: Subject) -> Iterator[Observation]:
         names = [name for name in _with_role(subject, role, decayed=True) if name in core]
         if names:
             yield Observation(
-                f"weight decay pulls {len(names)} {what} to 0: {why}",
+                f"weight decay pulls the {what} to 0: {why}",
                 _places(names),
                 f"take them out of weight decay: {_USE}",
                 (_strength(subject, names),),
@@ -137,7 +133,7 @@ def no_decay_on_last_scale(subject: Subject) -> Iterator[Observation]:
     all norm scales gives this up.
 
     Evidence
-    The number of last scales in groups without decay.
+    The weight decay that the weights get and these scales do not.
 
     Example
     Parameter groups that exclude every one-dimensional parameter from weight decay.
@@ -154,12 +150,13 @@ def no_decay_on_last_scale(subject: Subject) -> Iterator[Observation]:
     """
     core = subject.once(_known).core_gammas
     names = [name for name in _with_role(subject, Role.GAMMA_LAST, decayed=False) if name in core]
-    if names and _weights_are_decayed(subject):
+    weights = _with_role(subject, Role.WEIGHT, decayed=True)
+    if names and weights:
         yield Observation(
-            f"the last norm scale of {len(names)} residual branches gets no weight decay, though the weights do",
+            "the last norm scale of residual branches gets no weight decay, though the weights do",
             _places(names),
             f"decay them as the weights: {_USE}",
-            (Evidence("last scales without decay", len(names), "0"),),
+            (_strength(subject, weights, "largest weight decay of the weights", ""),),
         )
 
 
@@ -191,7 +188,7 @@ def decay_on_special_parameters(subject: Subject) -> Iterator[Observation]:
     position, no token, a branch that is switched off. For biases and shifts the harm is small, so alone they are a note.
 
     Evidence
-    The number of parameters of each kind in groups with weight decay, and the largest decay among them.
+    The largest weight decay among such parameters.
 
     Example
     torch.optim.AdamW(vit.parameters(), weight_decay=0.05); also timm's `param_groups_weight_decay` when it is not given the model's
@@ -210,14 +207,14 @@ def decay_on_special_parameters(subject: Subject) -> Iterator[Observation]:
     if not names:
         return
     known = subject.once(_known).roles
-    counts = Counter(known[name] for name in names)
-    told = ", ".join(f"{counts[role]} {what}" for role, what in {**_SPECIAL, **_SHIFTS}.items() if counts[role])
+    roles = {known[name] for name in names}
+    told = ", ".join(what for role, what in {**_SPECIAL, **_SHIFTS}.items() if role in roles)
     yield Observation(
         f"weight decay reaches {told}",
         _places(names),
         f"take them out of weight decay: {_USE}",
         (_strength(subject, names),),
-        severity=Severity.NOTE if set(counts) <= set(_SHIFTS) else None,
+        severity=Severity.NOTE if roles <= set(_SHIFTS) else None,
     )
 
 
@@ -236,7 +233,7 @@ def parameter_not_in_one_optimizer(subject: Subject) -> Iterator[Observation]:
     The first never learn although they get gradients; the second are stepped, and decayed, twice.
 
     Evidence
-    The number of such parameters and their share of all trainable elements.
+    Their share of all trainable elements.
 
     Example
     torch.optim.SGD(model.encoder.parameters(), lr=0.1) in a run that means to train the decoder too.
@@ -269,7 +266,7 @@ def parameter_not_in_one_optimizer(subject: Subject) -> Iterator[Observation]:
         if names:
             share = sum(trainable[name].numel() for name in names) / total
             yield Observation(
-                f"{len(names)} trainable parameters are in {where}: they {harm}",
+                f"trainable parameters in {where} {harm}",
                 _places(names),
                 advice,
                 (Evidence("share of all trainable elements", share, "0"),),
@@ -351,7 +348,7 @@ def decay_against_low_confidence_role(subject: Subject) -> Iterator[Observation]
     The same two principles, carried over to places that we have not checked by experiment.
 
     Evidence
-    The number of scales in a group that goes against their role.
+    The weight decay that the weights get.
 
     Example
     A pre-norm transformer whose final layer norm is decayed, or whose branch norms are not.
@@ -367,16 +364,17 @@ def decay_against_low_confidence_role(subject: Subject) -> Iterator[Observation]
     """
     core = subject.once(_known).core_gammas
     wanted = {Role.GAMMA_LAST: True, Role.GAMMA_BRANCH: True, Role.GAMMA_SHORTCUT: False, Role.GAMMA_TRUNK: False}
-    if not _weights_are_decayed(subject):
+    weights = _with_role(subject, Role.WEIGHT, decayed=True)
+    if not weights:
         return
     for role in GAMMAS:
         names = [name for name in _with_role(subject, role, decayed=not wanted[role]) if name not in core]
         if names:
             state = "gets no weight decay" if wanted[role] else "gets weight decay"
             yield Observation(
-                f"{len(names)} norm scales with role {role.value}: each {state}, against our low-confidence derivation",
+                f"norm scales of role {role.value}: each {state}, against our low-confidence derivation",
                 _places(names),
                 'param_groups(..., policy="gamma_roles_extended"), if you want to try it',
-                (Evidence("scales against their role", len(names), "0"),),
+                (_strength(subject, weights, "largest weight decay of the weights", ""),),
                 cause=role.value,
             )
