@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["FirstCall", "InputCapture", "after_configure_model", "traced_network"]
+__all__ = ["FirstCall", "InputCapture", "after_configure_model", "is_sharded", "traced_network"]
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
@@ -28,6 +29,11 @@ def after_configure_model(pl_module: pl.LightningModule, act: Callable[[], None]
         act()
 
     pl_module.configure_model = configure_model_then_act  # type: ignore[method-assign]
+
+
+def is_sharded(trainer: pl.Trainer) -> bool:
+    """Whether each process holds a part of the parameters."""
+    return isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy))
 
 
 def traced_network(pl_module: pl.LightningModule) -> nn.Module | None:

@@ -12,14 +12,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from pl_normkit.callbacks._first_batch import guess_inputs
-from pl_normkit.callbacks._network import after_configure_model
+from pl_normkit.callbacks._network import after_configure_model, is_sharded
 from pl_normkit.errors import EditError, NormkitWarning, TraceError
 from pl_normkit.methods.weight_decay import (
     HISTORY_FILE,
@@ -188,9 +187,8 @@ class GammaDecay(Callback):
     def _record(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self.record_every or self.known is None:
             return
-        is_sharded = isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy))
         for role, square in squared_gamma_norms(pl_module, self.known).items():
-            total = trainer.strategy.reduce(square, reduce_op="sum") if is_sharded else square
+            total = trainer.strategy.reduce(square, reduce_op="sum") if is_sharded(trainer) else square
             points = self.history.setdefault(role.value, [])
             if not points or points[-1][0] != trainer.global_step:
                 points.append((trainer.global_step, float(total) ** 0.5))

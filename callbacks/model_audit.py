@@ -14,8 +14,9 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from pl_normkit.audit import audit_subject, fix_findings
-from pl_normkit.callbacks._network import InputCapture, after_configure_model
-from pl_normkit.errors import AuditFailedError, NormkitError, NormkitWarning
+from pl_normkit.callbacks._first_batch import guess_inputs
+from pl_normkit.callbacks._network import InputCapture, after_configure_model, is_sharded, traced_network
+from pl_normkit.errors import AuditFailedError, ConfigError, NormkitError, NormkitWarning
 from pl_normkit.findings import Finding, Severity
 from pl_normkit.report import Report, merge_reports
 from pl_normkit.rules import Loaders, Needs, Selection, Subject
@@ -25,7 +26,8 @@ class ModelAudit(Callback):
     """Lints the network when the fit is set up, its loss and optimizers on the first step; nothing else about the run changes.
 
     The network is audited in `setup` when inputs are known then: `example_inputs`, else the LightningModule's
-    `example_input_array` if the network can be traced with it. Otherwise the inputs are caught on their way into the network
+    `example_input_array` if the network can be traced with it, else, where fixes are to be made, two training samples. Otherwise the
+    inputs are caught on their way into the network
     during the first training step (nothing runs twice), and the audit follows before the first backward. There the rules on
     optimizers and on the autograd graph of the loss run too, once. Every rank audits, rank zero speaks.
 
@@ -37,6 +39,7 @@ class ModelAudit(Callback):
         fail_on: severity at which the run is stopped before its first step.
         fix: "safe" applies fixes that keep the function now or in eval mode, "unsafe" the others too. Fixes are made in
             `setup`, so they need inputs that are known then.
+        measure: whether rules may run the inputs through the network, on every rank, to put numbers to their findings.
         config: whether `[tool.pl-normkit]` of the nearest pyproject.toml applies.
 
     Attributes:
@@ -56,36 +59,47 @@ class ModelAudit(Callback):
         per_module_ignore: Mapping[str, Sequence[str]] | None = None,
         fail_on: Literal["note", "warning", "error"] | None = None,
         fix: Literal["none", "safe", "unsafe"] = "none",
+        measure: bool = False,
         config: bool = True,
     ) -> None:
+        if fix not in ("none", "safe", "unsafe"):
+            raise ConfigError(f"ModelAudit knows no fix={fix!r}", mend='use "none", "safe" or "unsafe"')
+        if fail_on not in (None, *Severity):
+            raise ConfigError(f"ModelAudit knows no fail_on={fail_on!r}", mend='use "note", "warning", "error" or None')
         self.example_inputs = example_inputs
         base = Selection.from_pyproject() if config else Selection()
         self.selection = base.override(select, ignore, per_module_ignore)
         self.selection.rules()
         self.fail_on = None if fail_on is None else Severity(fail_on)
         self.fix = fix
+        self.measure = measure
         self.report: Report | None = None
         self._capture: InputCapture | None = None
         self._networks: list[Subject] = []
         self._run_is_audited = False
+        self._can_measure = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
             self.report = self._capture = None
             self._networks = []
             self._run_is_audited = False
+            self._can_measure = self.measure and not is_sharded(trainer)
             after_configure_model(pl_module, lambda: self._audit_early(trainer, pl_module))
 
     def _audit_early(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         inputs = self.example_inputs if self.example_inputs is not None else pl_module.example_input_array
-        if inputs is None:
+        network: nn.Module | None = pl_module
+        if inputs is None and self.fix != "none":  # a fix cannot wait for the first batch
+            inputs, network = guess_inputs(trainer, pl_module), traced_network(pl_module)
+        if inputs is None or network is None:
             return
-        report = self._judge_network(pl_module, pl_module, inputs)
+        report = self._judge_network(pl_module, network, inputs)
         if self.example_inputs is None and self._networks[0].cannot_be_traced:
             self._networks.clear()  # the array may not fit what training feeds: the first batch decides
             return
         if self.fix != "none":
-            report = self._mend(pl_module, inputs, report)
+            report = self._mend(pl_module, network, inputs, report)
         self._conclude(trainer, report)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -110,9 +124,11 @@ class ModelAudit(Callback):
             return
         reports = [self._judge_network(pl_module, network, inputs) for network, inputs in self._capture.finish()]
         if not reports:
-            reports.append(Report(notes=["no network ran in the first training step: give ModelAudit(example_inputs=...)"]))
+            reports.append(Report(notes=[f"no network ran in the first training step: give {type(self).__name__}(example_inputs=...)"]))
         elif self.fix != "none" and any(report.findings for report in reports):
-            reports.append(Report(notes=[f"fix={self.fix!r} needs inputs when the fit is set up: give ModelAudit(example_inputs=...)"]))
+            reports.append(
+                Report(notes=[f"fix={self.fix!r} needs inputs when the fit is set up: give {type(self).__name__}(example_inputs=...)"])
+            )
         report = merge_reports(type(pl_module).__name__, reports)
         self._conclude(trainer, report)
         _log_counts(trainer, report)
@@ -131,7 +147,7 @@ class ModelAudit(Callback):
         self.report = merge_reports(now.subject, [before, now])
 
     def _judge_network(self, root: nn.Module, network: nn.Module, inputs: Any) -> Report:
-        subject = Subject(model=network, root=root, example_inputs=inputs, measure=False)
+        subject = Subject(model=network, root=root, example_inputs=inputs, measure=self._can_measure)
         self._networks.append(subject)
         return self._judge(subject, set(Needs) - {Needs.OPTIMIZERS, Needs.LOSS, Needs.LOADERS})
 
@@ -145,11 +161,15 @@ class ModelAudit(Callback):
             failure = f"{type(error).__name__}: {error}"
             return Report(notes=[f"the audit failed with {failure}; training goes on. Please report it with the model"])
 
-    def _mend(self, network: nn.Module, inputs: Any, before: Report) -> Report:
-        changes = fix_findings(network, inputs, before.findings, allow_unsafe=self.fix == "unsafe")
+    def _mend(self, root: nn.Module, network: nn.Module, inputs: Any, before: Report) -> Report:
+        try:
+            changes = fix_findings(root, inputs, before.findings, network=network, allow_unsafe=self.fix == "unsafe")
+        except Exception as error:
+            failure = f"a fix failed with {type(error).__name__}: {error}; the model is as it was. Please report it with the model"
+            return Report(before.findings, before.subject, [*before.notes, failure])
         if changes:
             self._networks.clear()
-        after = self._judge_network(network, network, inputs) if changes else before
+        after = self._judge_network(root, network, inputs) if changes else before
         made = [f"fixed: {change}" for change in changes.made]
         skipped = [f"not fixed: {change}" for change in changes.skipped]
         return Report(after.findings, after.subject, [*after.notes, *skipped], made)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pl_normkit.callbacks._network import is_sharded
 from pl_normkit.errors import ConfigError, NonFiniteError
 from pl_normkit.methods.nan_safety.diagnosis import Diagnosis
 from pl_normkit.methods.nan_safety.guard import (
@@ -160,7 +161,7 @@ class NaNGuard(pl.Callback):
         if scaler is None and self._decides_on_device(optimizer):
             self._offer_flag(optimizer, trainer.global_step)
             return
-        finite = gradients_are_finite(gradients(optimizer), sharded=_is_sharded(trainer))
+        finite = gradients_are_finite(gradients(optimizer), sharded=is_sharded(trainer))
         if not self._window.losses and self._shadow.bad_names():
             finite = False  # no backward carried the statistics into the gradients
         if finite:
@@ -238,7 +239,7 @@ class NaNGuard(pl.Callback):
             has_closure = any(argument is not None for argument in args[1:]) or kwargs.get("closure") is not None
             if self._stepping or has_closure:
                 return
-            finite = gradients_are_finite(gradients(optimizer), sharded=_is_sharded(trainer))
+            finite = gradients_are_finite(gradients(optimizer), sharded=is_sharded(trainer))
             if finite and self._shadow is not None:
                 self._shadow.accept()
             self._decided(trainer, pl_module, optimizer, bad=not finite)
@@ -336,7 +337,7 @@ class NaNGuard(pl.Callback):
     def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule, window: _Window, step: int, *, gather: bool = True) -> None:
         """Name the first producer, save the replay file, keep the event, and do what the policy says."""
         diagnosis, record, batch = Diagnosis("unknown", detail="not diagnosed"), None, None
-        if self.diagnose and window.batches and not _is_sharded(trainer):
+        if self.diagnose and window.batches and not is_sharded(trainer):
             diagnosis, record, batch = diagnose_batches(pl_module, window.batches, trainer.precision_plugin.train_step_context)
         found = _from_all_ranks(diagnosis) if gather else {trainer.global_rank: diagnosis}
         producers = {rank: seen for rank, seen in found.items() if seen.kind != "unknown"} or found
@@ -389,10 +390,6 @@ def _drop_gradients(optimizer: Optimizer) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = None
-
-
-def _is_sharded(trainer: pl.Trainer) -> bool:
-    return type(trainer.strategy).__name__ in ("FSDPStrategy", "ModelParallelStrategy")
 
 
 def _scale_of(trainer: pl.Trainer) -> float:

@@ -9,8 +9,8 @@ from lightning.pytorch.callbacks import Callback
 
 from pl_normkit.callbacks._network import after_configure_model
 from pl_normkit.methods.stochastic_pooling.functional import Scale, check_keep, check_scale
-from pl_normkit.methods.stochastic_pooling.swap import Filter, stochastic_pooling
-from pl_normkit.surgery import Changes
+from pl_normkit.methods.stochastic_pooling.swap import stochastic_pooling
+from pl_normkit.surgery import Changes, Filter
 
 
 class StochasticPooling(Callback):

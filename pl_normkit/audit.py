@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["audit", "audit_subject", "fix_findings"]
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
@@ -16,8 +17,9 @@ from pl_normkit.findings import Finding, FixSafety, Place
 from pl_normkit.graph import ModelGraph
 from pl_normkit.preserve import preserved
 from pl_normkit.report import Report
-from pl_normkit.rules import Loaders, Needs, Rule, Selection, Subject, load_rules
+from pl_normkit.rules import Fix, Loaders, Needs, Rule, Selection, Subject, load_rules
 from pl_normkit.surgery import Change, Changes
+from pl_normkit.wrappers import unwrapped
 
 
 def audit(
@@ -112,13 +114,12 @@ def _judge(rule: Rule, subject: Subject, notes: list[str]) -> list[Finding]:
 
 def _from_root(subject: Subject, findings: list[Finding]) -> list[Finding]:
     """The findings with paths as the user's own module names them."""
-    if subject.root is None or subject.root is subject.model:
+    if subject.root is None or subject.model is None or subject.root is subject.model:
         return findings
-    traced = getattr(subject.model, "_orig_mod", subject.model)
-    prefix = next((name for name, module in subject.root.named_modules() if module is traced), "")
+    prefix = _path_of(subject.model, subject.root)
 
     def move(place: Place) -> Place:
-        return replace(place, module=".".join(part for part in (prefix, place.module) if part))
+        return replace(place, module=_join(prefix, place.module))
 
     return [replace(finding, places=tuple(move(place) for place in finding.places)) for finding in findings]
 
@@ -130,30 +131,65 @@ def _names(subject: Subject) -> list[str]:
     return [*(name for name, _ in root.named_modules()), *(name for name, _ in root.named_parameters())]
 
 
-def fix_findings(model: nn.Module, example_inputs: Any, findings: Sequence[Finding], *, allow_unsafe: bool = False) -> Changes:
-    """Apply the fix of every rule that fired, each fix once.
+def fix_findings(
+    model: nn.Module,
+    example_inputs: Any,
+    findings: Sequence[Finding],
+    *,
+    network: nn.Module | None = None,
+    allow_unsafe: bool = False,
+) -> Changes:
+    """Apply the fix of every rule that fired, each fix once, at the places of the findings and nowhere else.
 
     Args:
         model: the audited module.
         example_inputs: what it was audited with.
         findings: as from `audit`.
+        network: the part of `model` that takes `example_inputs`; paths are those of `model` all the same.
         allow_unsafe: also apply fixes that change what is trained.
 
     Returns:
         all edits together; their `undo` takes them back in reverse order. A fix that finds nothing it can edit is listed
         in `skipped`.
+
+    Raises:
+        whatever a fix raises beside EditError; the model is as before then.
     """
     allowed = {FixSafety.SAFE, FixSafety.UNSAFE} if allow_unsafe else {FixSafety.SAFE}
     rules = load_rules()
-    fixes = dict.fromkeys(rules[finding.code].fix for finding in findings if finding.fix_safety in allowed)
+    found: dict[Fix, set[str]] = defaultdict(set)
+    for finding in findings:
+        fix = rules[finding.code].fix
+        if fix is not None and finding.fix_safety in allowed:
+            found[fix] |= {place.module for place in finding.places}
+    network = unwrapped(model if network is None else network)
+    prefix = _path_of(network, model)
     changes = Changes()
-    for fix in fixes:
-        if fix is not None:
-            try:
-                changes.add(fix(model, example_inputs))
-            except EditError as error:
-                changes.skipped.append(Change("", str(error)))
+    try:
+        for fix, places in found.items():
+            _apply_fix(fix, network, example_inputs, {path.removeprefix(f"{prefix}.") for path in places}, changes)
+    except BaseException:
+        changes.undo()
+        raise
+    changes.made = [replace(change, module=_join(prefix, change.module)) for change in changes.made]
+    changes.skipped = [replace(change, module=_join(prefix, change.module)) for change in changes.skipped]
     return changes
+
+
+def _apply_fix(fix: Fix, model: nn.Module, example_inputs: Any, places: Set[str], changes: Changes) -> None:
+    """Where the findings are, and nowhere else: what was silenced stays as it is."""
+    try:
+        changes.add(fix(model, example_inputs, filter_fn=lambda _, path: path in places))
+    except EditError as error:
+        changes.skipped.append(Change("", str(error)))
+
+
+def _path_of(network: nn.Module, root: nn.Module) -> str:
+    return next((name for name, module in root.named_modules() if module is network), "")
+
+
+def _join(prefix: str, path: str) -> str:
+    return ".".join(part for part in (prefix, path) if part)
 
 
 def _is_on_meta(model: nn.Module) -> bool:

@@ -200,7 +200,7 @@ def _explain(options: argparse.Namespace) -> int:
     from rich.markup import escape
 
     rules = load_rules()
-    known = rules.get(options.rule) or next((rule for rule in rules.values() if rule.name == options.rule), None)
+    known = rules.get(options.rule.upper()) or next((rule for rule in rules.values() if rule.name == options.rule.lower()), None)
     if known is None:
         names = [*rules, *(rule.name for rule in rules.values())]
         raise ConfigError(f"there is no rule {options.rule!r}", mend=nearest(options.rule, names) or "see `pl-normkit rules`")

@@ -87,5 +87,6 @@ class NormkitWarning(UserWarning):
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """A "did you mean" clause for `word`, or the empty string when nothing in `known` is close."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else ""
+    names = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), names, n=1, cutoff=0.5)
+    return f"did you mean {names[close[0]]!r}?" if close else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Loaders", "Mark", "Needs", "Observation", "Rule", "Selection", "Subject", "load_rules", "rule"]
+__all__ = ["Fix", "Loaders", "Mark", "Needs", "Observation", "Rule", "Selection", "Subject", "load_rules", "rule"]
 
 import fnmatch
 import importlib
@@ -16,17 +16,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from pl_normkit.errors import ConfigError, NormkitWarning, nearest
 from pl_normkit.findings import Evidence, Finding, FixSafety, Place, Severity
+from pl_normkit.wrappers import unwrapped
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
     from pl_normkit.graph import ModelGraph
-    from pl_normkit.surgery import Changes
+    from pl_normkit.surgery import Changes, Filter
 
 T = TypeVar("T")
 
@@ -73,7 +74,7 @@ class Subject:
     """What is judged. Every part is optional; a rule runs when the parts it needs are there.
 
     Attributes:
-        model: the module, as the user built it.
+        model: the module, as the user built it; one that is compiled or wrapped for several devices stands for the original.
         root: the module that reported paths are relative to, where `model` is a part of it (a LightningModule's network).
         example_inputs: what `model` is called with: a tensor, a tuple of positional or a dict of keyword arguments.
         graph: the traced model; None where there was nothing to trace or tracing failed.
@@ -96,6 +97,10 @@ class Subject:
     measure: bool = True
     cannot_be_traced: bool = False
     _memo: dict[Callable[..., Any], Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.model is not None:
+            self.model = unwrapped(self.model)
 
     def has(self, need: Needs) -> bool:
         value = getattr(self, need.value)
@@ -125,7 +130,12 @@ class Observation:
 
 
 Check = Callable[[Subject], Iterable[Observation]]
-Fix = Callable[["nn.Module", Any], "Changes"]
+
+
+class Fix(Protocol):
+    """Mends what a rule finds: all of it, or with `filter_fn` what stands at the modules that it chooses."""
+
+    def __call__(self, model: nn.Module, example_inputs: Any, *, filter_fn: Filter | None = None) -> Changes: ...
 
 
 @dataclass(frozen=True)
@@ -140,7 +150,7 @@ class Rule:
         source: the paper or test that `mark` refers to.
         needs: parts the subject must have.
         fix_safety: safety of `fix`, `display` where there is none.
-        fix: function of (model, example_inputs) that mends every finding of the rule.
+        fix: what mends the findings of the rule.
         preview: off until selected by its own code or name, or by ALL.
         check: the function itself.
     """

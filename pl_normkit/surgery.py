@@ -11,6 +11,7 @@ __all__ = [
     "Change",
     "Changes",
     "Edit",
+    "Filter",
     "Insert",
     "MixIn",
     "PreHook",
@@ -28,10 +29,14 @@ from typing import Any, Literal, Protocol
 from torch import Tensor, nn
 
 from pl_normkit.errors import EditError, nearest
+from pl_normkit.wrappers import unwrapped
 
 Undo = Callable[[], None]
 PreHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
 """Forward pre-hook: (module, positional, keyword arguments) -> the arguments its forward gets."""
+
+Filter = Callable[[nn.Module, str], bool]
+"""Called with (module, path), says whether a fix may act there."""
 
 _ABSENT = object()
 
@@ -67,9 +72,13 @@ class Changes:
         self._undo.append(later.undo)
 
     def undo(self) -> None:
-        """Give back the original model: the same module objects, hooks and attributes. A second call does nothing."""
+        """Give back the original model: the same module objects, hooks and attributes. A second call does nothing.
+
+        Where an edit cannot be taken back, because something was changed over it, the error says which, and a later call goes on there.
+        """
         while self._undo:
-            self._undo.pop()()
+            self._undo[-1]()
+            self._undo.pop()
 
     def __bool__(self) -> bool:
         """Whether anything was changed."""
@@ -93,9 +102,12 @@ class Edit(Protocol):
 def apply_edits(model: nn.Module, edits: Sequence[Edit], skipped: Sequence[Change] = ()) -> Changes:
     """Check every edit, then make those that are not made yet.
 
+    A model that is compiled or wrapped for several devices is edited through to the original.
+
     Raises EditError before anything is touched when one of them cannot be made; whatever an edit raises while being
     made, the edits before it are taken back first.
     """
+    model = unwrapped(model)
     for edit in edits:
         edit.check(model)
     changes = Changes(skipped=list(skipped))
@@ -151,9 +163,16 @@ class Replace:
     def apply(self, model: nn.Module) -> tuple[Change, Undo]:
         old = get_module(model, self.path)
         paths = _paths_of(model, old)
-        self.new.train(old.training)
+        mode = old.training
+        self.new.train(mode)
         _put(model, paths, self.new)
-        return Change(self.path, self.what), lambda: _put(model, paths, old)
+
+        def undo() -> None:
+            if self.new.training is not mode:  # the model changed its mode meanwhile
+                old.train(self.new.training)
+            _put(model, paths, old)
+
+        return Change(self.path, self.what), undo
 
 
 def _put(model: nn.Module, paths: Sequence[str], module: nn.Module) -> None:

@@ -227,14 +227,14 @@ def test_the_model_itself_has_the_path_that_the_root_gives_it(make_rule: Any) ->
 # Fixing.
 
 
-def switch_off(model: nn.Module, _: Any) -> Changes:
+def switch_off(model: nn.Module, _: Any, *, filter_fn: Any = None) -> Changes:
     return apply_edits(model, [Replace(name, nn.Identity(), "off") for name, m in model.named_modules() if isinstance(m, nn.Dropout)])
 
 
 def test_a_fix_that_two_findings_share_is_made_once(make_rule: Any) -> None:
     calls: list[int] = []
 
-    def fix(model: nn.Module, inputs: Any) -> Changes:
+    def fix(model: nn.Module, inputs: Any, *, filter_fn: Any = None) -> Changes:
         calls.append(inputs)
         return switch_off(model, inputs)
 
@@ -257,13 +257,48 @@ def test_an_unsafe_fix_waits_to_be_allowed(make_rule: Any, allowed: bool) -> Non
 
 
 def test_a_fix_that_finds_nothing_is_listed_as_skipped(make_rule: Any) -> None:
-    def fix(model: nn.Module, _: Any) -> Changes:
+    def fix(model: nn.Module, _: Any, *, filter_fn: Any = None) -> Changes:
         raise NothingMatchedError("nothing to place")
 
     make_rule("NK990", fix=fix, fix_safety=FixSafety.SAFE)
     model = nn.Linear(1, 1)
     changes = fix_findings(model, None, audit(model, select=["NK990"]).findings)
     assert (changes.made, [change.what for change in changes.skipped]) == ([], ["nothing to place"])
+
+
+def test_a_fix_that_breaks_leaves_the_model_as_it_was(make_rule: Any) -> None:
+    def break_down(model: nn.Module, _: Any, *, filter_fn: Any = None) -> Changes:
+        raise RuntimeError("a bug")
+
+    make_rule("NK990", fix=switch_off, fix_safety=FixSafety.SAFE)
+    make_rule("NK991", fix=break_down, fix_safety=FixSafety.SAFE)
+    model = nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.5))
+    old = model[1]
+    with pytest.raises(RuntimeError, match="a bug"):
+        fix_findings(model, 7, audit(model, select=["NK99"]).findings)
+    assert model[1] is old
+
+
+WAYS = {
+    "as it is": lambda net: net,
+    "compiled": lambda net: torch.compile(net, backend="eager"),
+    "DataParallel": nn.DataParallel,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_silenced_is_not_mended(way: str, faulty_net: nn.Module) -> None:
+    model, x = WAYS[way](faulty_net), torch.randn(4, 3, 16, 16)
+    everything = {place.module for finding in audit(model, x).findings for place in finding.places}
+    kept = sorted(everything)[0]
+    report = audit(model, x, per_module_ignore={kept: ["NK1"]})
+    old = faulty_net.get_submodule(kept)
+    changes = fix_findings(model, x, report.findings)
+    assert changes
+    assert faulty_net.get_submodule(kept) is old
+    assert kept in {place.module for finding in audit(model, x).findings for place in finding.places}
+    changes.undo()
+    assert {place.module for finding in audit(model, x).findings for place in finding.places} == everything
 
 
 def test_inputs_without_variance_measure_nothing(faulty_net: nn.Module) -> None:

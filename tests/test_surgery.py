@@ -194,6 +194,28 @@ def test_undo_gives_back_the_same_objects_hooks_attributes_and_values(data: st.D
     assert snapshot(model) == before
 
 
+@pytest.mark.parametrize("trains", [True, False])
+def test_undo_follows_the_mode_that_the_model_is_in(trains: bool) -> None:
+    model = nn.Sequential(nn.Dropout(0.5)).train(not trains)
+    changes = apply_edits(model, [Replace("0", nn.Identity(), "switched off")])
+    model.train(trains)
+    changes.undo()
+    assert model[0].training is trains
+
+
+def test_an_undo_that_fails_can_go_on_later() -> None:
+    model = nn.Sequential(nn.Dropout(0.5), Leaf(), nn.Dropout(0.5))
+    before = snapshot(model)
+    edits = [Replace("0", nn.Identity(), "off"), MixIn("1", Doubled, "mixed in"), Replace("2", nn.Identity(), "off")]
+    changes = apply_edits(model, edits)
+    later = apply_edits(model, [MixIn("1", Raised, "over it")])
+    with pytest.raises(EditError, match="was changed after the edit"):
+        changes.undo()
+    later.undo()
+    changes.undo()
+    assert snapshot(model) == before
+
+
 @PROPERTY
 @given(data=st.data())
 def test_applying_twice_equals_applying_once(data: st.DataObject) -> None:

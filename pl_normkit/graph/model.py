@@ -29,6 +29,7 @@ from pl_normkit.graph.structure import (
     walk_from,
 )
 from pl_normkit.graph.trace import trace
+from pl_normkit.wrappers import unwrapped
 
 _NORMS: dict[str, Literal["batch", "layer", "group", "instance", "rms"]] = {
     "batch_norm": "batch",
@@ -58,7 +59,7 @@ class ModelGraph:
         """Trace `model` in training mode; the model, its buffers, mode and every RNG stay as they are.
 
         Args:
-            model: any module, also on the meta device. A compiled module is read through to the original.
+            model: any module, also on the meta device. One that is compiled or wrapped for several devices is read through to the original.
             example_inputs: a tensor, a tuple of positional or a dict of keyword arguments, nested containers allowed;
                 a batch of one is repeated where a batch norm needs two samples.
             training: False traces it in eval mode.
@@ -66,8 +67,7 @@ class ModelGraph:
         Raises:
             TraceError: when `torch.export` cannot read the model; the message names the line.
         """
-        original = getattr(model, "_orig_mod", model)
-        return cls(trace(original, example_inputs, training=training))
+        return cls(trace(unwrapped(model), example_inputs, training=training))
 
     @cached_property
     def calls(self) -> Counter[tuple[str, str]]:

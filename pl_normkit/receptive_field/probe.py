@@ -15,6 +15,7 @@ from pl_normkit.errors import ConfigError, DataError
 from pl_normkit.preserve import preserved
 from pl_normkit.receptive_field.field import ReceptiveField
 from pl_normkit.receptive_field.units import Unit, find_unit
+from pl_normkit.wrappers import unwrapped
 
 _IMAGE_KEYS = ("image", "images", "pixel_values", "input", "inputs", "x")
 
@@ -54,7 +55,7 @@ def effective_receptive_field(
     Source: OpenERF for backbones; for logits derived from it (the definition of arXiv 2307.14179 is not known to us).
     """
     _check_options(max_images, gradient, batch_size)
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     with preserved(model, buffers=True), torch.inference_mode(False), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
         model.eval()
         total: Tensor | None = None

@@ -10,12 +10,14 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from pl_normkit.audit import fix_findings
 from pl_normkit.callbacks import DropoutPlacement, ModelAudit
 from pl_normkit.errors import AuditFailedError, ConfigError, NormkitWarning
+from pl_normkit.findings import FixSafety
 from pl_normkit.rules import Rule
+from pl_normkit.surgery import Changes
 from tests.methods.residual_networks import BlockSpec, Net, NetSpec
 
 WRONG = NetSpec((BlockSpec("pre-basic", (2,)),))
@@ -61,12 +63,12 @@ class Module(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
-def fit(module: pl.LightningModule, *callbacks: pl.Callback, steps: int = 2, **options: Any) -> pl.Trainer:
+def fit(module: pl.LightningModule, *callbacks: pl.Callback, steps: int = 2, loader: Any = None, **options: Any) -> pl.Trainer:
     generator = torch.Generator().manual_seed(0)
     data = TensorDataset(torch.randn(16, 3, 8, 8, generator=generator), torch.randint(5, (16,), generator=generator))
     defaults: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = pl.Trainer(**{**defaults, **options}, max_steps=steps, callbacks=list(callbacks), enable_model_summary=False)
-    trainer.fit(module, DataLoader(data, batch_size=4))
+    trainer.fit(module, DataLoader(data, batch_size=4) if loader is None else loader)
     return trainer
 
 
@@ -150,12 +152,65 @@ def test_safe_fix_is_made_in_setup_and_reported(callback: ModelAudit) -> None:
     assert list(module.state_dict()) == keys
 
 
+class WithoutForward(Module):
+    forward = pl.LightningModule.forward
+
+
+@pytest.mark.parametrize("kind", [Module, WithoutForward])
+@pytest.mark.parametrize("style", ["attribute", "configure_model", "compiled"])
+def test_a_fix_without_inputs_reads_two_training_samples(kind: type[Module], style: str) -> None:
+    module, callback = kind(style=style), DropoutPlacement()
+    fit(module, callback)
+    prefix = "net._orig_mod" if style == "compiled" else "net"
+    assert callback.report is not None
+    assert (list(callback.report.findings), list(callback.report.notes)) == ([], [])
+    assert [change.split(":")[1].strip() for change in callback.report.fixed] == [f"{prefix}.blocks.0.drop2", f"{prefix}.blocks.0.op5"]
+
+
 def test_fix_without_inputs_in_setup_says_what_it_needs() -> None:
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            return iter([(torch.randn(3, 8, 8), 1)] * 8)
+
     with pytest.warns(NormkitWarning) as caught:
-        fit(Module(), ModelAudit(fix="safe"))
+        fit(Module(), DropoutPlacement(), loader=DataLoader(Stream(), batch_size=4))
     findings, need = [str(warning.message) for warning in caught if issubclass(warning.category, NormkitWarning)]
     assert "NK101" in findings
-    assert "give ModelAudit(example_inputs=...)" in need
+    assert "give DropoutPlacement(example_inputs=...)" in need
+
+
+def test_a_fix_leaves_what_is_silenced() -> None:
+    module = Module(example=True)
+    callback = ModelAudit(ignore=["NK101"], fix="safe")
+    before = {name: type(part) for name, part in module.named_modules()}
+    fit(module, callback)
+    assert {name: type(part) for name, part in module.named_modules()} == before
+
+
+def test_a_fix_that_breaks_is_a_note_and_training_goes_on(make_rule: Any) -> None:
+    def break_down(model: nn.Module, _: Any, *, filter_fn: Any = None) -> Changes:
+        raise RuntimeError("a bug")
+
+    make_rule("NK990", fix=break_down, fix_safety=FixSafety.SAFE)
+    with pytest.warns(NormkitWarning) as caught:
+        trainer = fit(Module(example=True), ModelAudit(select=["NK990"], fix="safe"), steps=2)
+    assert trainer.global_step == 2
+    assert any("a fix failed with RuntimeError: a bug" in str(warning.message) for warning in caught)
+
+
+@pytest.mark.parametrize("measure", [True, False])
+def test_findings_have_numbers_when_asked_to(measure: bool) -> None:
+    callback = ModelAudit(torch.randn(4, 3, 8, 8), select=["NK101"], measure=measure)
+    with pytest.warns(NormkitWarning, match="NK101"):
+        fit(Module(), callback)
+    assert callback.report is not None
+    assert bool(callback.report.findings[0].evidence) is measure
+
+
+@pytest.mark.parametrize("options", [{"fix": "all"}, {"fail_on": "warn"}])
+def test_unknown_options_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(options.values()))):
+        ModelAudit(**options)
 
 
 def test_fix_applies_once_over_two_fits() -> None:

@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 from pl_normkit.errors import ConfigError, EditError, NormkitWarning, NothingMatchedError
 from pl_normkit.methods.atrous_rates.aspp import Aspp, AsppBranch, find_aspps
 from pl_normkit.methods.atrous_rates.rates import CENTRE, check_size, fitted_rates
-from pl_normkit.surgery import Change, Changes, SetAttributes, apply_edits, get_module
+from pl_normkit.surgery import Change, Changes, Filter, SetAttributes, apply_edits, get_module
+from pl_normkit.wrappers import unwrapped
 
 
 def set_atrous_rates(
@@ -26,6 +27,7 @@ def set_atrous_rates(
     rates: Sequence[int] | None = None,
     c: float = CENTRE,
     example_inputs: Any = None,
+    filter_fn: Filter | None = None,
 ) -> Changes:
     """Give every ASPP of `model` the rates that fit the training crop: dilation and padding change, weights and keys stay.
 
@@ -41,6 +43,7 @@ def set_atrous_rates(
         rates: rising rates to set instead of those of `atrous_rates`; one that is dead on this crop gives a NormkitWarning.
         c: as for `atrous_rates`.
         example_inputs: what `model` is called with, of any size; needed where it takes more than one image tensor.
+        filter_fn: called with (dilated convolution, path); an ASPP stays as it is when one of its branches is not chosen.
 
     Returns:
         the edits; empty when every rate already fits. `skipped` lists branches that could not be edited, and why.
@@ -52,6 +55,7 @@ def set_atrous_rates(
 
     Source: the rule for the rates is derived here (see `atrous_rates`).
     """
+    model = unwrapped(model)
     size = check_size(input_size)
     wanted = None if rates is None else check_rates(rates)
     inputs = _images(model, size) if example_inputs is None else example_inputs
@@ -62,16 +66,21 @@ def set_atrous_rates(
             evidence="no parallel dilated convolutions of one feature map are joined by a concatenation or a sum",
             mend="set dilation and padding of other convolutions by hand",
         )
-    return _set(model, inputs, {aspp: _rates_for(aspp, size, wanted, c) for aspp in found})
+    plan = {aspp: _rates_for(aspp, size, wanted, c) if _is_chosen(model, aspp, filter_fn) else "not chosen by the filter" for aspp in found}
+    return _set(model, inputs, plan)
 
 
-def fit_atrous_rates(model: nn.Module, example_inputs: Any) -> Changes:
+def fit_atrous_rates(model: nn.Module, example_inputs: Any, *, filter_fn: Filter | None = None) -> Changes:
     """`set_atrous_rates` for the size of the image in `example_inputs`."""
     images = [leaf for leaf in tree_leaves(example_inputs) if isinstance(leaf, Tensor) and leaf.dim() == 4]
     if not images:
         raise NothingMatchedError("the example inputs hold no image (N, C, H, W), whose size would give the rates")
     largest = max(images, key=Tensor.numel)
-    return set_atrous_rates(model, (largest.shape[-2], largest.shape[-1]), example_inputs=example_inputs)
+    return set_atrous_rates(model, (largest.shape[-2], largest.shape[-1]), example_inputs=example_inputs, filter_fn=filter_fn)
+
+
+def _is_chosen(model: nn.Module, aspp: Aspp, filter_fn: Filter | None) -> bool:
+    return filter_fn is None or all(filter_fn(model.get_submodule(branch.module), branch.module) for branch in aspp.branches)
 
 
 def check_rates(rates: Sequence[int]) -> tuple[int, ...]:
@@ -126,7 +135,7 @@ def _set(model: nn.Module, inputs: Any, plan: Mapping[Aspp, tuple[int, ...] | st
                 rates[branch.module] = min(rate, rates.get(branch.module, rate))
     if not rates:
         raise NothingMatchedError("no ASPP of the model can be given rates", evidence="; ".join(map(str, skipped)))
-    changes = apply_edits(_original(model), edits_for(model, rates), skipped)
+    changes = apply_edits(model, edits_for(model, rates), skipped)
     if not all(_reaches_by_padding(_convolution(model, path)) for path in rates):
         _check_sizes(model, inputs, plan, changes)
     return changes
@@ -134,7 +143,7 @@ def _set(model: nn.Module, inputs: Any, plan: Mapping[Aspp, tuple[int, ...] | st
 
 def _why_not(model: nn.Module, branch: AsppBranch) -> str:
     """Why the rate of this branch cannot be set, "" where it can."""
-    module = _original(model).get_submodule(branch.module)
+    module = model.get_submodule(branch.module)
     if not isinstance(module, nn.Conv2d):
         return "its convolution is a function call; change the rate in the code"
     source = branch.node.inputs[0]
@@ -179,14 +188,7 @@ def _reach(kernel: Sequence[int], dilation: Sequence[int]) -> tuple[int, ...]:
 
 
 def _convolution(model: nn.Module, path: str) -> nn.Conv2d:
-    module = get_module(_original(model), path)
+    module = get_module(model, path)
     if not isinstance(module, nn.Conv2d):
         raise EditError(f"{path!r} is a {type(module).__name__}, no Conv2d with a rate")
     return module
-
-
-def _original(model: nn.Module) -> nn.Module:
-    """The module under a compiled one: paths are those of the original."""
-    found = getattr(model, "_orig_mod", model)
-    assert isinstance(found, nn.Module)
-    return found

@@ -24,13 +24,14 @@ from pl_normkit.methods.dropout_placement.placement import (
     read_branch_dropouts,
     read_head_dropouts,
 )
-from pl_normkit.surgery import Change, Changes, Edit, Insert, Replace, SetAttributes, apply_edits
+from pl_normkit.surgery import Change, Changes, Edit, Filter, Insert, Replace, SetAttributes, apply_edits
+from pl_normkit.wrappers import unwrapped
 
 SLOT = "placed_dropout"
 """Name of the child that a moved dropout becomes."""
 
 
-def place_dropout(model: nn.Module, example_inputs: Any) -> Changes:
+def place_dropout(model: nn.Module, example_inputs: Any, *, filter_fn: Filter | None = None) -> Changes:
     """Move dropouts to where they shift no variance: before the last weight layer of the branch, before pooling in the head.
 
     Keeps each drop probability and every state_dict key. Of several dropouts in one branch one stays: "one dropout"
@@ -41,6 +42,7 @@ def place_dropout(model: nn.Module, example_inputs: Any) -> Changes:
     Args:
         model: any module that `ModelGraph.from_model` can read.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
+        filter_fn: called with (module that drops, path), says whether this dropout may be moved; by default all.
 
     Returns:
         the edits; empty when every dropout already stands right.
@@ -49,10 +51,11 @@ def place_dropout(model: nn.Module, example_inputs: Any) -> Changes:
         NothingMatchedError: when the model has no active dropout.
         TraceError: when the model cannot be read.
     """
+    model = unwrapped(model)
     graph = ModelGraph.from_model(model, example_inputs)
     if not any(dropout.p > 0 for dropout in graph.dropouts):
         raise NothingMatchedError("the model has no active dropout to place", mend="give its dropouts p > 0, or leave the fix out")
-    plan = _Plan(model, graph, example_inputs)
+    plan = _Plan(model, graph, example_inputs, filter_fn)
     plan.add_branches(read_branch_dropouts(graph))
     plan.add_heads(read_head_dropouts(graph))
     return apply_edits(model, plan.edits(), plan.skipped)
@@ -71,6 +74,7 @@ class _Plan:
     model: nn.Module
     graph: ModelGraph
     example_inputs: Any
+    filter_fn: Filter | None = None
     moves: list[_Move] = field(default_factory=list)
     skipped: list[Change] = field(default_factory=list)
 
@@ -83,18 +87,19 @@ class _Plan:
 
     def _add_branch(self, placed: list[BranchDropout]) -> None:
         kept = next((found for found in placed if found.verdict is Verdict.ADMISSIBLE), None)
+        wrong = [found for found in placed if found is not kept and self._is_chosen(found.dropout)]
         slot = placed[0].slot
-        insert = self._before_weight(slot, placed[0].dropout) if slot is not None and kept is None else None
-        for found in placed:
-            if found is kept:
-                continue
+        insert = self._before_weight(slot, wrong[0].dropout) if slot is not None and kept is None and wrong else None
+        for found in wrong:
             if kept is None and insert is None:
                 self._skip(found.dropout, _why_no_slot(slot))
             else:
-                self.moves.append(_Move(found.dropout, insert if found is placed[0] else None))
+                self.moves.append(_Move(found.dropout, insert if found is wrong[0] else None))
 
     def add_heads(self, placed: Iterable[HeadDropout]) -> None:
         for found in placed:
+            if not self._is_chosen(found.dropout):
+                continue
             insert = self._before_pool(found.head.pool, found.dropout)
             if insert is None:
                 self._skip(found.dropout, "the pooling is a function call with no module to attach to; move the dropout in the code")
@@ -119,6 +124,13 @@ class _Plan:
             else:
                 edits += [switch_off, *(move.insert for move in moves if move.insert is not None)]
         return edits
+
+    def _is_chosen(self, dropout: Dropout) -> bool:
+        """Whether it may be moved; one that may not is listed as skipped."""
+        if self.filter_fn is None or self.filter_fn(self.model.get_submodule(dropout.module), dropout.module):
+            return True
+        self._skip(dropout, "not chosen by the filter")
+        return False
 
     def _skip(self, dropout: Dropout, why: str) -> None:
         self.skipped.append(Change(dropout.module, f"dropout at {dropout.node.source or 'an unknown line'} stays: {why}"))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["Filter", "add_gaussian_bias"]
+__all__ = ["add_gaussian_bias"]
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,9 +16,9 @@ from pl_normkit.methods.gaussian_bias.grid import TokenGrid
 from pl_normkit.methods.gaussian_bias.module import GaussianAttentionBias, check_amplitude, check_sigma
 from pl_normkit.methods.gaussian_bias.reach import CHILD
 from pl_normkit.methods.gaussian_bias.sites import Site, TracedAttention, read_traced, site_of
-from pl_normkit.surgery import Attach, Change, Changes, Edit, Insert, MixIn, apply_edits
+from pl_normkit.surgery import Attach, Change, Changes, Edit, Filter, Insert, MixIn, apply_edits
+from pl_normkit.wrappers import unwrapped
 
-Filter = Callable[[nn.Module, str], bool]
 TOKEN_GRID = "token_grid"
 
 
@@ -60,6 +59,7 @@ def add_gaussian_bias(
     Source: arXiv 2305.04722 for the bias (published for timm's vit_relpos, where it is added to the learned relative position bias);
     the ways into the other models are derived here.
     """
+    model = unwrapped(model)
     check_amplitude(amplitude)
     check_sigma(sigma)
     sites, skipped = _find_sites(model, example_inputs, filter_fn, per_head)

@@ -20,14 +20,14 @@ from pl_normkit.methods.gaussian_bias.module import Grid
 from pl_normkit.methods.gaussian_bias.sites import TracedAttention, read_traced
 from pl_normkit.preserve import preserved
 from pl_normkit.rules import Mark, Observation, Subject, rule
-from pl_normkit.surgery import Changes
+from pl_normkit.surgery import Changes, Filter
 
 UNTRAINED = 0.2
 """Mean cosine of neighbouring position embeddings, their mean taken off, below which they are as they were drawn."""
 
 
-def _add(model: nn.Module, example_inputs: Any) -> Changes:
-    return add_gaussian_bias(model, example_inputs=example_inputs)
+def _add(model: nn.Module, example_inputs: Any, *, filter_fn: Filter | None = None) -> Changes:
+    return add_gaussian_bias(model, example_inputs=example_inputs, filter_fn=filter_fn)
 
 
 @rule(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pl_normkit.errors import NothingMatchedError
 from pl_normkit.methods.nan_safety.losses import BinaryFocalLoss, BinaryLogLoss, RMSELoss, SILogLoss
 from pl_normkit.surgery import Change, Changes, Replace, apply_edits
+from pl_normkit.wrappers import unwrapped
 
 Build = Callable[[nn.Module], nn.Module]
 
@@ -46,6 +47,7 @@ def replace_unsafe_losses(module: nn.Module, known: Mapping[type[nn.Module], Bui
     Raises:
         NothingMatchedError: there is no loss to swap and no stable one either.
     """
+    module = unwrapped(module)
     edits, skipped, stable = [], [], False
     for path, found in module.named_modules():
         stable = stable or isinstance(found, STABLE)

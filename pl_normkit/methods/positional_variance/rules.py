@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
 
 from pl_normkit.findings import Evidence, FixSafety, Place, Severity
 from pl_normkit.methods.positional_variance.fix import is_rescaled, rescale_positional_embedding
@@ -22,6 +25,7 @@ from pl_normkit.methods.positional_variance.resampling import as_rows, find_resa
 from pl_normkit.methods.positional_variance.site import PositionalSite
 from pl_normkit.methods.positional_variance.transforms import Border, Candidate, Erasing, Mixing, Normalization, Step, natural_second_moment
 from pl_normkit.rules import Mark, Needs, Observation, Subject, rule
+from pl_normkit.surgery import Changes, Filter
 
 REVIEWS = "arXiv 2405.14115, as public reviews of it report"
 _FITTING = 0.25  # how far E[I^2] may be from 1, and E[I] from 0
@@ -41,6 +45,11 @@ def _settings(ratio: float) -> Evidence:
 
 def _place(site: PositionalSite) -> list[Place]:
     return [Place(site.parameter, site.source)]
+
+
+def _rescale(model: nn.Module, example_inputs: Any, *, filter_fn: Filter | None = None) -> Changes:
+    """A model has one positional embedding, so there is nothing to choose."""
+    return rescale_positional_embedding(model, example_inputs)
 
 
 @rule("NK701", "mixup-shifts-positions", mark=Mark.PUBLISHED, source=REVIEWS, needs=(Needs.GRAPH, Needs.LOADERS))
@@ -230,7 +239,7 @@ def _misfit(subject: Subject, site: PositionalSite, normalization: Normalization
     mark=Mark.PUBLISHED,
     source=f"{REVIEWS}; k and how it is measured are derived here",
     needs=(Needs.GRAPH,),
-    fix=rescale_positional_embedding,
+    fix=_rescale,
     fix_safety=FixSafety.UNSAFE,
 )
 def resampled_positions_lost_variance(subject: Subject) -> Iterator[Observation]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["DEFAULT_ROLES", "Filter", "Role", "is_default_pool", "pool_roles", "stochastic_pooling"]
+__all__ = ["DEFAULT_ROLES", "Role", "is_default_pool", "pool_roles", "stochastic_pooling"]
 
 import re
-from collections.abc import Callable
 from enum import StrEnum
 from typing import Any
 
@@ -20,9 +19,8 @@ from pl_normkit.methods.stochastic_pooling.modules import (
     StochasticAvgPool1d,
     StochasticAvgPool2d,
 )
-from pl_normkit.surgery import Change, Changes, Replace, apply_edits
-
-Filter = Callable[[nn.Module, str], bool]
+from pl_normkit.surgery import Change, Changes, Filter, Replace, apply_edits
+from pl_normkit.wrappers import unwrapped
 
 STOCHASTIC: dict[type[nn.Module], type[nn.Module]] = {
     nn.AvgPool1d: StochasticAvgPool1d,
@@ -124,6 +122,7 @@ def stochastic_pooling(
 
     Source: arXiv 2409.16630 for swapping pools; which ones by default is derived here.
     """
+    model = unwrapped(model)
     keep, scale = check_keep(keep), check_scale(scale)
     roles = pool_roles(model)
     wanted = filter_fn or is_default_pool(model)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from pl_normkit.errors import DataError
 from pl_normkit.methods.weight_decay.role import GAMMAS, Role
-from pl_normkit.methods.weight_decay.roles import ModelRoles, unwrapped_name
+from pl_normkit.methods.weight_decay.roles import ModelRoles
+from pl_normkit.wrappers import unwrapped_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,7 +12,6 @@ __all__ = [
     "read_model",
     "read_modules",
     "read_part",
-    "unwrapped_name",
 ]
 
 from collections.abc import Mapping
@@ -26,6 +25,7 @@ from torch.nn.modules.conv import _ConvNd
 from pl_normkit.graph import ModelGraph
 from pl_normkit.methods.weight_decay.reading import Context, core_gammas, read_roles
 from pl_normkit.methods.weight_decay.role import GAMMAS, Role
+from pl_normkit.wrappers import unwrapped
 
 
 def parameter_roles(model: nn.Module, example_inputs: Any = None) -> dict[str, Role]:
@@ -97,13 +97,14 @@ def read_part(model: nn.Module, path: str, example_inputs: Any = None) -> ModelR
 def read_graph(model: nn.Module, graph: ModelGraph) -> ModelRoles:
     """`read_model` on a graph that is there already."""
     context = Context(graph)
-    read = read_roles(context)
-    holders = owners(model)
+    read, core, holders = read_roles(context), core_gammas(context), owners(model)
+    traced_names = [name for name, _ in unwrapped(model).named_parameters()]
+    names = {traced: name for traced, (name, _) in zip(traced_names, model.named_parameters(), strict=True)}
     roles = {}
-    for name, _ in model.named_parameters():
-        role = read.get(name, Role.UNKNOWN)
+    for traced, name in names.items():
+        role = read.get(traced, Role.UNKNOWN)
         roles[name] = Role.OWN if _is_own(holders[name][0]) and role not in _PLAIN else role
-    return ModelRoles(roles, core_gammas(context))
+    return ModelRoles(roles, frozenset(names[traced] for traced in core))
 
 
 _PLAIN = (Role.WEIGHT, Role.BIAS, Role.BETA, Role.EMBEDDING, *GAMMAS)
@@ -113,16 +114,6 @@ def read_modules(model: nn.Module) -> ModelRoles:
     """Roles by the type of the owning module alone: `unknown` wherever the graph is needed."""
     roles = {name: _role_in_module(*holder) for name, holder in owners(model).items()}
     return ModelRoles({name: roles[name] for name, _ in model.named_parameters()}, is_traced=False)
-
-
-_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
-
-
-def unwrapped_name(name: str) -> str:
-    """A parameter name without the parts that FSDP, activation checkpointing and torch.compile put in."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
 
 
 def owners(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:

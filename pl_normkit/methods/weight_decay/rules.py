@@ -19,7 +19,6 @@ from torch.optim import Optimizer
 
 from pl_normkit.errors import NormkitError
 from pl_normkit.findings import Evidence, Place, Severity
-from pl_normkit.methods.weight_decay.groups import parameter_names
 from pl_normkit.methods.weight_decay.role import GAMMAS, Role
 from pl_normkit.methods.weight_decay.roles import ModelRoles, read_graph
 from pl_normkit.rules import Mark, Needs, Observation, Subject, rule
@@ -38,7 +37,7 @@ def _decays(subject: Subject) -> dict[str, float]:
     """Weight decay of every trainable parameter of the model that an optimizer holds, by name."""
     if subject.model is None:
         return {}
-    names = parameter_names(subject.model)
+    names = {id(parameter): name for name, parameter in subject.model.named_parameters()}
     decays: dict[str, float] = defaultdict(float)
     for optimizer in subject.optimizers:
         for group in optimizer.param_groups:

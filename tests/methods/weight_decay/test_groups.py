@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -73,6 +74,13 @@ def test_presets(block: Block, policy: str, decayed: set[str]) -> None:
     expected = [(0.05, in_order(block, decayed)), (0.0, in_order(block, rest))]
 
     assert [part for part in expected if part[1]] == layout(block, param_groups(block, 0.05, X, policy=policy))
+
+
+@pytest.mark.parametrize("wrap", [lambda model: torch.compile(model, backend="eager"), nn.DataParallel])
+def test_a_wrapped_model_gets_the_groups_of_the_original(block: Block, wrap: Callable[[nn.Module], nn.Module]) -> None:
+    expected = layout(block, param_groups(block, 0.1, X))
+    assert [decay for decay, _ in expected] == [0.1, 0.0]
+    assert layout(block, param_groups(wrap(block), 0.1, X)) == expected
 
 
 def test_extensions_are_opt_in() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -422,6 +423,14 @@ def test_compiled_parts_keep_their_names() -> None:
     expected = {"0.weight": R.WEIGHT, "0.bias": R.BIAS, "1._orig_mod.weight": R.GAMMA_TRUNK, "1._orig_mod.bias": R.BETA}
 
     assert expected == parameter_roles(model, torch.zeros(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize("wrap", [lambda model: torch.compile(model, backend="eager"), nn.DataParallel])
+def test_a_wrapped_model_has_the_roles_of_the_original(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), torch.zeros(2, 3, 8, 8)
+    wrapped = wrap(model)
+    assert list(parameter_roles(wrapped, x)) == [name for name, _ in wrapped.named_parameters()]
+    assert list(parameter_roles(wrapped, x).values()) == [R.WEIGHT, R.BIAS, R.GAMMA_TRUNK, R.BETA]
 
 
 CORE = {"tv:wide_resnet50_2": 53, "timm:regnety_032": 68, "smp:Unet": 36, "tv:efficientnet_b0": 0, "timm:resnetv2_50": 0, "tv:swin_t": 0}
