@@ -1,6 +1,6 @@
 """Scale equalizers and atrous rates on TextureMosaic: pairs of runs of three architectures, five seeds for each comparison.
 
-    python benchmarks/compare_segmentation.py          # the table of docs/segmentation.md; about 35 minutes of one core
+    python benchmarks/compare_segmentation.py          # the table of docs/segmentation.md; about half an hour of one core
 
 Prints the table as Markdown and writes benchmarks/results/compare_segmentation.csv. Runs that a former call has trained are not trained
 again: they lie in runs/compare.
@@ -23,7 +23,6 @@ COMPARISONS = (
     ("PSPNet", "{}", "ScaleEqualization"),
     ("DeepLabV3Plus", "{decoder_channels: 64}", "ScaleEqualization,AtrousRates"),
     ("UPerNet", "{decoder_channels: 64}", "ScaleEqualization"),
-    ("DeepLabV3Plus", "{decoder_channels: 64}", "ScaleEqualization"),
 )
 SETTINGS = [
     "--model.encoder_name=resnet18",

@@ -340,4 +340,6 @@ def test_wrong_options_are_one_error(here, capsys, args, evidence, mend):
 
 def test_help_ends_with_code_zero(capsys):
     assert run(["--help"]) == 0
-    assert "predict" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "predict" in shown
+    assert "export --help" in shown
