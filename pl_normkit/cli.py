@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pl_normkit.receptive_field.commands  # noqa: F401 - the probe is no room, so nothing else registers its command
 from pl_normkit import __version__
-from pl_normkit.commands import Arguments, load_commands, load_lint_parts
+from pl_normkit.commands import Arguments, LintPart, load_commands, load_lint_parts
 from pl_normkit.errors import ConfigError, NormkitError, NormkitWarning, nearest
 from pl_normkit.findings import Severity, read_baseline, subtract_baseline, write_baseline
 from pl_normkit.report import Report
@@ -148,12 +148,21 @@ def _subject(options: argparse.Namespace) -> Subject:
         subject.example_inputs = parse_inputs(options.input, subject.model, device=device)
         if options.debug:  # a model that cannot be traced then shows its traceback
             subject.graph = ModelGraph.from_model(subject.model, subject.example_inputs)
-    parts = [part for part in load_lint_parts() if getattr(options, part.destination) is not None]
+    parts = [part for part in load_lint_parts() if _is_given(part, options)]
     for part in parts:
         part.fill(subject, options)
     if options.model is None and not parts:
         raise ConfigError("there is nothing to lint", mend="name a model: pl-normkit lint timm:resnet50")
     return subject
+
+
+def _is_given(part: LintPart, options: argparse.Namespace) -> bool:
+    """Whether its first option is there. Raises ConfigError when only others are, which would do nothing."""
+    first = next(iter(part.arguments))
+    given = [option for option, name in part.destinations.items() if getattr(options, name) is not None]
+    if given and first not in given:
+        raise ConfigError(f"{given[0]} does nothing without {first}", mend=f"give {first} too")
+    return bool(given)
 
 
 def _patterns(texts: Sequence[str]) -> dict[str, list[str]]:

@@ -23,7 +23,7 @@ class LintPart:
     """Options of `pl-normkit lint` that give the subject a part, such as its optimizers.
 
     Attributes:
-        arguments: the options; `fill` runs when the first of them is given.
+        arguments: the options; `fill` runs when the first of them is given, which the others only qualify.
         fill: puts the part into the subject. Raises a NormkitError on bad words.
     """
 
@@ -31,9 +31,9 @@ class LintPart:
     fill: Fill
 
     @property
-    def destination(self) -> str:
-        """Name under which argparse keeps the first option."""
-        return next(iter(self.arguments)).lstrip("-").replace("-", "_")
+    def destinations(self) -> dict[str, str]:
+        """Option -> the name under which argparse keeps it."""
+        return {option: option.lstrip("-").replace("-", "_") for option in self.arguments}
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ def lint_part(arguments: Arguments) -> Callable[[Fill], Fill]:
 
     def register(fill: Fill) -> Fill:
         part = LintPart(arguments, fill)
-        _refuse_second(part.destination, _parts.setdefault(part.destination, part).fill, fill)
+        first = next(iter(arguments))
+        _refuse_second(first, _parts.setdefault(first, part).fill, fill)
         return fill
 
     return register

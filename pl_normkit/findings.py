@@ -61,7 +61,7 @@ class Evidence:
         value: its value.
         expected: what it should be, as a number or a range in words.
         unit: unit of `value`, "" for ratios and counts.
-        is_measured: False for what follows from settings by a formula.
+        is_measured: False for what is read off the settings or follows from them by a formula.
     """
 
     what: str

@@ -289,6 +289,11 @@ def test_lint_of_nothing_says_what_to_name(run: Run) -> None:
     assert (result.code, result.err.splitlines()[0]) == (2, "error: there is nothing to lint")
 
 
+def test_an_option_that_only_qualifies_another_is_refused_alone(run: Run) -> None:
+    result = run("lint", "timm:test_convnext", "--example", "nowhere:nothing")
+    assert (result.code, result.err.splitlines()[0]) == (2, "error: --example does nothing without --loss")
+
+
 # The other commands.
 
 
@@ -309,7 +314,7 @@ def test_rules_lists_every_rule_with_its_summary(run: Run) -> None:
     assert "contested" not in flat
 
 
-@pytest.mark.parametrize("word", ["NK101", "dropout-before-batch-norm"])
+@pytest.mark.parametrize("word", ["NK101", "nk101", "dropout-before-batch-norm"])
 def test_explain_shows_every_section_and_how_to_silence(run: Run, word: str) -> None:
     result = run("explain", word)
     assert (result.code, result.err) == (0, "")

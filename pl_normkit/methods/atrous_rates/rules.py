@@ -72,7 +72,9 @@ def _observe(aspp: Aspp, message: str) -> Observation:
         places=[Place(branch.module, branch.node.source) for branch in aspp.branches],
         evidence=[
             Evidence(
-                f"share of taps that read no padding at rate {branch.rate}", valid_tap_share(branch.rate, aspp.feature_size, branch.kernel)
+                f"share of taps that read no padding at rate {branch.rate}",
+                valid_tap_share(branch.rate, aspp.feature_size, branch.kernel),
+                is_measured=False,
             )
             for branch in aspp.branches
         ],

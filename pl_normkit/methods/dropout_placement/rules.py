@@ -190,7 +190,7 @@ def several_dropouts_in_branch(subject: Subject) -> Iterator[Observation]:
         yield Observation(
             message="More than one active dropout in a residual branch",
             places=[_place(item.dropout.node) for group in crowded for item in group],
-            evidence=[Evidence("active dropouts in one branch", worst, expected="1")],
+            evidence=[Evidence("active dropouts in one branch", worst, expected="1", is_measured=False)],
             advice=_MOVE,
         )
 
@@ -223,7 +223,8 @@ def dropout_after_global_pooling(subject: Subject) -> Iterator[Observation]:
 
     Fix and its safety
     place_dropout puts an element-wise dropout of the same p before the pooling; safe: the output in eval mode is the same.
-    Pooling written as a function in the middle of a forward method cannot be reached and is listed as skipped.
+    The noise that reaches the classifier is much weaker there (the formulas above), so a p that was tuned after the pooling is
+    small before it (derived). Pooling written as a function in the middle of a forward method cannot be reached and is listed as skipped.
 
     Source
     Published: dropout before global average pooling is stated in the abstract of arXiv 2302.06112; element-wise as in the
@@ -236,7 +237,7 @@ def dropout_after_global_pooling(subject: Subject) -> Iterator[Observation]:
         yield Observation(
             message="Dropout after global pooling in the head",
             places=[_place(item.dropout.node) for item in found],
-            evidence=[Evidence("positions averaged by the pooling", positions)],
+            evidence=[Evidence("positions averaged by the pooling", positions, is_measured=False)],
             advice=f"Move it, element-wise, before the pooling ({_place(pool)}); {_FIX}",
         )
 

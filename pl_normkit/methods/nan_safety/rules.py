@@ -236,6 +236,8 @@ def division_by_zero(subject: Subject) -> Iterator[Observation]:
     Use instead
         `F.normalize(x)`, `torch.log(x.clamp_min(1e-6))`, `intersection / (union + 1e-6)`. What cannot reach 0 (exp, softplus, softmax,
         clamped, where- or epsilon-guarded) stays quiet, and so does everything whose sign is not known, unless it was 0 in this step.
+        Not seen: a count that needs no gradient. `error[mask].mean()` and `error.sum() / mask.sum()` are NaN for an empty mask; write
+        `error[mask].sum() / mask.sum().clamp_min(1)`, and lint the loss once more on an example with an empty mask.
 
     Fix and its safety
         Advice only.

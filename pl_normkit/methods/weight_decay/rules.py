@@ -61,7 +61,7 @@ def _places(names: Iterable[str]) -> list[Place]:
 
 def _strength(subject: Subject, names: Iterable[str], what: str = "largest weight decay among them", expected: str = "0") -> Evidence:
     decays = subject.once(_decays)
-    return Evidence(what, max(decays[name] for name in names), expected)
+    return Evidence(what, max(decays[name] for name in names), expected, is_measured=False)
 
 
 _OF_ROLE = {
@@ -268,7 +268,7 @@ def parameter_not_in_one_optimizer(subject: Subject) -> Iterator[Observation]:
                 f"trainable parameters in {where} {harm}",
                 _places(names),
                 advice,
-                (Evidence("share of all trainable elements", share, "0"),),
+                (Evidence("share of all trainable elements", share, "0", is_measured=False),),
                 cause=where,
             )
 
@@ -325,7 +325,7 @@ def coupled_decay_in_adam(subject: Subject) -> Iterator[Observation]:
                 f"{kind} adds its weight decay to the gradient and then rescales it (L2, not decoupled decay)",
                 [Place("")],
                 f"use {mend}, or an L2 term below {_MEANT_DECOUPLED:g} if L2 is meant",
-                (Evidence("largest weight decay", max(decays), f"below {_MEANT_DECOUPLED:g} for L2"),),
+                (Evidence("largest weight decay", max(decays), f"below {_MEANT_DECOUPLED:g} for L2", is_measured=False),),
                 cause=f"optimizer {index}",
             )
 
