@@ -45,19 +45,19 @@ class PairedRun:
 class RunStore:
     """`settings.json`, `runs.csv` and `curves.csv` in a folder.
 
-    Raises ConfigError when the folder holds a comparison with other settings.
+    Raises ConfigError when the folder holds finished runs of a comparison with other settings.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self.folder = folder
+        self.runs = {(run.seed, run.arm): run for run in self._read()}
         path = folder / "settings.json"
-        if path.is_file() and (kept := json.loads(path.read_text(encoding="utf-8"))) != settings:
+        if self.runs and path.is_file() and (kept := json.loads(path.read_text(encoding="utf-8"))) != settings:
             differing = [key for key in settings if kept.get(key) != settings[key]]
             evidence = "; ".join(f"{key}: {kept.get(key)!r} there, {settings[key]!r} now" for key in differing)
             raise ConfigError("the folder holds another comparison", where=str(folder), evidence=evidence, mend="name another with --out")
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        self.runs = {(run.seed, run.arm): run for run in self._read()}
 
     def _read(self) -> list[PairedRun]:
         curves: dict[tuple[str, str], list[tuple[int, float]]] = {}

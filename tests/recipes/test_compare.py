@@ -22,9 +22,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from pl_normkit.callbacks import GammaDecay, StochasticPooling
 from pl_normkit.cli import main
+from pl_normkit.errors import ConfigError
 from pl_normkit.recipes.callback_words import parse_callbacks
 from pl_normkit.recipes.own_randomness import isolate_train_data
 from pl_normkit.recipes.paired_difference import paired_difference, t_quantile
+from pl_normkit.recipes.paired_runs import PairedRun, RunStore
 
 TINY = [
     "--model.architecture=Unet",
@@ -149,6 +151,15 @@ def test_one_pair_gives_no_interval_and_says_so(probes, tmp_path, capsys):
     (folder,) = (tmp_path / "runs" / "compare").iterdir()
     assert re.fullmatch(r"segmentation-Probe-[0-9a-f]{8}", folder.name)
     assert json.loads((folder / "settings.json").read_text())["with"] == [probes]
+
+
+def test_a_folder_without_a_finished_run_takes_other_settings(tmp_path):
+    RunStore(tmp_path, {"words": ["--model.lrr=3"]})
+    store = RunStore(tmp_path, {"words": ["--model.lr=3"]})
+    store.add(PairedRun(0, "with", 0.5, 1.0, "abc", ((2, 0.5),)))
+    assert RunStore(tmp_path, {"words": ["--model.lr=3"]}).runs == store.runs
+    with pytest.raises(ConfigError, match="another comparison"):
+        RunStore(tmp_path, {"words": ["--model.lrr=3"]})
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,8 @@ def atrous_rates_of_another_stride(subject: Subject) -> Iterator[Observation]:
     Derived. The pairs (6, 12, 18) for stride 16 and (12, 24, 36) for stride 8 are published in the threads named above; that
     another pair is a mistake, and when it fits the input all the same, is our derivation. An ASPP reported here is not
     reported by NK502 or NK503 again.
+    That fitted rates score better is not claimed: on 6x6 cells (benchmarks/compare_segmentation.py, crop 96, 5 pairs, from scratch) they
+    gave 0.03 mIoU less than the dead ones. Compare on your own data: pl-normkit compare segmentation --with AtrousRates.
     """
     for aspp, verdict in subject.once(_verdicts):
         if verdict is _Verdict.OTHER_STRIDE:
@@ -170,6 +172,8 @@ def dead_atrous_branch(subject: Subject) -> Iterator[Observation]:
     Source
     Derived: counted, and checked by the gradient of the kernel. Reported once per ASPP, and not where NK501 names the
     output stride as the cause.
+    That fitted rates score better is not claimed: on 6x6 cells (benchmarks/compare_segmentation.py, crop 96, 5 pairs, from scratch) they
+    gave 0.03 mIoU less than the dead ones. Compare on your own data: pl-normkit compare segmentation --with AtrousRates.
     """
     for aspp, verdict in subject.once(_verdicts):
         if verdict is _Verdict.DEAD:
