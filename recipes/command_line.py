@@ -144,8 +144,11 @@ def run_recipe(recipe: Recipe, args: Sequence[str]) -> int:
     if not _names_data(command):
         # Given as a default beside another class, its settings would carry over to that class.
         defaults.append(str(recipe.default_data))
-    more = f"Another command writes the trained network to a file: pl-normkit run {recipe.name} export --help"
-    parser_kwargs: dict[str, Any] = {"prog": f"pl-normkit run {recipe.name}", "epilog": more, "exit_on_error": False}
+    about = {
+        "description": "Train the recipe's network, test it, predict with it. Without a command: fit.",
+        "epilog": f"Another command writes the trained network to a file: pl-normkit run {recipe.name} export --help",
+    }
+    parser_kwargs: dict[str, Any] = {"prog": f"pl-normkit run {recipe.name}", "exit_on_error": False, **about}
     for subcommand in SUBCOMMANDS:
         parser_kwargs[subcommand] = {"default_config_files": defaults, "exit_on_error": False}
     with warnings.catch_warnings():

@@ -21,11 +21,18 @@ from pl_normkit.recipes.vit.samples import ImageSource
 
 @dataclass(frozen=True)
 class TorchvisionSet:
-    """How a class of `torchvision.datasets` is asked for its training and its test images; channels of the images."""
+    """How a class of `torchvision.datasets` is asked for its training and its test images.
+
+    Attributes:
+        train, test: arguments.
+        in_chans: channels of the images.
+        classes: their number, where torchvision gives labels and no names.
+    """
 
     train: Mapping[str, Any]
     test: Mapping[str, Any]
     in_chans: int = 3
+    classes: int | None = None
 
 
 _BY_FLAG: tuple[Mapping[str, Any], Mapping[str, Any]] = ({"train": True}, {"train": False})
@@ -36,15 +43,15 @@ TORCHVISION_SETS = {
     "CIFAR100": TorchvisionSet(*_BY_FLAG),
     "FGVCAircraft": TorchvisionSet({"split": "trainval"}, {"split": "test"}),
     "FashionMNIST": TorchvisionSet(*_BY_FLAG, in_chans=1),
-    "Flowers102": TorchvisionSet(*_BY_SPLIT),
+    "Flowers102": TorchvisionSet(*_BY_SPLIT, classes=102),
     "Food101": TorchvisionSet(*_BY_SPLIT),
-    "GTSRB": TorchvisionSet(*_BY_SPLIT),
+    "GTSRB": TorchvisionSet(*_BY_SPLIT, classes=43),
     "KMNIST": TorchvisionSet(*_BY_FLAG, in_chans=1),
     "MNIST": TorchvisionSet(*_BY_FLAG, in_chans=1),
     "OxfordIIITPet": TorchvisionSet({"split": "trainval"}, {"split": "test"}),
     "STL10": TorchvisionSet(*_BY_SPLIT),
-    "SVHN": TorchvisionSet(*_BY_SPLIT),
-    "USPS": TorchvisionSet(*_BY_FLAG, in_chans=1),
+    "SVHN": TorchvisionSet(*_BY_SPLIT, classes=10),
+    "USPS": TorchvisionSet(*_BY_FLAG, in_chans=1, classes=10),
 }
 """Names that `TorchvisionData` takes."""
 
@@ -130,13 +137,8 @@ class TorchvisionData(ClassificationData):
 
     @property
     def class_names(self) -> list[str]:
-        dataset = self._load("train")
-        names = getattr(dataset, "classes", None)
-        if names is None:  # SVHN and GTSRB give labels alone
-            labels = getattr(dataset, "labels", None)
-            found = labels if labels is not None else [label for _, label in dataset._samples]
-            names = range(int(max(found)) + 1)
-        return [str(name) for name in names]
+        names = getattr(self._load("train"), "classes", None)
+        return [str(name) for name in (names if names is not None else range(TORCHVISION_SETS[self.dataset].classes or 0))]
 
     @property
     def in_chans(self) -> int:

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torchvision import datasets
+from torchvision_trees import LABELS, WRITERS, pixel, write_tree
 from vit_tree import CLASSES, write_class_folders
 
 from pl_normkit.errors import DataError
@@ -120,3 +121,30 @@ def test_torchvision_data_is_split_and_batched(name, channels, monkeypatch):
     assert len(data.normalization.mean) == channels
     images, names = next(iter(data.predict_dataloader()))
     assert (images.shape, names[:2]) == ((10, channels, 24, 24), ("0", "1"))
+
+
+_NAMES = {
+    "FGVCAircraft": ["wing 0", "wing 1", "wing 2"],
+    "Food101": ["dish0", "dish1", "dish2"],
+    "GTSRB": [str(label) for label in range(43)],
+    "OxfordIIITPet": ["Breed0", "Breed1", "Breed2"],
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_torchvision_reads_its_own_files(name, tmp_path, monkeypatch):
+    """Labels fit their images, in the right part; each image tells its class."""
+    write_tree(name, tmp_path, monkeypatch)
+    data = TorchvisionData(name, root=str(tmp_path), num_workers=0, val_share=1 / 6)
+    for stage in ("fit", "test"):
+        data.setup(stage)
+
+    names = data.class_names
+    assert names == _NAMES[name] if name in _NAMES else len(names) == 10
+    read = {part: [source.read(index) for index in range(len(source))] for part, source in data.sources.items()}
+    assert {part: len(items) for part, items in read.items()} == {"train": 5, "val": 1, "test": 3}
+    for image, label in [item for items in read.values() for item in items]:
+        assert image.shape == (data.in_chans, 16, 16)
+        assert (image.int() - pixel(label)).abs().max() <= 1  # JPEG and USPS' own scale round
+    for part, labels in (("train", read["train"] + read["val"]), ("test", read["test"])):
+        assert sorted(label for _, label in labels) == sorted(LABELS[part])
