@@ -20,7 +20,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _fit(*more: str) -> None:
-    quiet = ["--trainer.max_steps=2", "--trainer.callbacks=null", "--trainer.enable_model_summary=false", "--field.images=0"]
+    quiet = [
+        "--trainer.max_epochs=1",
+        "--trainer.limit_train_batches=2",
+        "--trainer.callbacks=null",
+        "--trainer.enable_model_summary=false",
+        "--field.images=0",
+    ]
     assert run([f"--model.options={OPTIONS}", *quiet, *more]) == 0
 
 

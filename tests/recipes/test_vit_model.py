@@ -199,6 +199,16 @@ def test_mixed_targets_give_the_mixed_loss():
     assert torch.allclose(module.training_step((images, shares), 0), expected)
 
 
+def test_label_smoothing_spreads_its_share_over_all_classes():
+    images, labels = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0])
+    module = ClassifierModule(["a", "b", "c"], label_smoothing=0.3, **SMALL).eval()
+    module.log = lambda *args, **options: None
+    logs = module(images).log_softmax(-1)
+
+    expected = -0.7 * logs[range(4), labels].mean() - 0.3 * logs.mean()
+    assert torch.allclose(module.training_step((images, labels), 0), expected)
+
+
 def test_the_gaussian_flag_adds_keys_and_keeps_the_others():
     plain = ClassifierModule(["a", "b"], **SMALL).state_dict()
     biased = ClassifierModule(["a", "b"], gaussian_bias=True, **SMALL)
