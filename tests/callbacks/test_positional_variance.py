@@ -165,8 +165,14 @@ def test_a_network_without_positions_may_pass_in_silence(build: Any, count: int)
 
 
 def test_a_compiled_network_is_measured_in_front_of_its_graph() -> None:
-    callback = PositionalVariance(batches=4)
-    (warning,) = fit(Module(torch.compile(TinyViT(), backend="eager"), contrast=0.5), callback)  # type: ignore[arg-type]
+    """Also where it was compiled before: it then runs without asking for hooks."""
+    callback, net = PositionalVariance(batches=4), torch.compile(TinyViT(), backend="eager")
+    assert isinstance(net, nn.Module)
+    for training in (True, False):
+        nn.functional.cross_entropy(net.train(training)(torch.randn(8, 3, 16, 16)), torch.zeros(8, dtype=torch.long)).backward()
+        with torch.no_grad():
+            net(torch.randn(8, 3, 16, 16))
+    (warning,) = fit(Module(net, contrast=0.5), callback)
     assert "is 0.2" in warning
 
 
@@ -240,3 +246,5 @@ def test_a_resumed_run_measures_anew(tmp_path: Any) -> None:
         with pytest.warns(NormkitWarning, match=r"is 0\.5"):
             second.fit(Module(contrast=0.7), loader(), loader(), ckpt_path=tmp_path / "last.ckpt")
         assert again.rho == pytest.approx(0.5, abs=0.06)
+    L.Trainer(callbacks=[callback], max_epochs=1, limit_val_batches=0, **options).fit(Module(contrast=0.5), loader(), loader())
+    assert callback.rho is None  # nothing to compare with, and nothing left of the run before

@@ -73,7 +73,7 @@ class CutsAndMixes(Module):
 
 class Data(L.LightningDataModule):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return batch[0] * 2, batch[1]
+        return batch[0].float() / 255, batch[1]
 
 
 FLOATING = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
@@ -112,8 +112,8 @@ def test_what_shares_the_name_of_mixup_and_mixes_no_images_is_quiet() -> None:
     [
         ([NormalisesByHand()], BYTES, []),
         ([Dims()], BYTES, ["NK705"]),
-        ([NormalisesByHand(), Data()], BYTES, []),  # the data module's hook is called, and leaves bytes
-        ([Data()], normalised(), ["NK703"]),
+        ([NormalisesByHand(), Data()], BYTES, ["NK703"]),  # as in a run, the data module's hook is called in place of the module's
+        ([Dims(), Data()], BYTES, ["NK703", "NK705"]),  # and both where they have different ones
         ([NeedsTrainer()], FLOATING, []),
         ([InTheStep()], FLOATING, []),
         ([], FLOATING, ["NK703"]),
