@@ -210,6 +210,22 @@ def test_data_that_cannot_be_used() -> None:
     assert equalizer(module).is_calibrated
 
 
+def test_a_bar_shows_each_pass_where_the_trainer_shows_bars(capsys: pytest.CaptureFixture[str]) -> None:
+    for shown in (True, False):
+        read: list[Tensor] = []
+
+        def inputs(batch: dict[str, Tensor], read: list[Tensor] = read) -> Tensor:
+            read.append(batch["image"])
+            return batch["image"]
+
+        callback = ScaleEqualization(max_batches=3, inputs=inputs)
+        trainer(callback, enable_progress_bar=shown).fit(Segmenter(), loader())
+        printed = capsys.readouterr()
+        assert [len(batch) for batch in read] == [2, 4, 4, 4]  # two samples for the trace, then three batches of four
+        assert ("Scale statistics, pass 1" in printed.err) is shown
+        assert ("| 3/3 " in printed.err) is shown
+
+
 def test_a_stage_without_known_inputs_says_so() -> None:
     with pytest.warns(NormkitWarning, match="leaves the network alone"):
         trainer(ScaleEqualization(), limit_test_batches=1).test(Segmenter(), DataLoader(Endless(), batch_size=2), verbose=False)

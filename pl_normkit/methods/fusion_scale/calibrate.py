@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pl_normkit.errors import DataError, EditError, NormkitWarning, NothingMatchedError
-from pl_normkit.methods.fusion_scale.equalizer import NAME, TINY_STD, ScaleEqualizer
+from pl_normkit.methods.fusion_scale.equalizer import NAME, ROUNDING, TINY_STD, ScaleEqualizer
 from pl_normkit.methods.fusion_scale.moments import Moments, agree_on_problem, merge_over_ranks
 from pl_normkit.methods.fusion_scale.running import InputsOf, Progress, measuring, run_batches
 from pl_normkit.surgery import Change, Changes, Undo, apply_edits, get_module
@@ -161,13 +161,13 @@ def _statistics(path: str, module: ScaleEqualizer, moments: Moments, granularity
     """Mean and std per branch or channel; what is constant gets a std of 1, with a warning."""
     statistics = moments.pooled(module.widths) if granularity == "branch" else moments
     std = statistics.std
-    constant = std < TINY_STD
+    constant = (std < TINY_STD) | (std < ROUNDING * std.max())
     if bool(constant.any()):
         host = path.removesuffix(f".{NAME}")
         unit = "branches" if granularity == "branch" else "channels"
         warnings.warn(
-            f"{host}: {int(constant.sum())} of {len(std)} {unit} are constant over the data (std below {TINY_STD}); they are centred "
-            f"and not scaled. A dead branch, or images without content: {unit} {_listed(constant)}",
+            f"{host}: {int(constant.sum())} of {len(std)} {unit} are constant over the data (std below {TINY_STD:g}, or {ROUNDING:g} of "
+            f"the largest); they are centred and not scaled. A dead branch, or images without content: {unit} {_listed(constant)}",
             NormkitWarning,
             stacklevel=2,
         )

@@ -17,6 +17,8 @@ NAME = "scale_equalizer"
 PADDING_NAME = "mean_padding"
 
 TINY_STD = 1e-6
+ROUNDING = 1e-5
+"""Of the fusion's largest std: less is the rounding error of a constant branch, which a batch norm enlarges by up to 1 / sqrt(eps)."""
 
 
 class ScaleEqualizer(nn.Module):

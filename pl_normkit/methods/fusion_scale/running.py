@@ -6,6 +6,7 @@ __all__ = ["InputsOf", "Progress", "first_inputs", "inputs_of", "measuring", "ru
 
 import inspect
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from pl_normkit.errors import DataError
+from pl_normkit.errors import DataError, NormkitWarning
 from pl_normkit.graph import call_arguments
 from pl_normkit.methods.fusion_scale.moments import agree_on_problem
 from pl_normkit.preserve import preserved
@@ -93,22 +94,49 @@ def run_batches(
     """Call `model` on each batch; returns how many.
 
     `has_bad_value` says after each pass what was not finite, "" for nothing. Raises DataError, on every rank, for an empty loader
-    and for values that are not finite.
+    and for values that are not finite. Warns of a loader whose images are all constant.
     """
     problem: DataError | None = None
     count = 0
+    content = _Content()
     for count, batch in enumerate(itertools.islice(loader, max_batches), start=1):
-        problem = _run(model, batch, count - 1, inputs, has_bad_value)
+        problem = _run(model, batch, count - 1, inputs, has_bad_value, content)
         if problem is not None:
             break
         after_batch(count)
     if count == 0:
         problem = DataError("the loader gives no batch", mend="check its length, sampler and drop_last, and max_batches")
     agree_on_problem(problem)
+    content.warn_without()
     return count
 
 
-def _run(model: nn.Module, batch: Any, index: int, inputs: InputsOf | None, has_bad_value: Callable[[], str]) -> DataError | None:
+class _Content:
+    """Whether any image of the loader varies over its positions."""
+
+    def __init__(self) -> None:
+        self._saw_images = False
+        self._is_found = False
+
+    def look_at(self, tensor: Tensor) -> None:
+        if not self._is_found and tensor.dim() > 2 and tensor[0, 0].numel() > 1:
+            self._saw_images = True
+            positions = tensor.flatten(2)
+            self._is_found = bool((positions != positions[..., :1]).any())
+
+    def warn_without(self) -> None:
+        if self._saw_images and not self._is_found:
+            warnings.warn(
+                "every image of the loader is constant, so scales were measured on borders and rounding errors; check what the loader "
+                "gives (a mask in place of the image, a transform that ends in zeros?)",
+                NormkitWarning,
+                stacklevel=3,
+            )
+
+
+def _run(
+    model: nn.Module, batch: Any, index: int, inputs: InputsOf | None, has_bad_value: Callable[[], str], content: _Content
+) -> DataError | None:
     device = next((tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())), torch.device("cpu"))
     try:
         args, kwargs = call_arguments(inputs(batch) if inputs is not None else inputs_of(model, batch))
@@ -124,6 +152,8 @@ def _run(model: nn.Module, batch: Any, index: int, inputs: InputsOf | None, has_
                 evidence=f"{bad} of {tensor.numel()} values are NaN or infinite",
                 mend="mend or leave out these samples; batches are never dropped silently here",
             )
+        if isinstance(tensor, Tensor):
+            content.look_at(tensor)
     try:
         model(*args, **kwargs)
     except ValueError as error:

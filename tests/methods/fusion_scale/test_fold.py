@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import segmentation_models_pytorch as smp
@@ -78,6 +79,34 @@ def test_folding_keeps_the_function(name: str, granularity: str) -> None:
     torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-9)
     assert not fold(model)
 
+    changes.undo()
+    assert torch.equal(model(x), expected)
+    assert {key: bool(torch.equal(value, state[key])) for key, value in model.state_dict().items()} == dict.fromkeys(state, True)
+
+
+SMALL = {"encoder_depth": 3, "decoder_channels": (64, 32, 16)}
+REAL: dict[str, dict[str, Any]] = {
+    "DeepLabV3Plus": {"decoder_channels": 32},
+    "UPerNet": {"decoder_channels": 32},
+    "UnetPlusPlus": SMALL,
+    "MAnet": SMALL,
+    "PSPNet": {},
+    "Segformer": {},
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name == "DeepLabV3Plus" else pytest.mark.zoo) for name in REAL])
+def test_folding_keeps_the_function_of_real_decoders(name: str) -> None:
+    """With the means as padding nothing is left to keep: 1x1, 3x3 and depthwise before pointwise fusions."""
+    model = getattr(smp, name)("resnet18", encoder_weights=None, **REAL[name])
+    x = torch.randn(4, 3, 64, 64)
+    equalize_scales(model, [x])
+    model(x)
+    model.eval()
+    expected, state = model(x), {key: value.clone() for key, value in model.state_dict().items()}
+    changes = fold(model, border="pad")
+    assert not any(isinstance(module, ScaleEqualizer) for module in model.modules())
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5 * float(expected.detach().abs().max()))
     changes.undo()
     assert torch.equal(model(x), expected)
     assert {key: bool(torch.equal(value, state[key])) for key, value in model.state_dict().items()} == dict.fromkeys(state, True)
