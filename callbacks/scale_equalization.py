@@ -31,6 +31,7 @@ from pl_normkit.methods.fusion_scale.fold import Border, fold, why_not_foldable
 from pl_normkit.methods.fusion_scale.running import InputsOf, Progress, inputs_of
 from pl_normkit.methods.fusion_scale.sites import Site
 from pl_normkit.surgery import Changes
+from pl_normkit.wrappers import unwrapped
 
 _GIVE_INPUTS = "pass example_inputs=, or set example_input_array on the LightningModule"
 
@@ -168,7 +169,7 @@ def _network(pl_module: pl.LightningModule) -> nn.Module:
         return pl_module
     children = [child for child in pl_module.children() if any(True for _ in child.parameters())]
     if len(children) == 1:
-        return children[0]
+        return unwrapped(children[0])
     raise ConfigError(
         "the network of this LightningModule is not known",
         evidence=f"it has no forward and {len(children)} children with parameters",

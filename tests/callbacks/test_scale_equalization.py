@@ -226,6 +226,27 @@ def test_a_bar_shows_each_pass_where_the_trainer_shows_bars(capsys: pytest.Captu
         assert ("| 3/3 " in printed.err) is shown
 
 
+class Converting(Segmenter):
+    """Its batches are not what the loader gives: hooks before and after the transfer, double precision."""
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return {**batch, "image": batch["image"] - 3}
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return {**batch, "image": 2 * batch["image"]}
+
+
+def test_statistics_are_of_batches_as_the_training_step_gets_them() -> None:
+    torch.manual_seed(1)
+    module = Converting()
+    trainer(ScaleEqualization(), precision="64-true").fit(module, loader())
+    torch.manual_seed(1)
+    twin = Segmenter().double()
+    equalize_scales(twin, [2 * (batch["image"].double() - 3) for batch in loader()])
+    torch.testing.assert_close(equalizer(module).mean, equalizer(twin).mean, check_dtype=False)
+    torch.testing.assert_close(equalizer(module).std, equalizer(twin).std, check_dtype=False)
+
+
 def test_a_stage_without_known_inputs_says_so() -> None:
     with pytest.warns(NormkitWarning, match="leaves the network alone"):
         trainer(ScaleEqualization(), limit_test_batches=1).test(Segmenter(), DataLoader(Endless(), batch_size=2), verbose=False)

@@ -19,6 +19,7 @@ from pl_normkit.methods.fusion_scale.equalizer import NAME, ROUNDING, TINY_STD, 
 from pl_normkit.methods.fusion_scale.moments import Moments, agree_on_problem, merge_over_ranks
 from pl_normkit.methods.fusion_scale.running import InputsOf, Progress, measuring, run_batches
 from pl_normkit.surgery import Change, Changes, Undo, apply_edits, get_module
+from pl_normkit.wrappers import unwrapped
 
 Granularity = Literal["branch", "channel"]
 
@@ -57,6 +58,7 @@ def calibrate_scales(
         NothingMatchedError: when the model holds no equalizer.
         DataError: for an empty loader, values that are not finite, or a fusion that did not run. No equalizer is set then.
     """
+    model = unwrapped(model)
     equalizers = equalizers_of(model)
     if not equalizers:
         raise NothingMatchedError("the model holds no scale equalizer", mend="call equalize_scales, which inserts them")

@@ -29,6 +29,7 @@ from pl_normkit.methods.fusion_scale.folding import resolve_path
 from pl_normkit.methods.fusion_scale.running import InputsOf, Progress, first_inputs
 from pl_normkit.methods.fusion_scale.sites import Site, find_sites, trained_norm
 from pl_normkit.surgery import Change, Changes, Insert, apply_edits, get_module
+from pl_normkit.wrappers import unwrapped
 
 Mode = Literal["explicit", "init"]
 
@@ -80,6 +81,7 @@ def equalize_scales(
     stands in a given network, both forms and their difference in training are derived here.
     """
     check_options(mode, granularity, border)
+    model = unwrapped(model)
     if example_inputs is None:
         example_inputs, loader = first_inputs(model, loader, inputs)
     sites, skipped = plan_sites(model, example_inputs, sums=sums)
@@ -125,6 +127,7 @@ def insert_equalizers(model: nn.Module, example_inputs: Any, *, sums: bool = Fal
     Raises:
         NothingMatchedError, EditError, TraceError: as `equalize_scales`.
     """
+    model = unwrapped(model)
     sites, skipped = plan_sites(model, example_inputs, sums=sums)
     if not allow_trained:
         sites, trained = split_trained(model, sites)

@@ -19,6 +19,7 @@ from pl_normkit.methods.fusion_scale.calibrate import equalizers_of
 from pl_normkit.methods.fusion_scale.equalizer import NAME, PADDING_NAME, MeanPadding, ScaleEqualizer
 from pl_normkit.methods.fusion_scale.folding import border_of, resolve_path
 from pl_normkit.surgery import Change, Changes, Edit, Insert, Remove, SetAttributes, Undo, apply_edits, get_module
+from pl_normkit.wrappers import unwrapped
 
 Border = Literal["keep", "pad", "ignore"]
 BORDERS = ("keep", "pad", "ignore")
@@ -53,6 +54,7 @@ def fold(model: nn.Module, *, border: Border = "keep") -> Changes:
     """
     if border not in BORDERS:
         raise ConfigError(f"unknown border {border!r}", mend=f"one of {', '.join(BORDERS)}")
+    model = unwrapped(model)
     equalizers = equalizers_of(model)
     if not equalizers and not any(is_folded(module) for module in model.modules()):
         raise NothingMatchedError("the model holds no scale equalizer to fold", mend="equalize_scales inserts them")

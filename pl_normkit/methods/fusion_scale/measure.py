@@ -20,6 +20,7 @@ from pl_normkit.methods.fusion_scale.equalizer import TINY_STD
 from pl_normkit.methods.fusion_scale.joins import Join, describe_resize, read_joins
 from pl_normkit.methods.fusion_scale.moments import Moments, agree_on_problem, merge_over_ranks
 from pl_normkit.methods.fusion_scale.running import InputsOf, Progress, first_inputs, measuring, run_batches
+from pl_normkit.wrappers import unwrapped
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ def measure_fusion_scales(
     Source: variance as the measure of scale is stated in a public review of arXiv 2402.01149; shares and the traced
     criterion are derived here.
     """
+    model = unwrapped(model)
     if example_inputs is None:
         example_inputs, loader = first_inputs(model, loader, inputs)
     graph = ModelGraph.from_model(model, example_inputs)

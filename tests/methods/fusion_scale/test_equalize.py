@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from pl_normkit.errors import ConfigError, DataError, EditError, NormkitWarning, NothingMatchedError
-from pl_normkit.methods.fusion_scale import calibrate_scales, equalize_scales, insert_equalizers, measure_fusion_scales
+from pl_normkit.methods.fusion_scale import calibrate_scales, equalize_scales, fold, insert_equalizers, measure_fusion_scales
 from pl_normkit.nn import ScaleEqualizer
 from tests.methods.fusion_scale.models import Nested, OwnDecoder, SharedFusion, SumDecoder, images, scales_after
 
@@ -394,6 +394,27 @@ def test_compiled_models() -> None:
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     x = images()[0]
     torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("wrap", [lambda model: torch.compile(model, backend="eager"), nn.DataParallel], ids=["compile", "DataParallel"])
+@pytest.mark.parametrize("mode", ["explicit", "init"])
+def test_wrapped_models_are_edited_through(wrap: Callable[[nn.Module], nn.Module], mode: Any) -> None:
+    torch.manual_seed(1)
+    plain = Nested()
+    torch.manual_seed(1)
+    model = Nested()
+    expected, loader = equalize_scales(plain, images(), mode=mode), images()
+    wrapped = wrap(model)
+    assert measure_fusion_scales(wrapped, loader)[0].ratio > 1
+    changes = equalize_scales(wrapped, loader, mode=mode)
+    assert [str(change) for change in changes.made] == [str(change) for change in expected.made]
+    for key, value in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value)
+    if mode == "explicit":
+        assert fold(wrapped)
+        fresh = wrap(Nested())
+        insert_equalizers(fresh, loader[0])
+        assert calibrate_scales(fresh, loader)
 
 
 def test_formats_and_dtypes_are_kept() -> None:
