@@ -60,7 +60,7 @@ def test_a_loader_with_its_own_generator_and_lasting_workers_gives_the_same_batc
         torch.manual_seed(1)
         module = Segmenter()
         generator = torch.Generator().manual_seed(3)
-        trainer(*callbacks).fit(module, loader(shuffle=True, generator=generator, num_workers=1, persistent_workers=True))
+        trainer(*callbacks, max_epochs=2).fit(module, loader(shuffle=True, generator=generator, num_workers=1, persistent_workers=True))
         return module.seen
 
     assert run() == run(ScaleEqualization())
