@@ -22,6 +22,7 @@ from pl_normkit.methods.positional_variance.measure import TOLERANCE, observe, w
 from pl_normkit.methods.positional_variance.moments import Estimate, MomentSums
 from pl_normkit.methods.positional_variance.site import PositionalSite, trace_site
 from pl_normkit.preserve import preserved
+from pl_normkit.wrappers import unwrapped
 
 
 @dataclass
@@ -152,7 +153,7 @@ class PositionalVariance(Callback):
         if self._found is None:
             return
         network, site = self._found
-        original = getattr(network, "_orig_mod", network)
+        original = unwrapped(network)
         try:
             for found, inputs in captured:
                 if found is network:

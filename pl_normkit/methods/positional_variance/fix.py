@@ -16,6 +16,7 @@ from pl_normkit.errors import EditError, NothingMatchedError, TraceError
 from pl_normkit.methods.positional_variance.resampling import Resampling, as_rows, find_resampling, patch_rows
 from pl_normkit.methods.positional_variance.site import PositionalSite, patch_variance, trace_site
 from pl_normkit.surgery import Change, Changes, Undo, apply_edits, get_module
+from pl_normkit.wrappers import unwrapped
 
 _RECORD = "positional_embedding_variance"
 _CLOSE = 1e-6
@@ -45,7 +46,7 @@ def rescale_positional_embedding(
     Source: the scaling by 1 / sqrt(k) is published (public reviews of arXiv 2405.14115); the definition of k, variance over channels
     and mean over patch positions, and the recovery of the original are derived here.
     """
-    network = getattr(model, "_orig_mod", model)
+    network = unwrapped(model)
     site = _site(network, example_inputs)
     parameter = network.get_parameter(site.parameter)
     if parameter.is_meta:

@@ -21,6 +21,7 @@ from pl_normkit.graph import call_arguments
 from pl_normkit.methods.positional_variance.moments import Estimate, ImageMoments, MomentSums
 from pl_normkit.methods.positional_variance.site import PositionalSite, added_positions, patch_variance, trace_site
 from pl_normkit.preserve import preserved
+from pl_normkit.wrappers import unwrapped
 
 TOLERANCE = 0.05
 
@@ -123,7 +124,7 @@ def measure_positional_variance(
     """
     if max_batches < 1:
         raise ConfigError("max_batches must be at least 1", evidence=str(max_batches))
-    network = getattr(model, "_orig_mod", model)
+    network = unwrapped(model)
     with preserved(network, buffers=True), _generators_kept(train_loader), _generators_kept(eval_loader):
         train = _measure_split(network, train_loader, max_batches, training=True)
         evaluation = _measure_split(network, eval_loader, max_batches, training=False)

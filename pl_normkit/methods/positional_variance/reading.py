@@ -13,6 +13,7 @@ __all__ = [
     "read_data",
     "read_site",
     "residual",
+    "unnormalised",
 ]
 
 import math
@@ -45,11 +46,15 @@ from pl_normkit.rules import Subject
 
 @dataclass(frozen=True)
 class Data:
-    """What happens to a batch, in order: in the loaders, and between the training loader and the model."""
+    """What happens to a batch, in order: in the loaders, and between the training loader and the model.
+
+    `is_read` says whether both loaders show transforms at all, so that what is not among their steps is not there.
+    """
 
     train: Sequence[Step] = ()
     later: Sequence[Step] = ()
     evaluation: Sequence[Step] = ()
+    is_read: bool = False
 
     def normalization(self, step: Step | None = None) -> Normalization | None:
         """The training images' normalization; with `step` only where it is still to come there."""
@@ -68,7 +73,7 @@ def read_site(subject: Subject) -> PositionalSite | None:
     assert subject.model is not None
     assert subject.graph is not None
     try:
-        return find_site(getattr(subject.model, "_orig_mod", subject.model), subject.graph)
+        return find_site(subject.model, subject.graph)
     except NothingMatchedError:
         return None
 
@@ -80,7 +85,8 @@ def read_data(subject: Subject) -> Data:
         return Data()
     train, evaluation = read_loader(loaders.train, "train loader"), read_loader(loaders.evaluation, "evaluation loader")
     later = [found for owner in loaders.transforms for found in read_owner(owner, type(owner).__name__)]
-    return Data(*(steps_of(found, site.size) for found in (train, later, evaluation)))
+    steps = (steps_of(found, site.size) for found in (train, later, evaluation))
+    return Data(*steps, is_read=bool(train) and bool(evaluation))
 
 
 def measured(subject: Subject) -> VarianceReport | None:
@@ -170,6 +176,16 @@ def expected_ratio(subject: Subject, step: Step) -> float | None:
     return 1.0
 
 
+def unnormalised(subject: Subject) -> str:
+    """Training or evaluation: whose images have no normalization while the others have one, as far as is read; "" if rho is not off."""
+    report, data = subject.once(measured), subject.once(read_data)
+    train, evaluation = data.normalizations
+    is_unknown = report is None or not data.is_read or _hooked(subject)
+    if report is None or is_unknown or (train is None) is (evaluation is None) or not report.estimate.is_off(TOLERANCE):
+        return ""
+    return "training" if train is None else "evaluation"
+
+
 def residual(subject: Subject) -> float | None:
     """The measured ratio that the settings lead to expect, where it is not what was measured; None where all is explained."""
     report, data = subject.once(measured), subject.once(read_data)
@@ -178,9 +194,13 @@ def residual(subject: Subject) -> float | None:
         return None
     if _hooked(subject) and any(not isinstance(step, (Normalization, Candidate)) for step in data.later):
         return None  # whether the hooks apply it, or the training step does, is not known
+    if subject.once(unnormalised):
+        return None
     expected = math.prod(ratio for ratio in ratios if ratio is not None)
-    is_off = report.estimate.is_off(TOLERANCE) and report.estimate.is_off(TOLERANCE, expected)
-    return expected if is_off else None
+    least = expected / math.prod(expected_ratio(subject, step) or 1.0 for step in data.train if isinstance(step, Border) and step.is_most)
+    explained = min(max(report.rho, min(least, expected)), max(least, expected))  # the nearest that the settings allow
+    is_off = report.estimate.is_off(TOLERANCE) and report.estimate.is_off(TOLERANCE, explained)
+    return explained if is_off else None
 
 
 def has_unread_mixing(subject: Subject) -> bool:
@@ -212,8 +232,7 @@ def difference(train: Normalization | None, evaluation: Normalization | None) ->
 def is_trained(subject: Subject, site: PositionalSite) -> bool:
     """Whether the embedding looks as after training; False where that cannot be told."""
     assert subject.model is not None
-    model = getattr(subject.model, "_orig_mod", subject.model)
-    parameter = model.get_parameter(site.parameter).detach()
+    parameter = subject.model.get_parameter(site.parameter).detach()
     if parameter.is_meta or site.grid is None or site.is_resampled:
         return False
-    return looks_trained(as_rows(parameter, site)[patch_rows(model, site)], site.grid)
+    return looks_trained(as_rows(parameter, site)[patch_rows(subject.model, site)], site.grid)

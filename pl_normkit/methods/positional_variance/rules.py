@@ -20,6 +20,7 @@ from pl_normkit.methods.positional_variance.reading import (
     read_data,
     read_site,
     residual,
+    unnormalised,
 )
 from pl_normkit.methods.positional_variance.resampling import as_rows, find_resampling, looks_trained, patch_rows
 from pl_normkit.methods.positional_variance.site import PositionalSite
@@ -165,9 +166,9 @@ _MISFIT = "noise that does not fit the normalization of the images"
 @rule("NK703", "normalization-shifts-positions", mark=Mark.PUBLISHED, source=REVIEWS, needs=(Needs.GRAPH, Needs.LOADERS))
 def normalization_shifts_positions(subject: Subject) -> Iterator[Observation]:
     """What it does
-    Finds normalization that differs between training and evaluation, and, as a note, statistics that leave the images without zero
-    mean and unit second moment, in the data of a vision transformer with absolute positions. The note is silent where the positional
-    embedding looks trained: a checkpoint keeps the statistics it was trained with.
+    Finds normalization that differs between training and evaluation, or is missing in one of them (where measured), and, as a note,
+    statistics that leave the images without zero mean and unit second moment, in the data of a vision transformer with absolute positions.
+    The note is silent where the positional embedding looks trained: a checkpoint keeps the statistics it was trained with.
 
     Why it hurts
     The variance of patch tokens is proportional to the second moment of the normalised image (derived). Two normalizations are two
@@ -206,6 +207,14 @@ def normalization_shifts_positions(subject: Subject) -> Iterator[Observation]:
             ],
             advice="Give both loaders the same mean and std",
             cause="different statistics",
+        )
+    elif lacking := subject.once(unnormalised):
+        yield Observation(
+            message=f"No normalization was found for the {lacking} images, and the others are normalised",
+            places=_place(site),
+            evidence=_rho(subject),
+            advice="Normalise both with the same mean and std",
+            cause="normalised on one side",
         )
     elif not is_trained(subject, site):
         yield from _misfit(subject, site, data.normalizations[0])
@@ -274,7 +283,7 @@ def resampled_positions_lost_variance(subject: Subject) -> Iterator[Observation]
     site = subject.once(read_site)
     if site is None or subject.model is None:
         return
-    model = getattr(subject.model, "_orig_mod", subject.model)
+    model = subject.model
     found = find_resampling(model, site)
     if found is None or abs(found.k - 1.0) <= TOLERANCE or is_rescaled(model, site):
         return

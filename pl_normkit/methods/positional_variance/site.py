@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pl_normkit.errors import NothingMatchedError, TraceError
 from pl_normkit.graph import Kind, ModelGraph, Node
+from pl_normkit.wrappers import unwrapped
 
 _TOKENS = (nn.Conv2d, nn.Conv3d, nn.Linear, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
 _PASSING = (Kind.VIEW, Kind.DROPOUT)
@@ -166,7 +167,7 @@ def _image_reader(model: nn.Module, graph: ModelGraph, source: Node) -> str:
 
 def trace_site(model: nn.Module, inputs: Any) -> PositionalSite:
     """Trace `model` and find its site. Raises TraceError or NothingMatchedError."""
-    original = getattr(model, "_orig_mod", model)
+    original = unwrapped(model)
     return find_site(original, ModelGraph.from_model(original, inputs))
 
 

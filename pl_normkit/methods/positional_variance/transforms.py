@@ -80,7 +80,12 @@ class Erasing(_Fill):
 
 @dataclass(frozen=True)
 class Border(_Fill):
-    """Constant values beside the image: padding, and what rotation and shear leave empty."""
+    """Constant values beside the image: padding, and what rotation and shear leave empty.
+
+    With `is_most` the area is an upper bound: of padding less stays where a later crop, or a larger image, cuts it away.
+    """
+
+    is_most: bool = False
 
 
 @dataclass(frozen=True)
@@ -216,10 +221,10 @@ def _unit(fill: Any) -> tuple[float, ...]:
     return tuple(value / 255.0 for value in values) if max(values) > 1.0 else values
 
 
-def _border(found: Found, area: float | None, fill: Any = None) -> Border:
+def _border(found: Found, area: float | None, fill: Any = None, *, is_most: bool = False) -> Border:
     if isinstance(fill, dict):  # torchvision v2 keeps one fill per type of input
         fill = next(iter(fill.values()), 0)
-    return Border(type(found.transform).__name__, None if area is None else found.share * area, _unit(fill), 0.0, found.where)
+    return Border(type(found.transform).__name__, None if area is None else found.share * area, _unit(fill), 0.0, found.where, is_most)
 
 
 def _is_constant(transform: Any) -> bool:
@@ -235,7 +240,7 @@ def _pad(found: Found, size: tuple[int, int]) -> Border | None:
     padding = [float(side) for side in _floats(transform.padding)]
     left, top, right, bottom = padding * 4 if len(padding) == 1 else padding * 2 if len(padding) == 2 else padding
     inner = max(size[0] - top - bottom, 0.0) * max(size[1] - left - right, 0.0)
-    return _border(found, 1.0 - inner / (size[0] * size[1]), transform.fill)
+    return _border(found, 1.0 - inner / (size[0] * size[1]), transform.fill, is_most=True)
 
 
 def _random_crop(found: Found, size: tuple[int, int]) -> Border | None:
@@ -246,7 +251,7 @@ def _random_crop(found: Found, size: tuple[int, int]) -> Border | None:
         return None
     sides = [float(side) for side in _floats(padding)]
     stays = [side * (side + 1.0) / (2.0 * side + 1.0) for side in (sides[0], sides[-1])]
-    return _border(found, 1.0 - max(1.0 - stays[1] / size[0], 0.0) * max(1.0 - stays[0] / size[1], 0.0), transform.fill)
+    return _border(found, 1.0 - max(1.0 - stays[1] / size[0], 0.0) * max(1.0 - stays[0] / size[1], 0.0), transform.fill, is_most=True)
 
 
 def _affine(found: Found, _: tuple[int, int]) -> Border | None:

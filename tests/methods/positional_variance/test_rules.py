@@ -209,6 +209,17 @@ class TestNormalization:
         assert (finding.code, finding.severity) == ("NK703", "note")
         assert finding.evidence[0].value == pytest.approx(0.254, abs=0.05)
 
+    @pytest.mark.parametrize("side", ["training", "evaluation"])
+    def test_one_side_without_normalization(self, model: nn.Module, side: str) -> None:
+        """Measured alone: who normalises in the training step shows it in no loader."""
+        raw, done = loader(v1.ToTensor()), loader(normalised())
+        train, evaluation = (raw, done) if side == "training" else (done, raw)
+        (finding,) = found(model, train, evaluation, measure=True)
+        assert (finding.code, finding.severity, finding.cause) == ("NK703", "warning", "normalised on one side")
+        assert f"found for the {side} images" in finding.message
+        assert (finding.evidence[0].value < 0.5) is (side == "training")
+        assert [seen.severity for seen in found(model, train, evaluation) if seen.severity != "note"] == []
+
     def test_statistics_of_the_data_are_quiet(self, model: nn.Module) -> None:
         cifar = loader(normalised(mean=(0.4914, 0.4822, 0.4465), std=(0.247, 0.2435, 0.2616)))
         assert found(model, cifar, cifar) == []
@@ -285,6 +296,12 @@ class TestBorder:
         assert found(model, loader(normalised(step)), measure=True) == []
         (finding,) = found(model, loader(normalised(v1.RandomCrop(SIZE, padding=8))), measure=True)
         assert finding.evidence[1].value == pytest.approx(expected_ratio(finding), rel=0.1)
+
+    def test_padding_that_a_larger_image_pushes_out_is_one_finding(self, model: nn.Module) -> None:
+        crop = [v1.Resize(SIZE + 12), v1.RandomCrop(SIZE, padding=8)]
+        (finding,) = found(model, loader(normalised(*crop)), loader(normalised(v1.Resize(SIZE + 12), v1.CenterCrop(SIZE))), measure=True)
+        assert (finding.code, finding.severity) == ("NK705", "warning")
+        assert 1.05 < finding.evidence[1].value < expected_ratio(finding)
 
     def test_a_shift_of_unknown_cause_is_a_note(self, model: nn.Module) -> None:
         (finding,) = found(model, loader(normalised(v1.ColorJitter(brightness=(1.5, 1.5)))), measure=True)
