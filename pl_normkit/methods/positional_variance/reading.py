@@ -85,8 +85,8 @@ def read_data(subject: Subject) -> Data:
         return Data()
     train, evaluation = read_loader(loaders.train, "train loader"), read_loader(loaders.evaluation, "evaluation loader")
     later = [found for owner in loaders.transforms for found in read_owner(owner, type(owner).__name__)]
-    steps = (steps_of(found, site.size) for found in (train, later, evaluation))
-    return Data(*steps, is_read=bool(train) and bool(evaluation))
+    in_train, between, in_evaluation = (steps_of(found, site.size) for found in (train, later, evaluation))
+    return Data(in_train, between, in_evaluation, is_read=bool(train) and bool(evaluation))
 
 
 def measured(subject: Subject) -> VarianceReport | None:
