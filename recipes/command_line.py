@@ -28,7 +28,9 @@ SUBCOMMANDS = ("fit", "validate", "test", "predict")
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """`last.ckpt` after every validation. ModelCheckpoint's own `save_last` leaves it at the best state from Lightning 2.6 on.
+    """`last.ckpt` after every validation and at the end of the fit.
+
+    ModelCheckpoint's own `save_last` leaves it at the best state from Lightning 2.6 on.
 
     Args:
         every_n_epochs: write it at the end of each so many epochs; 0 switches it off.
@@ -36,6 +38,12 @@ class LastCheckpoint(ModelCheckpoint):
 
     def __init__(self, every_n_epochs: int = 1) -> None:
         super().__init__(filename="last", every_n_epochs=every_n_epochs, save_on_train_epoch_end=False, enable_version_counter=False)
+        self.saves_at_end = every_n_epochs > 0
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        if self.saves_at_end and not getattr(trainer, "fast_dev_run", False) and self.dirpath is not None:
+            trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt")  # a fit that max_steps ended may have had no validation
 
 
 class RecipeCLI(LightningCLI):

@@ -106,6 +106,13 @@ def test_the_last_checkpoint_is_the_last_state_and_the_other_the_best(here, fold
     }
 
 
+def test_a_fit_that_ends_before_its_first_validation_leaves_its_last_state(here, folder):
+    options = ["--trainer.max_steps=1", "--trainer.val_check_interval=2", "--field.images=0"]
+    assert run([*_on_folder(folder, *options)]) == 0
+    checkpoints = _latest(here) / "checkpoints"
+    assert {path.name: torch.load(path, weights_only=True)["global_step"] for path in checkpoints.iterdir()} == {"last.ckpt": 1}
+
+
 def test_resumed_training_equals_uninterrupted_training(here, folder):
     """Four steps at once, and stopped after two: the same weights (the order of the samples is fixed by one batch an epoch)."""
     options = [
