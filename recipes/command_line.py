@@ -28,7 +28,7 @@ SUBCOMMANDS = ("fit", "validate", "test", "predict")
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """`last.ckpt` after every validation and at the end of the fit.
+    """`last.ckpt` after every validation, and after epochs that have none.
 
     ModelCheckpoint's own `save_last` leaves it at the best state from Lightning 2.6 on.
 
@@ -38,12 +38,22 @@ class LastCheckpoint(ModelCheckpoint):
 
     def __init__(self, every_n_epochs: int = 1) -> None:
         super().__init__(filename="last", every_n_epochs=every_n_epochs, save_on_train_epoch_end=False, enable_version_counter=False)
-        self.saves_at_end = every_n_epochs > 0
+        self.is_on = every_n_epochs > 0
+        self.saved_step = 0
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_train_end(trainer, pl_module)
-        if self.saves_at_end and not getattr(trainer, "fast_dev_run", False) and self.dirpath is not None:
-            trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt")  # a fit that max_steps ended may have had no validation
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self.saved_step = trainer.global_step
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        self.saved_step = trainer.global_step
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        is_new = trainer.global_step != self.saved_step  # this epoch had no validation, or max_steps ended it before
+        if self.is_on and is_new and not getattr(trainer, "fast_dev_run", False) and self.dirpath is not None:
+            trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt")
 
 
 class RecipeCLI(LightningCLI):

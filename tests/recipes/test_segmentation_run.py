@@ -187,7 +187,7 @@ def test_the_ready_configurations_are_the_promised_ones(here):
 def test_mixed_precision_averaged_weights_tiles_and_torchvision_transforms(here, folder):
     options = [
         "--trainer.precision=bf16-mixed",
-        "--trainer.max_steps=3",
+        "--trainer.max_steps=4",
         "--model.ema_decay=0.5",
         "--model.tile_size=32",
         "--data.transforms+=torchvision.transforms.v2.RandomPhotometricDistort",
