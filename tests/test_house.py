@@ -87,6 +87,7 @@ def test_methods_never_import_each_other() -> None:
 # Who must not import whom. `errors` may be imported by everyone.
 FORBIDDEN = {
     "pl_normkit.errors": ["pl_normkit"],
+    "pl_normkit.wrappers": ["pl_normkit"],
     "pl_normkit.findings": ["graph", "surgery", "rules", "methods", "audit", "report", "cli", "specs", "callbacks", "recipes"],
     "pl_normkit.graph": ["rules", "surgery", "methods", "audit", "report", "cli", "specs", "callbacks", "recipes"],
     "pl_normkit.surgery": ["rules", "graph", "methods", "audit", "report", "cli", "specs", "callbacks", "recipes"],
