@@ -93,10 +93,12 @@ def _message(fusion: FusionScale) -> str:
     weakest = min((branch for branch in fusion.branches if branch.std > 0), key=lambda branch: branch.std)
     how = "strongly different" if fusion.ratio > STRONG else "different"
     return (
-        f"Branches of one fusion are on {how} scales: std {strongest.std:.2g} of {_named(strongest)} over "
-        f"{weakest.std:.2g} of {_named(weakest)}; one resize explains a factor of {BY_INTERPOLATION:g} at most"
+        f"Branches of one fusion are on {how} scales: std {strongest.std:.2g} of {_named(fusion, strongest)} over "
+        f"{weakest.std:.2g} of {_named(fusion, weakest)}; one resize explains a factor of {BY_INTERPOLATION:g} at most"
     )
 
 
-def _named(branch: BranchScale) -> str:
-    return f"{branch.module or 'the input'}" + (f", {branch.resize}" if branch.resize else "")
+def _named(fusion: FusionScale, branch: BranchScale) -> str:
+    """By its place too: branches resized in one forward method bear one path."""
+    made = f"{branch.module or 'the input'}" + (f", {branch.resize}" if branch.resize else "")
+    return f"branch {fusion.branches.index(branch) + 1} of {len(fusion.branches)} ({made})"
