@@ -42,6 +42,7 @@ bench: $(VENV)/.test  ## every benchmark that runs without a GPU
 gpu: $(VENV)/.test  ## kernel tests and benchmarks on the GPU of this machine
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python benchmarks/stochastic_pooling.py
+	$(BIN)/python benchmarks/gaussian_bias.py --gpu
 
 docs: $(VENV)/.test  ## rule pages from the rules' own docstrings
 	$(BIN)/python docs/build.py
