@@ -25,7 +25,7 @@ from pl_normkit.methods.fusion_scale import calibrate_scales, equalize_scales, f
 from pl_normkit.methods.fusion_scale.calibrate import equalizers_of
 
 MODELS = {"Unet": {}, "UPerNet": {}, "Segformer": {}, "DeepLabV3Plus": {}}
-SIZE, SAMPLES, BATCHES, TURNS = 128, 4, 2, 5
+SIZE, SAMPLES, BATCHES, TURNS = 128, 4, 8, 3
 
 
 def build(name: str) -> nn.Module:
@@ -84,7 +84,28 @@ def stepper(model: nn.Module, x: Tensor) -> Callable[[], None]:
 def training_step(name: str, loader: list[Tensor]) -> tuple[float, float, float]:
     plain, equalized = build(name), build(name)
     equalize_scales(equalized, loader)
-    return paired(stepper(plain, loader[0]), stepper(equalized, loader[0]), 2 * TURNS + 1)
+    return paired(stepper(plain, loader[0]), stepper(equalized, loader[0]), 4 * TURNS + 1)
+
+
+def equalizers_alone(name: str, loader: list[Tensor]) -> tuple[float, float, float]:
+    """Their own forward and backward on the features of a step, over the step: steadier than the difference of two steps."""
+    model = build(name)
+    equalize_scales(model, loader)
+    seen: list[tuple[nn.Module, Tensor, Tensor]] = []
+
+    def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        output.register_hook(lambda grad: seen.append((module, inputs[0].detach().requires_grad_(), grad.detach())))
+
+    handles = [module.register_forward_hook(keep) for module in equalizers_of(model).values()]
+    model(loader[0]).square().mean().backward()
+    for handle in handles:
+        handle.remove()
+
+    def alone() -> None:
+        for module, features, grad in seen:
+            torch.autograd.grad(module(features), features, grad)
+
+    return paired(stepper(build(name), loader[0]), alone, 4 * TURNS + 1)
 
 
 def operations(name: str, loader: list[Tensor]) -> tuple[int, int, int]:
@@ -110,6 +131,7 @@ def main() -> None:
             for what, measure in (
                 ("calibration over its forward passes, ms", calibration),
                 ("training step, explicit over plain, ms", training_step),
+                ("equalizers' own part of a training step, ms", equalizers_alone),
             ):
                 a, b, ratio = measure(name, loader)
                 writer.writerow([what, name, f"{a:.1f}", f"{b:.1f}", f"{ratio:.4f}", *where])

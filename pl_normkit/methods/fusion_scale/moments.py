@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pl_normkit.errors import DataError
 
-_RUN = 4096
-"""Squares summed in float32 at a time; over a map of a million the sum would lose three digits."""
+_CHUNK = 1 << 18
+"""Values centred at a time: 1 MiB of float32."""
 
 
 @dataclass(frozen=True)
@@ -36,17 +36,18 @@ class Moments:
     def of(cls, features: Tensor) -> Moments:
         """Of (N, C, ...) features, per channel over everything else; half types are widened first.
 
-        Two passes over each sample's map, centred before squaring; samples are merged in float64. The norm of the centred map is
-        several times faster on a CPU than torch's own variance.
+        Two passes, centred before squaring; maps are merged in float64. It goes by a few channels of a sample at a time, which stay in the
+        cache, and keeps their memory format: several times faster on a CPU than torch's own variance.
         """
         features = features.detach()
         maps = (features if features.dtype == torch.float64 else features.float()).flatten(2)
-        mean = maps.mean(2)
-        norms = [_norms_around(*sample) for sample in zip(maps, mean, strict=True)]  # one sample's centred copy at a time
-        means, *parts = torch.stack([mean, *torch.stack(norms, 1)]).cpu().double()
+        rows = max(1, _CHUNK // max(1, maps.shape[2]))
+        scratch = maps.new_empty(min(rows, maps.shape[1]) * maps.shape[2])
+        parts = [_mean_and_m2(some, scratch) for sample in maps for some in sample.split(rows)]
+        means, m2s = torch.cat(parts, 1).view(2, *maps.shape[:2]).cpu().double()
         count = torch.full_like(means, maps.shape[2])
         centre = means.mean(0)
-        m2 = (torch.stack(parts).square().sum(0) + count * (means - centre).square()).sum(0)
+        m2 = (m2s + count * (means - centre).square()).sum(0)
         return cls(count.sum(0), centre, m2)
 
     @property
@@ -72,10 +73,13 @@ class Moments:
         return Moments(self.count[first:last], self.mean[first:last], self.m2[first:last])
 
 
-def _norms_around(sample: Tensor, mean: Tensor) -> Tensor:
-    """Norms of the parts of each channel's centred map: (C, L) and (C,) to (parts, C)."""
-    centred = sample - mean[:, None]
-    return torch.stack([torch.linalg.vector_norm(part, dim=1) for part in torch.split(centred, _RUN, 1)])
+def _mean_and_m2(maps: Tensor, scratch: Tensor) -> Tensor:
+    """Mean and sum of squared deviations of each channel's map: (C, L) to (2, C)."""
+    mean = maps.mean(1)
+    room = scratch[: maps.numel()]
+    is_channels_last = maps.stride(0) < maps.stride(1)
+    room = room.view(maps.shape[::-1]).t() if is_channels_last else room.view(maps.shape)
+    return torch.stack([mean, torch.sub(maps, mean[:, None], out=room).square_().sum(1)])
 
 
 def _spans(widths: Sequence[int]) -> list[tuple[int, int]]:

@@ -63,6 +63,8 @@ def test_branches_are_pooled_in_the_order_of_their_channels() -> None:
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_a_large_map_costs_no_digits(memory_format: torch.memory_format) -> None:
-    x = torch.randn(1, 2, 768, 768).relu().to(memory_format=memory_format)
+@pytest.mark.parametrize("shape", [(1, 2, 768, 768), (2, 37, 128, 128)])
+def test_large_maps_and_many_channels_cost_no_digits(shape: tuple[int, ...], memory_format: torch.memory_format) -> None:
+    """More than one chunk of centred values; the last one holds fewer channels."""
+    x = (torch.randn(shape) + torch.arange(shape[1])[:, None, None]).relu().to(memory_format=memory_format)
     torch.testing.assert_close(Moments.of(x).std, x.double().var((0, 2, 3), correction=0).sqrt(), rtol=1e-5, atol=0)
