@@ -37,11 +37,15 @@ def _attributes(model: nn.Module) -> Callable[[], None]:
     """Forward passes set plain attributes (caches, counters) and `train()` sets flags; both live in `vars(module)`."""
     before = [(module, dict(vars(module))) for module in model.modules()]
     seen: set[int] = set()
-    contents = [restore for module, attributes in before for restore in _module_contents(attributes, seen)]
+    empty: list[Any] = []  # most of a module's containers; a restorer for each would cost more than the rest of the audit
+    contents = [restore for module, attributes in before for restore in _module_contents(attributes, seen, empty)]
 
     def restore_all() -> None:
         for restore in contents:
             restore()
+        for container in empty:
+            if container:
+                container.clear()
         for module, attributes in before:
             current = vars(module)
             for name in current.keys() - attributes.keys():
@@ -51,17 +55,20 @@ def _attributes(model: nn.Module) -> Callable[[], None]:
     return restore_all
 
 
-def _module_contents(attributes: dict[str, Any], seen: set[int]) -> Iterator[Callable[[], None]]:
+def _module_contents(attributes: dict[str, Any], seen: set[int], empty: list[Any]) -> Iterator[Callable[[], None]]:
     """Restorers of what the attributes hold; of the registries only the entries, since their tensors may be large."""
     for name, value in attributes.items():
         if name in _REGISTRIES:
             if isinstance(value, dict):  # TorchScript keeps views of its own there, which nothing can put back
-                yield _container_content(value)
-        else:
-            yield from _contents(value, seen)
+                if value:
+                    yield _container_content(value)
+                else:
+                    empty.append(value)
+        elif isinstance(value, (Tensor, list, dict, set, deque, tuple)):
+            yield from _contents(value, seen, empty)
 
 
-def _contents(value: Any, seen: set[int]) -> Iterator[Callable[[], None]]:
+def _contents(value: Any, seen: set[int], empty: list[Any]) -> Iterator[Callable[[], None]]:
     if id(value) in seen or not isinstance(value, (Tensor, list, dict, set, deque, tuple)):
         return
     seen.add(id(value))
@@ -69,9 +76,12 @@ def _contents(value: Any, seen: set[int]) -> Iterator[Callable[[], None]]:
         yield _tensor_value(value)
         return
     if not isinstance(value, tuple):
+        if not value:
+            empty.append(value)
+            return
         yield _container_content(value)
     for inner in value.values() if isinstance(value, dict) else value:
-        yield from _contents(inner, seen)
+        yield from _contents(inner, seen, empty)
 
 
 def _container_content(container: Any) -> Callable[[], None]:
