@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from typing import Any
 
 import pytest
+
+from tests.callbacks.processes import run_on_two_ranks
 
 KINDS = ("ddp", "fsdp2", "fsdp2_late")
 WEIGHTS = {"net.stem.0", "net.branch.0", "net.branch.3", "net.shortcut.0", "net.head"}
@@ -20,25 +17,7 @@ SCALES_IN_BRANCH = {"net.branch.1.weight", "net.branch.4.weight"}
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of the two processes saw, by kind."""
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    common |= {"NODE_RANK": "0", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.callbacks.sharded_runs", str(folder), *KINDS]
-    processes = []
-    for rank in ("0", "1"):
-        with (folder / f"log{rank}").open("w") as log:
-            environment = {**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank}
-            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-    try:
-        codes = [process.wait(timeout=240) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0, 0], (folder / "log0").read_text()[-2000:] + (folder / "log1").read_text()[-2000:]
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    return run_on_two_ranks("sharded_runs", tmp_path_factory.mktemp("ranks"), *KINDS)
 
 
 def decayed(kind: str) -> set[str]:

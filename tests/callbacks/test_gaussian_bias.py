@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +15,7 @@ from pl_normkit.callbacks import GaussianBias
 from pl_normkit.errors import ConfigError, NothingMatchedError
 from pl_normkit.nn import GaussianAttentionBias
 from tests.callbacks.biased_runs import Module, network
+from tests.callbacks.processes import run_on_two_ranks
 
 KINDS = ("ddp_heads", "fsdp2_heads", "ddp_relpos", "fsdp2_relpos", "fsdp2_late")
 
@@ -87,25 +83,7 @@ def test_bad_arguments_and_models_without_attention(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The biases after two steps, in each of two processes, by kind."""
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    common |= {"NODE_RANK": "0", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.callbacks.biased_runs", str(folder), *KINDS]
-    processes = []
-    for rank in ("0", "1"):
-        with (folder / f"log{rank}").open("w") as log:
-            environment = {**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank}
-            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-    try:
-        codes = [process.wait(timeout=240) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0, 0], (folder / "log0").read_text()[-2000:] + (folder / "log1").read_text()[-2000:]
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    return run_on_two_ranks("biased_runs", tmp_path_factory.mktemp("ranks"), *KINDS)
 
 
 @pytest.mark.parametrize("kind", KINDS[:-1])

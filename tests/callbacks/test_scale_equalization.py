@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +15,7 @@ from pl_normkit.callbacks import ScaleEqualization
 from pl_normkit.errors import ConfigError, DataError, EditError, NormkitWarning, NothingMatchedError
 from pl_normkit.methods.fusion_scale import equalize_scales
 from pl_normkit.nn import ScaleEqualizer
+from tests.callbacks.processes import run_on_two_ranks
 from tests.callbacks.scale_runs import Images, Segmenter, trainer
 from tests.methods.fusion_scale.models import OwnDecoder
 
@@ -268,25 +264,7 @@ def test_wrong_arguments_and_models() -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes saw."""
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    common |= {"NODE_RANK": "0", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1"}
-    processes = []
-    for rank in ("0", "1"):
-        with (folder / f"log{rank}").open("w") as log:
-            command = [sys.executable, "-m", "tests.callbacks.scale_runs", str(folder)]
-            environment = {**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank}
-            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-    try:
-        codes = [process.wait(timeout=240) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0, 0], (folder / "log0").read_text()[-2000:] + (folder / "log1").read_text()[-2000:]
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    return run_on_two_ranks("scale_runs", tmp_path_factory.mktemp("ranks"))
 
 
 def test_every_rank_has_the_statistics_of_all_data(ranks: list[dict[str, Any]]) -> None:
