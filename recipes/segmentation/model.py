@@ -8,16 +8,14 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import lightning as L
 import segmentation_models_pytorch as smp
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from pl_normkit.errors import ConfigError, DataError, ModelSpecError, nearest
-from pl_normkit.recipes.averaging import ema_callbacks
+from pl_normkit.errors import ConfigError, ModelSpecError, nearest
+from pl_normkit.recipes.module import RecipeModule
 from pl_normkit.recipes.segmentation.losses import LossName, SegmentationLoss
 from pl_normkit.recipes.segmentation.samples import STRIDE
 from pl_normkit.recipes.segmentation.tiling import predict_tiled
@@ -86,7 +84,7 @@ def _check_tiles(size: int | None, overlap: float) -> None:
         raise ConfigError("tiles cannot overlap so", where="--model.tile_overlap", evidence=str(overlap), mend="take a share such as 0.25")
 
 
-class SegmentationModule(L.LightningModule):
+class SegmentationModule(RecipeModule):
     """Train any smp architecture and encoder for semantic segmentation.
 
     Args:
@@ -211,19 +209,3 @@ class SegmentationModule(L.LightningModule):
         if self.optimizer == "sgd":
             return torch.optim.SGD(self.parameters(), self.lr, momentum=0.9, weight_decay=self.weight_decay)
         return torch.optim.AdamW(self.parameters(), self.lr, weight_decay=self.weight_decay)
-
-    def configure_callbacks(self) -> Sequence[Callback]:
-        """The moving average comes last, so that it copies a network that other callbacks have edited already."""
-        return ema_callbacks(self.trainer, self.ema_decay)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["class_names"] = self.class_names
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved = checkpoint.get("class_names", self.class_names)
-        if list(saved) != self.class_names:
-            raise DataError(
-                "the checkpoint was trained on other classes than the data has",
-                evidence=f"checkpoint: {list(saved)}; data: {self.class_names}",
-                mend="give the data the class list the checkpoint was trained with",
-            )

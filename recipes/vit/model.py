@@ -8,17 +8,15 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import lightning as L
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
-from pl_normkit.errors import ConfigError, DataError
+from pl_normkit.errors import ConfigError
 from pl_normkit.methods.gaussian_bias import add_gaussian_bias
-from pl_normkit.recipes.averaging import ema_callbacks
+from pl_normkit.recipes.module import RecipeModule
 from pl_normkit.recipes.vit.groups import layer_decay_groups
 from pl_normkit.recipes.vit.network import build_network
 
@@ -36,7 +34,7 @@ def cosine_factor(step: int, total_steps: int, warmup_steps: int = 0) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
-class ClassifierModule(L.LightningModule):
+class ClassifierModule(RecipeModule):
     """Train any timm model, ViT or CNN, to classify images.
 
     Args:
@@ -170,21 +168,8 @@ class ClassifierModule(L.LightningModule):
         per_epoch = batches / self.trainer.accumulate_grad_batches if math.isfinite(batches) else total
         return min(round(self.warmup_epochs * per_epoch), total // 3)
 
-    def configure_callbacks(self) -> Sequence[Callback]:
-        """The moving average comes last, so that it copies a network that other callbacks have edited already."""
-        return ema_callbacks(self.trainer, self.ema_decay)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["class_names"] = self.class_names
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved = checkpoint.get("class_names", self.class_names)
-        if list(saved) != self.class_names:
-            raise DataError(
-                "the checkpoint was trained on other classes than the data has",
-                evidence=f"checkpoint: {list(saved)}; data: {self.class_names}",
-                mend="give the data the classes the checkpoint was trained with",
-            )
+        super().on_load_checkpoint(checkpoint)
         own = self.state_dict()
         strange = [key for key, value in checkpoint["state_dict"].items() if key not in own or own[key].shape != value.shape]
         if strange:
