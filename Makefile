@@ -27,10 +27,8 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(VENV)/.test  ## mypy on the installed package: callbacks and recipes only have their names there
-	rm -rf build
-	$(BIN)/python -m pip install --quiet --no-deps --target build/types .
-	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --python-executable ../../$(BIN)/python -p pl_normkit
+types: $(VENV)/.test
+	$(BIN)/mypy -p pl_normkit
 
 zoo: $(VENV)/.test  ## one model of every timm family, every smp architecture: findings as CSV
 	$(BIN)/python benchmarks/zoo.py

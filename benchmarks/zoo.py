@@ -25,7 +25,7 @@ import rich.progress
 import torch
 from torch import nn
 
-from pl_normkit.audit import audit_subject
+from pl_normkit.auditing import audit_subject
 from pl_normkit.graph import ModelGraph
 from pl_normkit.rules import Selection, Subject, load_rules
 from pl_normkit.specs import build_model

@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor
 
 from pl_normkit.callbacks._network import after_configure_model
 from pl_normkit.errors import EditError, NothingMatchedError
-from pl_normkit.methods.gaussian_bias.add import add_gaussian_bias
-from pl_normkit.methods.gaussian_bias.module import GaussianAttentionBias, check_amplitude, check_sigma
+from pl_normkit.methods.gaussian_bias.fix import add_gaussian_bias
+from pl_normkit.methods.gaussian_bias.modules import GaussianAttentionBias, check_amplitude, check_sigma
 from pl_normkit.surgery import Changes, Filter
 
 

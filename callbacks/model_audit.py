@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from pl_normkit.audit import audit_subject, fix_findings
+from pl_normkit.auditing import audit_subject, fix_findings
 from pl_normkit.callbacks._first_batch import guess_inputs
 from pl_normkit.callbacks._network import InputCapture, after_configure_model, is_sharded, traced_network
 from pl_normkit.errors import AuditFailedError, ConfigError, NormkitError, NormkitWarning

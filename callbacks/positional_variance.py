@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_map_only
 
 from pl_normkit.callbacks._network import InputCapture, after_configure_model
 from pl_normkit.errors import ConfigError, NormkitError, NormkitWarning, NothingMatchedError
+from pl_normkit.methods.positional_variance.find import PositionalSite, trace_site
 from pl_normkit.methods.positional_variance.measure import TOLERANCE, observe, watch
 from pl_normkit.methods.positional_variance.moments import Estimate, MomentSums
-from pl_normkit.methods.positional_variance.site import PositionalSite, trace_site
 from pl_normkit.preserve import preserved
 from pl_normkit.wrappers import unwrapped
 

@@ -26,10 +26,10 @@ from pl_normkit.callbacks._first_batch import first_samples
 from pl_normkit.callbacks._network import after_configure_model
 from pl_normkit.errors import ConfigError, EditError, NormkitWarning
 from pl_normkit.methods.fusion_scale.calibrate import Granularity, calibrate_scales, equalizers_of
-from pl_normkit.methods.fusion_scale.equalize import Mode, check_options, has_statistics, insert_at, plan_sites, split_trained
+from pl_normkit.methods.fusion_scale.find import Site
+from pl_normkit.methods.fusion_scale.fix import Mode, check_options, has_statistics, insert_at, plan_sites, split_trained
 from pl_normkit.methods.fusion_scale.fold import Border, fold, why_not_foldable
 from pl_normkit.methods.fusion_scale.running import InputsOf, Progress, inputs_of
-from pl_normkit.methods.fusion_scale.sites import Site
 from pl_normkit.surgery import Changes
 from pl_normkit.wrappers import unwrapped
 

@@ -8,8 +8,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from pl_normkit.callbacks._network import after_configure_model
+from pl_normkit.methods.stochastic_pooling.fix import stochastic_pooling
 from pl_normkit.methods.stochastic_pooling.functional import Scale, check_keep, check_scale
-from pl_normkit.methods.stochastic_pooling.swap import stochastic_pooling
 from pl_normkit.surgery import Changes, Filter
 
 

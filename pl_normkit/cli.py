@@ -108,7 +108,7 @@ def _words(text: str) -> list[str]:
 
 
 def _lint(options: argparse.Namespace) -> int:
-    from pl_normkit.audit import audit_subject
+    from pl_normkit.auditing import audit_subject
 
     selection = Selection.from_pyproject().override(options.select, options.ignore, _patterns(options.per_module_ignore))
     accepted = read_baseline(options.baseline) if options.baseline else frozenset()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pl_normkit.errors import ConfigError
-from pl_normkit.rules import Subject, load_rules
+from pl_normkit.rules import Subject, load_of_rooms
 
 Fill = Callable[[Subject, argparse.Namespace], None]
 Run = Callable[[argparse.Namespace], int]
@@ -83,11 +83,11 @@ def _refuse_second(name: str, first: Callable[..., Any], second: Callable[..., A
 
 def load_lint_parts() -> list[LintPart]:
     """The parts that all rooms give, by their first option."""
-    load_rules()
+    load_of_rooms("commands")
     return [_parts[flag] for flag in sorted(_parts)]
 
 
 def load_commands() -> list[Command]:
     """The commands of all rooms, by name."""
-    load_rules()
+    load_of_rooms("commands")
     return [_commands[name] for name in sorted(_commands)]

@@ -22,9 +22,9 @@ __all__ = [
 
 from pl_normkit.methods.fusion_scale import ScaleEqualizer
 from pl_normkit.methods.gaussian_bias import GaussianAttentionBias
-from pl_normkit.methods.nan_safety.losses import BinaryFocalLoss, BinaryLogLoss, RMSELoss, SILogLoss
+from pl_normkit.methods.nan_safety.modules import BinaryFocalLoss, BinaryLogLoss, RMSELoss, SILogLoss
 from pl_normkit.methods.nan_safety.ops import safe_log, safe_sqrt, stable_variance
-from pl_normkit.methods.positional_variance.augmentation import VarianceSafeErasing, VarianceSafeMixup
+from pl_normkit.methods.positional_variance.modules import VarianceSafeErasing, VarianceSafeMixup
 from pl_normkit.methods.stochastic_pooling import (
     StochasticAdaptiveAvgPool1d,
     StochasticAdaptiveAvgPool2d,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["Fix", "Loaders", "Mark", "Needs", "Observation", "Rule", "Selection", "Subject", "load_rules", "rule"]
+__all__ = ["Fix", "Loaders", "Mark", "Needs", "Observation", "Rule", "Selection", "Subject", "load_of_rooms", "load_rules", "rule"]
 
 import fnmatch
 import importlib
 import importlib.metadata
+import importlib.util
 import inspect
 import pkgutil
 import re
@@ -256,12 +257,18 @@ def load_rules() -> dict[str, Rule]:
 
     A foreign entry point that fails to import gives one warning and is left out.
     """
-    methods = importlib.import_module("pl_normkit.methods")
-    for room in pkgutil.iter_modules(methods.__path__):
-        importlib.import_module(f"pl_normkit.methods.{room.name}")
+    load_of_rooms("rules")
     for entry_point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
         _load_foreign(entry_point)
     return dict(sorted(_registry.items()))
+
+
+def load_of_rooms(name: str) -> None:
+    """Import the module called `name` of every room that has one: `rules` and `commands` register by being imported."""
+    methods = importlib.import_module("pl_normkit.methods")
+    for room in pkgutil.iter_modules(methods.__path__, "pl_normkit.methods."):
+        if importlib.util.find_spec(f"{room.name}.{name}") is not None:
+            importlib.import_module(f"{room.name}.{name}")
 
 
 _failed_entry_points: set[str] = set()

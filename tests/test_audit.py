@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pl_normkit import audit
-from pl_normkit.audit import audit_subject, fix_findings
+from pl_normkit.auditing import audit_subject, fix_findings
 from pl_normkit.errors import ConfigError, NothingMatchedError
 from pl_normkit.findings import FixSafety, Place, Severity
 from pl_normkit.rules import Needs, Observation, Selection, Subject

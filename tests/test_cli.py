@@ -271,7 +271,7 @@ def test_an_error_of_our_own_gives_2_and_asks_for_a_report(run: Run, monkeypatch
     def audit_subject(*_: Any) -> Any:
         raise KeyError("a bug")
 
-    monkeypatch.setattr(importlib.import_module("pl_normkit.audit"), "audit_subject", audit_subject)
+    monkeypatch.setattr(importlib.import_module("pl_normkit.auditing"), "audit_subject", audit_subject)
     result = run(*LINT, *(["--debug"] if debug else []))
     assert (result.code, result.err.splitlines()[0]) == (2, "internal error: KeyError: 'a bug'")
     assert "please report it" in result.err

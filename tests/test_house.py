@@ -68,7 +68,7 @@ def room_of(name: str) -> str:
 
 
 def test_the_tree_and_its_imports_were_read() -> None:
-    assert "pl_normkit.rules" in IMPORTS["pl_normkit.audit"]
+    assert "pl_normkit.rules" in IMPORTS["pl_normkit.auditing"]
     assert "pl_normkit.report.sarif" in IMPORTS["pl_normkit.report"]  # an import inside a function counts
     assert "pl_normkit.graph" not in IMPORTS["pl_normkit.rules"]  # one under TYPE_CHECKING does not
     assert {"pl_normkit.callbacks.model_audit", "pl_normkit.recipes.segmentation"} <= MODULES.keys()
@@ -95,7 +95,7 @@ FORBIDDEN = {
     "pl_normkit.rules": ["graph", "surgery", "methods", "audit", "report", "cli", "specs", "callbacks", "recipes"],
     "pl_normkit.methods": ["audit", "report", "cli", "specs", "callbacks", "recipes"],
     "pl_normkit.receptive_field": ["graph", "surgery", "methods", "audit", "report", "cli", "callbacks", "recipes"],
-    "pl_normkit.audit": ["methods", "cli", "callbacks", "recipes"],
+    "pl_normkit.auditing": ["methods", "cli", "callbacks", "recipes"],
     "pl_normkit.report": ["methods", "audit", "cli", "callbacks", "recipes"],
     "pl_normkit.specs": ["methods", "audit", "report", "cli", "callbacks", "recipes"],
     "pl_normkit.cli": ["methods", "callbacks"],
@@ -169,10 +169,10 @@ def test_files_stay_short() -> None:
     assert {name: length for name, length in lengths.items() if length >= 450} == {}
 
 
-def test_an_import_loads_torch_alone(tmp_path: Path) -> None:
-    code = f"import sys, pl_normkit; print([name for name in {HEAVY!r} if name in sys.modules], 'torch' in sys.modules)"
+def test_an_import_loads_torch_at_most(tmp_path: Path) -> None:
+    code = f"import sys, pl_normkit; print([name for name in {HEAVY!r} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert (result.returncode, result.stdout, result.stderr) == (0, "[] True\n", "")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "[]\n", "")
 
 
 # The wheel.

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from pl_normkit.audit import fix_findings
+from pl_normkit.auditing import fix_findings
 from pl_normkit.callbacks import DropoutPlacement, ModelAudit
 from pl_normkit.errors import AuditFailedError, ConfigError, NormkitWarning
 from pl_normkit.findings import FixSafety

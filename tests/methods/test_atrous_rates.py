@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pl_normkit import audit
-from pl_normkit.audit import fix_findings
+from pl_normkit.auditing import fix_findings
 from pl_normkit.errors import ConfigError, NormkitWarning, NothingMatchedError
 from pl_normkit.methods.atrous_rates import (
     atrous_rates,

@@ -18,9 +18,6 @@ __all__ = [
     "valid_tap_share",
 ]
 
-from pl_normkit.methods.atrous_rates import rules
-from pl_normkit.methods.atrous_rates.aspp import Aspp, AsppBranch, find_aspps
+from pl_normkit.methods.atrous_rates.find import Aspp, AsppBranch, find_aspps
 from pl_normkit.methods.atrous_rates.fix import edits_for, fit_atrous_rates, set_atrous_rates
 from pl_normkit.methods.atrous_rates.rates import atrous_rates, output_stride, valid_tap_share
-
-del rules

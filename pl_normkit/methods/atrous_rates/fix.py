@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from pl_normkit.errors import ConfigError, EditError, NormkitWarning, NothingMatchedError
-from pl_normkit.methods.atrous_rates.aspp import Aspp, AsppBranch, find_aspps
+from pl_normkit.methods.atrous_rates.find import Aspp, AsppBranch, find_aspps
 from pl_normkit.methods.atrous_rates.rates import CENTRE, check_size, fitted_rates
 from pl_normkit.surgery import Change, Changes, Filter, SetAttributes, apply_edits, get_module
 from pl_normkit.wrappers import unwrapped

@@ -7,7 +7,7 @@ from enum import StrEnum
 
 from pl_normkit.errors import ConfigError
 from pl_normkit.findings import Evidence, FixSafety, Place
-from pl_normkit.methods.atrous_rates.aspp import Aspp, aspps_in
+from pl_normkit.methods.atrous_rates.find import Aspp, aspps_in
 from pl_normkit.methods.atrous_rates.fix import fit_atrous_rates
 from pl_normkit.methods.atrous_rates.rates import fitted_rates, valid_tap_share
 from pl_normkit.rules import Mark, Observation, Subject, rule

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 __all__ = ["BranchDropout", "measure_variance_shift", "place_dropout", "read_branch_dropouts"]
 
-from pl_normkit.methods.dropout_placement import rules
+from pl_normkit.methods.dropout_placement.find import BranchDropout, read_branch_dropouts
 from pl_normkit.methods.dropout_placement.fix import place_dropout
-from pl_normkit.methods.dropout_placement.placement import BranchDropout, read_branch_dropouts
-from pl_normkit.methods.dropout_placement.variance_shift import measure_variance_shift
-
-del rules
+from pl_normkit.methods.dropout_placement.measure import measure_variance_shift

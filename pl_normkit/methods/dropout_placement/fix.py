@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from pl_normkit.errors import NothingMatchedError
 from pl_normkit.graph import Dropout, Kind, ModelGraph, Node
-from pl_normkit.methods.dropout_placement.placement import (
+from pl_normkit.methods.dropout_placement.find import (
     BranchDropout,
     HeadDropout,
     Verdict,

@@ -9,15 +9,15 @@ from torch.utils._pytree import tree_leaves
 
 from pl_normkit.findings import Evidence, FixSafety, Place
 from pl_normkit.graph import ModelGraph, Node, Norm
-from pl_normkit.methods.dropout_placement.fix import place_dropout
-from pl_normkit.methods.dropout_placement.placement import (
+from pl_normkit.methods.dropout_placement.find import (
     BranchDropout,
     Verdict,
     read_branch_dropouts,
     read_free_dropouts,
     read_head_dropouts,
 )
-from pl_normkit.methods.dropout_placement.variance_shift import measure_variance_shift
+from pl_normkit.methods.dropout_placement.fix import place_dropout
+from pl_normkit.methods.dropout_placement.measure import measure_variance_shift
 from pl_normkit.rules import Mark, Observation, Subject, rule
 
 PAPER = "arXiv 2302.06112, abstract"

@@ -18,11 +18,8 @@ __all__ = [
     "measure_fusion_scales",
 ]
 
-from pl_normkit.methods.fusion_scale import rules
 from pl_normkit.methods.fusion_scale.calibrate import calibrate_scales
-from pl_normkit.methods.fusion_scale.equalize import equalize_scales, insert_equalizers
-from pl_normkit.methods.fusion_scale.equalizer import MeanPadding, ScaleEqualizer
+from pl_normkit.methods.fusion_scale.fix import equalize_scales, insert_equalizers
 from pl_normkit.methods.fusion_scale.fold import fold
 from pl_normkit.methods.fusion_scale.measure import BranchScale, FusionScale, measure_fusion_scales
-
-del rules
+from pl_normkit.methods.fusion_scale.modules import MeanPadding, ScaleEqualizer

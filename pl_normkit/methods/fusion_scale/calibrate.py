@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pl_normkit.errors import DataError, EditError, NormkitWarning, NothingMatchedError
-from pl_normkit.methods.fusion_scale.equalizer import NAME, ROUNDING, TINY_STD, ScaleEqualizer
+from pl_normkit.methods.fusion_scale.modules import NAME, ROUNDING, TINY_STD, ScaleEqualizer
 from pl_normkit.methods.fusion_scale.moments import Moments, agree_on_problem, merge_over_ranks
 from pl_normkit.methods.fusion_scale.running import InputsOf, Progress, measuring, run_batches
 from pl_normkit.surgery import Change, Changes, Undo, apply_edits, get_module

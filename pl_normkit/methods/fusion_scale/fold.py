@@ -15,9 +15,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from pl_normkit.errors import ConfigError, EditError, NothingMatchedError
+from pl_normkit.methods.fusion_scale.absorbing_layers import border_of, resolve_path
 from pl_normkit.methods.fusion_scale.calibrate import equalizers_of
-from pl_normkit.methods.fusion_scale.equalizer import NAME, PADDING_NAME, MeanPadding, ScaleEqualizer
-from pl_normkit.methods.fusion_scale.folding import border_of, resolve_path
+from pl_normkit.methods.fusion_scale.modules import NAME, PADDING_NAME, MeanPadding, ScaleEqualizer
 from pl_normkit.surgery import Change, Changes, Edit, Insert, Remove, SetAttributes, Undo, apply_edits, get_module
 from pl_normkit.wrappers import unwrapped
 

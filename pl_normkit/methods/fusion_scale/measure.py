@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pl_normkit.errors import DataError
 from pl_normkit.graph import ModelGraph, Node
-from pl_normkit.methods.fusion_scale.equalizer import TINY_STD
 from pl_normkit.methods.fusion_scale.joins import Join, describe_resize, read_joins
+from pl_normkit.methods.fusion_scale.modules import TINY_STD
 from pl_normkit.methods.fusion_scale.moments import Moments, agree_on_problem, merge_over_ranks
 from pl_normkit.methods.fusion_scale.running import InputsOf, Progress, first_inputs, measuring, run_batches
 from pl_normkit.wrappers import unwrapped

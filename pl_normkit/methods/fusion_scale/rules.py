@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from pl_normkit.findings import Evidence, Place
-from pl_normkit.methods.fusion_scale.equalize import is_equalized
+from pl_normkit.methods.fusion_scale.find import find_sites, trained_norm
+from pl_normkit.methods.fusion_scale.fix import is_equalized
 from pl_normkit.methods.fusion_scale.measure import BranchScale, FusionScale, measure_joins
-from pl_normkit.methods.fusion_scale.sites import find_sites, trained_norm
 from pl_normkit.rules import Mark, Observation, Subject, rule
 
 BY_INTERPOLATION = 1.6

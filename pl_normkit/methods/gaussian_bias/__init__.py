@@ -8,8 +8,5 @@ from __future__ import annotations
 
 __all__ = ["GaussianAttentionBias", "add_gaussian_bias", "gaussian_bias"]
 
-from pl_normkit.methods.gaussian_bias import rules
-from pl_normkit.methods.gaussian_bias.add import add_gaussian_bias
-from pl_normkit.methods.gaussian_bias.module import GaussianAttentionBias, gaussian_bias
-
-del rules
+from pl_normkit.methods.gaussian_bias.fix import add_gaussian_bias
+from pl_normkit.methods.gaussian_bias.modules import GaussianAttentionBias, gaussian_bias

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from pl_normkit.methods.gaussian_bias.module import Grid
+from pl_normkit.methods.gaussian_bias.modules import Grid
 
 
 class TokenGrid(nn.Module):

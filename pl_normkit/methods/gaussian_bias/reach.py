@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from pl_normkit.errors import ConfigError
-from pl_normkit.methods.gaussian_bias.module import GaussianAttentionBias
+from pl_normkit.methods.gaussian_bias.modules import GaussianAttentionBias
 
 CHILD = "gaussian_bias"
 """Name of the child that holds the bias; "bias" in it keeps weight decay off in trainers that go by names."""

@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_leaves
 from pl_normkit.errors import TraceError
 from pl_normkit.findings import Evidence, FixSafety, Place, Severity
 from pl_normkit.graph import Attention, Kind, ModelGraph, Node, call_arguments
-from pl_normkit.methods.gaussian_bias.add import add_gaussian_bias
-from pl_normkit.methods.gaussian_bias.module import Grid
-from pl_normkit.methods.gaussian_bias.sites import TracedAttention, read_traced
+from pl_normkit.methods.gaussian_bias.find import TracedAttention, read_traced
+from pl_normkit.methods.gaussian_bias.fix import add_gaussian_bias
+from pl_normkit.methods.gaussian_bias.modules import Grid
 from pl_normkit.preserve import preserved
 from pl_normkit.rules import Mark, Observation, Subject, rule
 from pl_normkit.surgery import Changes, Filter

@@ -6,9 +6,8 @@ and fixes: derived here, see docs/nan_safety.md).
 
 from __future__ import annotations
 
-__all__ = ["lint_loss", "replace_unsafe_losses", "replay"]
+__all__ = ["audit_loss", "replace_unsafe_losses", "replay"]
 
-from pl_normkit.methods.nan_safety import commands, precision_rules, rules  # noqa: F401 (they register themselves)
-from pl_normkit.methods.nan_safety.lint import lint_loss
+from pl_normkit.methods.nan_safety.fix import replace_unsafe_losses
+from pl_normkit.methods.nan_safety.lint import audit_loss
 from pl_normkit.methods.nan_safety.replay import replay
-from pl_normkit.methods.nan_safety.swap import replace_unsafe_losses

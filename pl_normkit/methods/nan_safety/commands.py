@@ -7,7 +7,7 @@ __all__: list[str] = []
 import argparse
 
 from pl_normkit.commands import command, lint_part
-from pl_normkit.methods.nan_safety.lint import lint_loss
+from pl_normkit.methods.nan_safety.lint import audit_loss
 from pl_normkit.methods.nan_safety.replay import replay
 from pl_normkit.rules import Subject
 
@@ -19,7 +19,7 @@ from pl_normkit.rules import Subject
     }
 )
 def _fill_loss(subject: Subject, options: argparse.Namespace) -> None:
-    subject.loss = lint_loss(options.loss, options.example)
+    subject.loss = audit_loss(options.loss, options.example)
 
 
 @command("replay", "run the operation of a NaNGuard file again", {"file": {"help": "a .pt file from a nan_guard folder"}})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["example_arguments", "lint_loss"]
+__all__ = ["audit_loss", "example_arguments"]
 
 import inspect
 import sys
@@ -19,7 +19,7 @@ from pl_normkit.methods.nan_safety.sources import SourceRecorder, tensors_in
 SHAPE = (2, 1, 8, 8)
 
 
-def lint_loss(
+def audit_loss(
     loss: str | Callable[..., Any], example: str | Callable[[], Any] | None = None, *, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """The loss on example tensors, with its graph and with source lines in it, ready for `audit(..., loss=...)`.

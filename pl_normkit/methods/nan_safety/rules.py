@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pl_normkit.findings import Severity
+from pl_normkit.methods.nan_safety import precision_rules  # noqa: F401 - registers NK405 and NK406
 from pl_normkit.methods.nan_safety.cases import LOGS, Case, can_divide, denominator, hazard, is_root, lost_epsilons, observations
 from pl_normkit.methods.nan_safety.loss_graph import (
     LossGraph,

@@ -18,11 +18,8 @@ __all__ = [
     "suggest_augmentation",
 ]
 
-from pl_normkit.methods.positional_variance import commands, rules
-from pl_normkit.methods.positional_variance.augmentation import VarianceSafeErasing, VarianceSafeMixup
 from pl_normkit.methods.positional_variance.fix import rescale_positional_embedding
 from pl_normkit.methods.positional_variance.measure import SplitVariance, VarianceReport, measure_positional_variance
+from pl_normkit.methods.positional_variance.modules import VarianceSafeErasing, VarianceSafeMixup
 from pl_normkit.methods.positional_variance.moments import ImageMoments
 from pl_normkit.methods.positional_variance.suggestion import Suggestion, suggest_augmentation
-
-del commands, rules

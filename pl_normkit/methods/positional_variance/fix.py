@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from pl_normkit.errors import EditError, NothingMatchedError, TraceError
-from pl_normkit.methods.positional_variance.resampling import Resampling, as_rows, find_resampling, patch_rows
-from pl_normkit.methods.positional_variance.site import PositionalSite, patch_variance, trace_site
+from pl_normkit.methods.positional_variance.find import PositionalSite, patch_variance, trace_site
+from pl_normkit.methods.positional_variance.pipelines.resampling import Resampling, as_rows, find_resampling, patch_rows
 from pl_normkit.surgery import Change, Changes, Undo, apply_edits, get_module
 from pl_normkit.wrappers import unwrapped
 

@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pl_normkit.errors import ConfigError, DataError, NothingMatchedError
 from pl_normkit.graph import call_arguments
+from pl_normkit.methods.positional_variance.find import PositionalSite, added_positions, patch_variance, trace_site
 from pl_normkit.methods.positional_variance.moments import Estimate, ImageMoments, MomentSums
-from pl_normkit.methods.positional_variance.site import PositionalSite, added_positions, patch_variance, trace_site
 from pl_normkit.preserve import preserved
 from pl_normkit.wrappers import unwrapped
 

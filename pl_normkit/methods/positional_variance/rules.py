@@ -8,9 +8,20 @@ from typing import Any
 from torch import nn
 
 from pl_normkit.findings import Evidence, FixSafety, Place, Severity
+from pl_normkit.methods.positional_variance.find import PositionalSite
 from pl_normkit.methods.positional_variance.fix import is_rescaled, rescale_positional_embedding
 from pl_normkit.methods.positional_variance.measure import TOLERANCE
-from pl_normkit.methods.positional_variance.reading import (
+from pl_normkit.methods.positional_variance.pipelines.effects import (
+    Border,
+    Candidate,
+    Erasing,
+    Mixing,
+    Normalization,
+    Step,
+    natural_second_moment,
+)
+from pl_normkit.methods.positional_variance.pipelines.resampling import as_rows, find_resampling, looks_trained, patch_rows
+from pl_normkit.methods.positional_variance.pipelines.variance import (
     Data,
     difference,
     expected_ratio,
@@ -22,9 +33,6 @@ from pl_normkit.methods.positional_variance.reading import (
     residual,
     unnormalised,
 )
-from pl_normkit.methods.positional_variance.resampling import as_rows, find_resampling, looks_trained, patch_rows
-from pl_normkit.methods.positional_variance.site import PositionalSite
-from pl_normkit.methods.positional_variance.transforms import Border, Candidate, Erasing, Mixing, Normalization, Step, natural_second_moment
 from pl_normkit.rules import Mark, Needs, Observation, Subject, rule
 from pl_normkit.surgery import Changes, Filter
 

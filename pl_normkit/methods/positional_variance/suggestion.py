@@ -10,7 +10,7 @@ from typing import Any
 
 from pl_normkit.errors import ConfigError
 from pl_normkit.methods.positional_variance.moments import ImageMoments
-from pl_normkit.methods.positional_variance.transforms import DEFAULT_MEAN, DEFAULT_STD, Normalization, natural_second_moment
+from pl_normkit.methods.positional_variance.pipelines.effects import DEFAULT_MEAN, DEFAULT_STD, Normalization, natural_second_moment
 
 
 @dataclass(frozen=True)

@@ -21,15 +21,12 @@ __all__ = [
     "stochastic_pooling",
 ]
 
-from pl_normkit.methods.stochastic_pooling import rules
+from pl_normkit.methods.stochastic_pooling.fix import Role, pool_roles, stochastic_pooling
 from pl_normkit.methods.stochastic_pooling.functional import matching_scale, stochastic_adaptive_avg_pool, stochastic_avg_pool
+from pl_normkit.methods.stochastic_pooling.measure import SecondMoments, measure_second_moments
 from pl_normkit.methods.stochastic_pooling.modules import (
     StochasticAdaptiveAvgPool1d,
     StochasticAdaptiveAvgPool2d,
     StochasticAvgPool1d,
     StochasticAvgPool2d,
 )
-from pl_normkit.methods.stochastic_pooling.probe import SecondMoments, measure_second_moments
-from pl_normkit.methods.stochastic_pooling.swap import Role, pool_roles, stochastic_pooling
-
-del rules

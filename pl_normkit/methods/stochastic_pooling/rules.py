@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from pl_normkit.findings import Evidence, Place, Severity
 from pl_normkit.graph import Kind, Node
-from pl_normkit.methods.stochastic_pooling.swap import POOL_OPS
+from pl_normkit.methods.stochastic_pooling.fix import POOL_OPS
 from pl_normkit.rules import Mark, Observation, Subject, rule
 
 

@@ -31,9 +31,8 @@ __all__ = [
     "write_history",
 ]
 
-from pl_normkit.methods.weight_decay import commands as _commands  # noqa: F401
-from pl_normkit.methods.weight_decay import rules as _rules  # noqa: F401
-from pl_normkit.methods.weight_decay.groups import (
+from pl_normkit.methods.weight_decay.find import ModelRoles, parameter_roles, read_model, read_part
+from pl_normkit.methods.weight_decay.fix import (
     GroupSplitter,
     describe_decay,
     param_groups,
@@ -41,7 +40,7 @@ from pl_normkit.methods.weight_decay.groups import (
     splitting_optimizer_groups,
 )
 from pl_normkit.methods.weight_decay.layout import OptimizerLayout, check_group_sizes, check_layouts, optimizer_layout
-from pl_normkit.methods.weight_decay.norms import (
+from pl_normkit.methods.weight_decay.measure import (
     HISTORY_FILE,
     gamma_norms,
     plot_gamma_norms,
@@ -52,5 +51,4 @@ from pl_normkit.methods.weight_decay.norms import (
 from pl_normkit.methods.weight_decay.optimizer_text import build_optimizer
 from pl_normkit.methods.weight_decay.policy import PRESETS, DecayLine, DecayPolicy, resolve_policy
 from pl_normkit.methods.weight_decay.prebuilt import split_prebuilt
-from pl_normkit.methods.weight_decay.role import Role
-from pl_normkit.methods.weight_decay.roles import ModelRoles, parameter_roles, read_model, read_part
+from pl_normkit.methods.weight_decay.roles import Role

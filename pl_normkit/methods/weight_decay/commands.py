@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pl_normkit.commands import command, lint_part
 from pl_normkit.errors import ConfigError
-from pl_normkit.methods.weight_decay.norms import HISTORY_FILE, plot_gamma_norms, read_history
+from pl_normkit.methods.weight_decay.measure import HISTORY_FILE, plot_gamma_norms, read_history
 from pl_normkit.methods.weight_decay.optimizer_text import build_optimizer
 from pl_normkit.rules import Subject
 

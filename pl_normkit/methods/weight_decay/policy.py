@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from pl_normkit.errors import ConfigError, nearest
-from pl_normkit.methods.weight_decay.role import GAMMAS, Role
-from pl_normkit.methods.weight_decay.roles import ModelRoles
+from pl_normkit.methods.weight_decay.find import ModelRoles
+from pl_normkit.methods.weight_decay.roles import GAMMAS, Role
 from pl_normkit.rules import Mark
 
 Confidence = Literal["high", "medium", "medium-low", "low", ""]

@@ -10,7 +10,7 @@ from typing import Any
 from torch.optim import Optimizer, lr_scheduler, swa_utils
 
 from pl_normkit.errors import EditError
-from pl_normkit.methods.weight_decay.groups import Group, GroupSplitter
+from pl_normkit.methods.weight_decay.fix import Group, GroupSplitter
 
 _PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums")
 

@@ -19,8 +19,8 @@ from torch.optim import Optimizer
 
 from pl_normkit.errors import NormkitError
 from pl_normkit.findings import Evidence, Place, Severity
-from pl_normkit.methods.weight_decay.role import GAMMAS, Role
-from pl_normkit.methods.weight_decay.roles import ModelRoles, read_graph
+from pl_normkit.methods.weight_decay.find import ModelRoles, read_graph
+from pl_normkit.methods.weight_decay.roles import GAMMAS, Role
 from pl_normkit.rules import Mark, Needs, Observation, Subject, rule
 
 _SHEET = "derived here from the two principles in the abstract of arXiv 2205.07260; tests/methods/weight_decay/test_derivation.py"

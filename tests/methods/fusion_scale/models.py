@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pl_normkit.methods.fusion_scale.equalizer import ScaleEqualizer
+from pl_normkit.methods.fusion_scale.modules import ScaleEqualizer
 from pl_normkit.methods.fusion_scale.moments import Moments
 from pl_normkit.methods.fusion_scale.running import measuring
 

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations
 from pl_normkit.errors import ConfigError, NothingMatchedError
 from pl_normkit.graph import ModelGraph
 from pl_normkit.methods.fusion_scale import equalize_scales, fold, insert_equalizers
-from pl_normkit.methods.fusion_scale.folding import relative_path, resolve_path
+from pl_normkit.methods.fusion_scale.absorbing_layers import relative_path, resolve_path
 from pl_normkit.nn import ScaleEqualizer
 from tests.methods.fusion_scale.models import Nested, OwnDecoder, SharedFusion, images, scales_after
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pl_normkit.errors import ConfigError, ModelSpecError, NothingMatchedError
 from pl_normkit.methods.gaussian_bias import add_gaussian_bias
-from pl_normkit.methods.gaussian_bias.add import TOKEN_GRID
+from pl_normkit.methods.gaussian_bias.fix import TOKEN_GRID
 from pl_normkit.methods.gaussian_bias.reach import CHILD
 from pl_normkit.methods.weight_decay import parameter_roles
 from pl_normkit.nn import GaussianAttentionBias

@@ -11,7 +11,7 @@ import torch
 from timm.layers.pos_embed_rel import RelPosMlp
 from torch import Tensor, nn
 
-from pl_normkit.audit import audit
+from pl_normkit.auditing import audit
 from pl_normkit.findings import Finding
 from pl_normkit.methods.gaussian_bias import add_gaussian_bias, gaussian_bias
 from pl_normkit.nn import GaussianAttentionBias

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pl_normkit.errors import ConfigError, NothingMatchedError
-from pl_normkit.methods.nan_safety.swap import replace_unsafe_losses
+from pl_normkit.methods.nan_safety.fix import replace_unsafe_losses
 from pl_normkit.nn import BinaryFocalLoss, BinaryLogLoss, RMSELoss, SILogLoss, safe_log, safe_sqrt, stable_variance
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pl_normkit.errors import ModelSpecError
 from pl_normkit.findings import Finding, Place, Severity
-from pl_normkit.methods.nan_safety.lint import example_arguments, lint_loss
+from pl_normkit.methods.nan_safety.lint import audit_loss, example_arguments
 from pl_normkit.nn import BinaryFocalLoss, BinaryLogLoss, RMSELoss, SILogLoss, safe_log, safe_sqrt, stable_variance
 from pl_normkit.rules import SECTIONS, Subject, load_rules
 
@@ -237,39 +237,39 @@ def losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_lint_names_the_line(losses: str) -> None:
-    findings = judge(lint_loss(f"{losses}:silog"))
+    findings = judge(audit_loss(f"{losses}:silog"))
     assert [finding.code for finding in findings] == ["NK401", "NK403"]
     assert all(place.source.endswith("nan_losses_fixture.py:6") for finding in findings for place in finding.places)
 
 
 def test_lint_knows_the_added_number(losses: str) -> None:
-    assert codes(lint_loss(f"{losses}:half")) == ["NK406"]
+    assert codes(audit_loss(f"{losses}:half")) == ["NK406"]
 
 
 @pytest.mark.filterwarnings("ignore:var.*degrees of freedom:UserWarning")
 def test_lint_takes_examples(losses: str) -> None:
-    assert codes(lint_loss(f"{losses}:needs_example")) == ["NK402"]
-    findings = judge(lint_loss(f"{losses}:silog", f"{losses}:ones"))
+    assert codes(audit_loss(f"{losses}:needs_example")) == ["NK402"]
+    findings = judge(audit_loss(f"{losses}:silog", f"{losses}:ones"))
     assert {finding.code: finding.severity for finding in findings}["NK403"] is Severity.ERROR
 
 
 def test_lint_takes_classes_modules_and_functions(losses: str) -> None:
-    assert codes(lint_loss(f"{losses}:Rmse")) == ["NK401"]
-    assert codes(lint_loss(RMSELoss())) == []
-    assert codes(lint_loss(lambda pred, target: (pred - target).square().mean().sqrt())) == ["NK401"]
+    assert codes(audit_loss(f"{losses}:Rmse")) == ["NK401"]
+    assert codes(audit_loss(RMSELoss())) == []
+    assert codes(audit_loss(lambda pred, target: (pred - target).square().mean().sqrt())) == ["NK401"]
 
 
 @pytest.mark.parametrize("spec", ["nowhere", "no_such_module:x", "{}:silgo", "{}:broken"])
 def test_lint_refuses(losses: str, spec: str) -> None:
     with pytest.raises(ModelSpecError):
-        lint_loss(spec.format(losses))
+        audit_loss(spec.format(losses))
 
 
 def test_lint_says_how_to_give_examples() -> None:
     with pytest.raises(ModelSpecError, match="--example"):
-        lint_loss(lambda pred, target: pred["x"])
+        audit_loss(lambda pred, target: pred["x"])
     with pytest.raises(ModelSpecError, match="no gradient"):
-        lint_loss(lambda pred, target: target.sum())
+        audit_loss(lambda pred, target: target.sum())
 
 
 def test_generated_arguments() -> None:

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from pl_normkit.errors import ConfigError, DataError, NothingMatchedError
 from pl_normkit.methods.positional_variance import VarianceReport, measure_positional_variance
+from pl_normkit.methods.positional_variance.find import added_positions, trace_site
 from pl_normkit.methods.positional_variance.measure import TOLERANCE
-from pl_normkit.methods.positional_variance.site import added_positions, trace_site
 from tests.methods.positional_variance.images import MODELS, SIZE, normal_images, vit
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from pl_normkit.errors import EditError, NothingMatchedError
 from pl_normkit.methods.positional_variance import rescale_positional_embedding
-from pl_normkit.methods.positional_variance.resampling import find_resampling, looks_trained, recover_original
-from pl_normkit.methods.positional_variance.site import patch_variance, trace_site
+from pl_normkit.methods.positional_variance.find import patch_variance, trace_site
+from pl_normkit.methods.positional_variance.pipelines.resampling import find_resampling, looks_trained, recover_original
 from tests.methods.positional_variance.images import normal_images, vit
 
 

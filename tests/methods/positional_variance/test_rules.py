@@ -20,8 +20,8 @@ from torchvision.transforms._presets import ImageClassification
 from pl_normkit import audit
 from pl_normkit.findings import Finding
 from pl_normkit.methods.positional_variance import measure_positional_variance
-from pl_normkit.methods.positional_variance.pipeline import Found, read_loader
-from pl_normkit.methods.positional_variance.transforms import Border, Normalization, natural_second_moment, steps_of
+from pl_normkit.methods.positional_variance.pipelines.effects import Border, Normalization, natural_second_moment, steps_of
+from pl_normkit.methods.positional_variance.pipelines.walk import Found, read_loader
 from pl_normkit.nn import VarianceSafeErasing, VarianceSafeMixup
 from pl_normkit.rules import Loaders, Subject
 from tests.methods.positional_variance.images import HALF, MEAN, SIZE, STD, Pictures, normal_images, vit
@@ -326,7 +326,7 @@ class TestResampling:
         k = float(model.pos_embed[0, 1:].detach().var(-1).mean() / original[0, 1:].var(-1).mean())
         assert finding.evidence[0].value == pytest.approx(k, rel=1e-4)
         assert "4x4 -> 7x7" in finding.message
-        from pl_normkit.audit import fix_findings
+        from pl_normkit.auditing import fix_findings
 
         changes = fix_findings(model, images, [finding], allow_unsafe=True)
         assert audit(model, images, select=["NK704"]).findings == []

@@ -7,7 +7,7 @@ import timm.optim
 import torch
 from torch import nn
 
-from pl_normkit.audit import audit
+from pl_normkit.auditing import audit
 from pl_normkit.findings import Finding
 from pl_normkit.methods.weight_decay import build_optimizer, param_groups
 from tests.methods.weight_decay.models import build

@@ -26,11 +26,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from pl_normkit.errors import DataError, NothingMatchedError, TraceError
+from pl_normkit.methods.positional_variance.find import PositionalSite, find_site
 from pl_normkit.methods.positional_variance.measure import TOLERANCE, VarianceReport, measure_positional_variance
-from pl_normkit.methods.positional_variance.pipeline import BATCH_HOOKS, own_hook, read_loader, read_owner
-from pl_normkit.methods.positional_variance.resampling import as_rows, looks_trained, patch_rows
-from pl_normkit.methods.positional_variance.site import PositionalSite, find_site
-from pl_normkit.methods.positional_variance.transforms import (
+from pl_normkit.methods.positional_variance.pipelines.effects import (
     Border,
     Candidate,
     Erasing,
@@ -40,6 +38,8 @@ from pl_normkit.methods.positional_variance.transforms import (
     natural_second_moment,
     steps_of,
 )
+from pl_normkit.methods.positional_variance.pipelines.resampling import as_rows, looks_trained, patch_rows
+from pl_normkit.methods.positional_variance.pipelines.walk import BATCH_HOOKS, own_hook, read_loader, read_owner
 from pl_normkit.preserve import preserved
 from pl_normkit.rules import Subject
 

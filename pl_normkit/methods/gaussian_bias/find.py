@@ -15,7 +15,7 @@ from torch import nn
 
 from pl_normkit.graph import Attention, ModelGraph, Node
 from pl_normkit.methods.gaussian_bias.grid import WindowGrid
-from pl_normkit.methods.gaussian_bias.module import Grid, GridSource
+from pl_normkit.methods.gaussian_bias.modules import Grid, GridSource
 from pl_normkit.methods.gaussian_bias.reach import (
     AddToLogits,
     AddToMask,

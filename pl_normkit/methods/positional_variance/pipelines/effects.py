@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pl_normkit.methods.positional_variance.pipeline import MIXUP, Found, class_path, name_of
+from pl_normkit.methods.positional_variance.pipelines.walk import MIXUP, Found, class_path, name_of
 
 DEFAULT_MEAN = (0.485, 0.456, 0.406)
 DEFAULT_STD = (0.229, 0.224, 0.225)

@@ -13,9 +13,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
 from pl_normkit.graph import Kind, ModelGraph, Node
-from pl_normkit.methods.fusion_scale.equalizer import ScaleEqualizer
-from pl_normkit.methods.fusion_scale.folding import fold_chain, relative_path
+from pl_normkit.methods.fusion_scale.absorbing_layers import fold_chain, relative_path
 from pl_normkit.methods.fusion_scale.joins import Join, read_joins
+from pl_normkit.methods.fusion_scale.modules import ScaleEqualizer
 from pl_normkit.surgery import Change
 
 _UNREACHABLE = "no module reads the joined features alone, and not every branch ends in a module of its own"

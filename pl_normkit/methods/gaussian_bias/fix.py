@@ -12,10 +12,10 @@ from torch import nn
 
 from pl_normkit.errors import ConfigError, ModelSpecError, NothingMatchedError, TraceError
 from pl_normkit.graph import ModelGraph
+from pl_normkit.methods.gaussian_bias.find import Site, TracedAttention, read_traced, site_of
 from pl_normkit.methods.gaussian_bias.grid import TokenGrid
-from pl_normkit.methods.gaussian_bias.module import GaussianAttentionBias, check_amplitude, check_sigma
+from pl_normkit.methods.gaussian_bias.modules import GaussianAttentionBias, check_amplitude, check_sigma
 from pl_normkit.methods.gaussian_bias.reach import CHILD
-from pl_normkit.methods.gaussian_bias.sites import Site, TracedAttention, read_traced, site_of
 from pl_normkit.surgery import Attach, Change, Changes, Edit, Filter, Insert, MixIn, apply_edits
 from pl_normkit.wrappers import unwrapped
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pl_normkit.errors import NothingMatchedError
-from pl_normkit.methods.nan_safety.losses import BinaryFocalLoss, BinaryLogLoss, RMSELoss, SILogLoss
+from pl_normkit.methods.nan_safety.modules import BinaryFocalLoss, BinaryLogLoss, RMSELoss, SILogLoss
 from pl_normkit.surgery import Change, Changes, Replace, apply_edits
 from pl_normkit.wrappers import unwrapped
 

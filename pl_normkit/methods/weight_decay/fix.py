@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pl_normkit.errors import ConfigError, NormkitWarning
+from pl_normkit.methods.weight_decay.find import ModelRoles, read_model
 from pl_normkit.methods.weight_decay.policy import DecayPolicy, resolve_policy
-from pl_normkit.methods.weight_decay.role import Role
-from pl_normkit.methods.weight_decay.roles import ModelRoles, read_model
+from pl_normkit.methods.weight_decay.roles import Role
 from pl_normkit.wrappers import unwrapped_name
 
 Group = dict[str, Any]

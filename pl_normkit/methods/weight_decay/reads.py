@@ -12,7 +12,7 @@ from functools import cached_property
 
 from pl_normkit.graph import Branch, Kind, ModelGraph, Node, Norm, Read, ResidualAdd, Step
 from pl_normkit.graph.nodes import kind_of
-from pl_normkit.methods.weight_decay.role import Role
+from pl_normkit.methods.weight_decay.roles import Role
 
 _PRECEDENCE = (
     Role.GAMMA_SHORTCUT,

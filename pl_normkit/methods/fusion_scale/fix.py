@@ -22,12 +22,12 @@ from torch import nn
 
 from pl_normkit.errors import ConfigError, EditError, NothingMatchedError
 from pl_normkit.graph import ModelGraph
+from pl_normkit.methods.fusion_scale.absorbing_layers import resolve_path
 from pl_normkit.methods.fusion_scale.calibrate import Granularity, calibrate_scales
-from pl_normkit.methods.fusion_scale.equalizer import NAME, ScaleEqualizer
+from pl_normkit.methods.fusion_scale.find import Site, find_sites, trained_norm
 from pl_normkit.methods.fusion_scale.fold import BORDERS, Border, fold, is_folded
-from pl_normkit.methods.fusion_scale.folding import resolve_path
+from pl_normkit.methods.fusion_scale.modules import NAME, ScaleEqualizer
 from pl_normkit.methods.fusion_scale.running import InputsOf, Progress, first_inputs
-from pl_normkit.methods.fusion_scale.sites import Site, find_sites, trained_norm
 from pl_normkit.surgery import Change, Changes, Insert, apply_edits, get_module
 from pl_normkit.wrappers import unwrapped
 

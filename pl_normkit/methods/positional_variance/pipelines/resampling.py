@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pl_normkit.methods.positional_variance.site import PositionalSite, added_positions, patch_variance
+from pl_normkit.methods.positional_variance.find import PositionalSite, added_positions, patch_variance
 
 # (mode, antialias): timm's default, torch's and transformers' default, and bilinear.
 _KERNELS = (("bicubic", True), ("bicubic", False), ("bilinear", False))

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from pl_normkit.errors import DataError
-from pl_normkit.methods.weight_decay.role import GAMMAS, Role
-from pl_normkit.methods.weight_decay.roles import ModelRoles
+from pl_normkit.methods.weight_decay.find import ModelRoles
+from pl_normkit.methods.weight_decay.roles import GAMMAS, Role
 from pl_normkit.wrappers import unwrapped_name
 
 if TYPE_CHECKING:
