@@ -27,7 +27,8 @@ from torch import nn
 
 from pl_normkit.auditing import audit_subject
 from pl_normkit.graph import ModelGraph
-from pl_normkit.rules import Selection, Subject, load_rules
+from pl_normkit.rules import Subject, load_rules
+from pl_normkit.selection import Selection
 from pl_normkit.specs import build_model
 
 RESULTS = Path(__file__).parent / "results" / "zoo.csv"

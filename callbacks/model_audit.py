@@ -13,13 +13,14 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from pl_normkit.auditing import audit_subject, fix_findings
+from pl_normkit.auditing import audit_subject, fix_findings, traced
 from pl_normkit.callbacks._first_batch import guess_inputs
 from pl_normkit.callbacks._network import InputCapture, after_configure_model, is_sharded, traced_network
 from pl_normkit.errors import AuditFailedError, ConfigError, NormkitError, NormkitWarning
-from pl_normkit.findings import Finding, Severity
+from pl_normkit.findings import Finding, Note, NoteKind, Severity
 from pl_normkit.report import Report, merge_reports
-from pl_normkit.rules import Loaders, Needs, Selection, Subject
+from pl_normkit.rules import Loaders, Needs, Subject
+from pl_normkit.selection import Selection
 
 
 class ModelAudit(Callback):
@@ -95,7 +96,7 @@ class ModelAudit(Callback):
         if inputs is None or network is None:
             return
         report = self._judge_network(pl_module, network, inputs)
-        if self.example_inputs is None and self._networks[0].cannot_be_traced:
+        if self.example_inputs is None and self._networks[0].trace_failure:
             self._networks.clear()  # the array may not fit what training feeds: the first batch decides
             return
         if self.fix != "none":
@@ -124,10 +125,23 @@ class ModelAudit(Callback):
             return
         reports = [self._judge_network(pl_module, network, inputs) for network, inputs in self._capture.finish()]
         if not reports:
-            reports.append(Report(notes=[f"no network ran in the first training step: give {type(self).__name__}(example_inputs=...)"]))
+            reports.append(
+                Report(
+                    notes=[
+                        Note(f"no network ran in the first training step: give {type(self).__name__}(example_inputs=...)", NoteKind.NOT_RUN)
+                    ]
+                )
+            )
         elif self.fix != "none" and any(report.findings for report in reports):
             reports.append(
-                Report(notes=[f"fix={self.fix!r} needs inputs when the fit is set up: give {type(self).__name__}(example_inputs=...)"])
+                Report(
+                    notes=[
+                        Note(
+                            f"fix={self.fix!r} needs inputs when the fit is set up: give {type(self).__name__}(example_inputs=...)",
+                            NoteKind.NOT_RUN,
+                        )
+                    ]
+                )
             )
         report = merge_reports(type(pl_module).__name__, reports)
         self._conclude(trainer, report)
@@ -141,13 +155,14 @@ class ModelAudit(Callback):
             found.append(self._judge(Subject(root=pl_module, loss=loss, measure=False), {Needs.LOSS}))
         self._networks = []
         before, now = self.report or Report(), merge_reports(type(pl_module).__name__, found)
+        now = replace(now, notes=[note for note in now.notes if note not in before.notes])
         if now.findings or now.notes:
             self._conclude(trainer, now)
             _log_counts(trainer, now)
         self.report = merge_reports(now.subject, [before, now])
 
     def _judge_network(self, root: nn.Module, network: nn.Module, inputs: Any) -> Report:
-        subject = Subject(model=network, root=root, example_inputs=inputs, measure=self._can_measure)
+        subject = traced(Subject(model=network, root=root, example_inputs=inputs, measure=self._can_measure))
         self._networks.append(subject)
         return self._judge(subject, set(Needs) - {Needs.OPTIMIZERS, Needs.LOSS, Needs.LOADERS})
 
@@ -159,19 +174,19 @@ class ModelAudit(Callback):
             raise
         except Exception as error:
             failure = f"{type(error).__name__}: {error}"
-            return Report(notes=[f"the audit failed with {failure}; training goes on. Please report it with the model"])
+            return Report(notes=[Note(f"the audit failed with {failure}; training goes on. Please report it with the model")])
 
     def _mend(self, root: nn.Module, network: nn.Module, inputs: Any, before: Report) -> Report:
         try:
             changes = fix_findings(root, inputs, before.findings, network=network, allow_unsafe=self.fix == "unsafe")
         except Exception as error:
             failure = f"a fix failed with {type(error).__name__}: {error}; the model is as it was. Please report it with the model"
-            return Report(before.findings, before.subject, [*before.notes, failure])
+            return Report(before.findings, before.subject, [*before.notes, Note(failure)])
         if changes:
             self._networks.clear()
         after = self._judge_network(root, network, inputs) if changes else before
         made = [f"fixed: {change}" for change in changes.made]
-        skipped = [f"not fixed: {change}" for change in changes.skipped]
+        skipped = [Note(f"not fixed: {change}", NoteKind.INFORMATION) for change in changes.skipped]
         return Report(after.findings, after.subject, [*after.notes, *skipped], made)
 
     def _conclude(self, trainer: pl.Trainer, report: Report) -> None:
@@ -204,6 +219,10 @@ def _warn(report: Report) -> None:
         warnings.warn(f"{report.subject}: {listed}. Silence: ignore=[{codes}]", NormkitWarning, stacklevel=2)
     for note in report.notes:
         warnings.warn(f"{report.subject}: {note}", NormkitWarning, stacklevel=2)
+
+
+def _not_run(text: str) -> Report:
+    return Report(notes=[Note(text, NoteKind.NOT_RUN)])
 
 
 def _places(finding: Finding) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["audit", "audit_subject", "fix_findings"]
+__all__ = ["audit", "audit_subject", "fix_findings", "traced"]
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence, Set
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pl_normkit.errors import EditError, TraceError
-from pl_normkit.findings import Finding, FixSafety, Place
+from pl_normkit.findings import Finding, FixSafety, Note, NoteKind, Place
 from pl_normkit.graph import ModelGraph
 from pl_normkit.preserve import preserved
 from pl_normkit.report import Report
-from pl_normkit.rules import Fix, Loaders, Needs, Rule, Selection, Subject, load_rules
+from pl_normkit.rules import Fix, Loaders, Needs, Rule, Subject, load_rules
+from pl_normkit.selection import Selection
 from pl_normkit.surgery import Change, Changes
 from pl_normkit.wrappers import unwrapped
 
@@ -60,7 +61,7 @@ def audit(
         optimizers=(optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers),
         loss=loss,
         loaders=Loaders(*loaders) if isinstance(loaders, tuple) else loaders,
-        measure=measure and not _is_on_meta(model),
+        measure=measure,
     )
     return audit_subject(subject, Selection(select, ignore or (), per_module_ignore or {}))
 
@@ -68,14 +69,15 @@ def audit(
 def audit_subject(subject: Subject, selection: Selection, *, needing: Set[Needs] | None = None) -> Report:
     """Run the selected rules whose needs `subject` meets; traces the model first where a rule needs the graph.
 
-    With `needing` only rules that need one of these parts run, as when a run has come to have optimizers and a loss.
+    With `needing` only rules that need one of these parts run: those on optimizers and loss, say, once a run has them.
 
     Raises ConfigError for an unknown rule or a pattern that matches no module.
     """
     rules = [rule for rule in selection.rules() if needing is None or rule.needs & needing]
-    notes: list[str] = []
+    notes: list[Note] = []
     if any(Needs.GRAPH in rule.needs for rule in rules):
-        _add_graph(subject, notes)
+        subject = traced(subject)
+        notes += _graph_notes(subject)
     findings: list[Finding] = []
     with preserved(subject.model if subject.model is not None else nn.Module(), buffers=True):
         for rule in rules:
@@ -87,28 +89,34 @@ def audit_subject(subject: Subject, selection: Selection, *, needing: Set[Needs]
     return Report(findings, type(root).__name__ if root is not None else "loss", notes)
 
 
-def _add_graph(subject: Subject, notes: list[str]) -> None:
-    if subject.graph is not None or subject.model is None or subject.cannot_be_traced:
-        return
-    if subject.example_inputs is None:
-        notes.append("rules that need the traced model did not run: there are no example inputs")
-        return
+def traced(subject: Subject) -> Subject:
+    """The subject with its graph, or with the reason why there is none; itself where there is nothing to trace."""
+    if subject.graph is not None or subject.trace_failure or subject.model is None or subject.example_inputs is None:
+        return subject
     try:
-        subject.graph = ModelGraph.from_model(subject.model, subject.example_inputs)
+        return replace(subject, graph=ModelGraph.from_model(subject.model, subject.example_inputs))
     except TraceError as error:
-        subject.cannot_be_traced = True
-        notes.append(f"{error}\n  so: rules that need the traced model did not run")
+        return replace(subject, trace_failure=str(error))
 
 
-def _judge(rule: Rule, subject: Subject, notes: list[str]) -> list[Finding]:
+def _graph_notes(subject: Subject) -> list[Note]:
+    if subject.graph is not None or subject.model is None:
+        return []
+    if subject.trace_failure:
+        return [Note(f"{subject.trace_failure}\n  so: rules that need the traced model did not run")]
+    return [Note("rules that need the traced model did not run: there are no example inputs", NoteKind.NOT_RUN)]
+
+
+def _judge(rule: Rule, subject: Subject, notes: list[Note]) -> list[Finding]:
     """Findings of one rule; one that fails must not take the others, or a training run, down with it."""
     try:
         return list(rule.judge(subject))
     except Exception as error:
-        notes.append(
+        text = (
             f"rule {rule.code} ({rule.name}) failed with {type(error).__name__}: {error}; the other rules ran. "
             f'Please report it with the model; ignore=["{rule.code}"] silences this note'
         )
+        notes.append(Note(text))
         return []
 
 
@@ -190,7 +198,3 @@ def _path_of(network: nn.Module, root: nn.Module) -> str:
 
 def _join(prefix: str, path: str) -> str:
     return ".".join(part for part in (prefix, path) if part)
-
-
-def _is_on_meta(model: nn.Module) -> bool:
-    return any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pl_normkit.receptive_field.commands  # noqa: F401 - the probe is no room, so nothing else registers its command
 from pl_normkit import __version__
@@ -22,7 +23,11 @@ from pl_normkit.commands import Arguments, LintPart, load_commands, load_lint_pa
 from pl_normkit.errors import ConfigError, NormkitError, NormkitWarning, nearest
 from pl_normkit.findings import Severity, read_baseline, subtract_baseline, write_baseline
 from pl_normkit.report import Report
-from pl_normkit.rules import Selection, Subject, load_rules
+from pl_normkit.rules import Subject, load_rules
+from pl_normkit.selection import Selection
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _OF_RECIPES = (["run"], ["compare"])
 
@@ -131,8 +136,8 @@ def _lint(options: argparse.Namespace) -> int:
             mend="name a file in a folder that exists",
         ) from error
     for note in report.notes:
-        print(f"error: {note}", file=sys.stderr)  # noqa: T201
-    if report.notes:
+        print(f"{'error' if note in report.failures else 'note'}: {note}", file=sys.stderr)  # noqa: T201
+    if report.failures:
         return 2
     return int(options.fail_on != "never" and bool(report.at_least(options.fail_on)))
 
@@ -141,19 +146,20 @@ def _subject(options: argparse.Namespace) -> Subject:
     from pl_normkit.graph import ModelGraph
     from pl_normkit.specs import build_model, parse_inputs
 
-    subject = Subject(measure=options.real)
-    if options.model is not None:
-        device = "cpu" if options.real else "meta"
-        subject.model = build_model(options.model, device=device)
-        subject.example_inputs = parse_inputs(options.input, subject.model, device=device)
-        if options.debug:  # a model that cannot be traced then shows its traceback
-            subject.graph = ModelGraph.from_model(subject.model, subject.example_inputs)
     parts = [part for part in load_lint_parts() if _is_given(part, options)]
-    for part in parts:
-        part.fill(subject, options)
-    if options.model is None and not parts:
-        raise ConfigError("there is nothing to lint", mend="name a model: pl-normkit lint timm:resnet50")
-    return subject
+    if options.model is None:
+        if not parts:
+            raise ConfigError("there is nothing to lint", mend="name a model: pl-normkit lint timm:resnet50")
+        return Subject(**_filled(parts, options, None), measure=options.real)
+    device = "cpu" if options.real else "meta"
+    model = build_model(options.model, device=device)
+    inputs = parse_inputs(options.input, model, device=device)
+    graph = ModelGraph.from_model(model, inputs) if options.debug else None  # a model that cannot be traced then shows its traceback
+    return Subject(model=model, example_inputs=inputs, graph=graph, measure=options.real, **_filled(parts, options, model))
+
+
+def _filled(parts: Sequence[LintPart], options: argparse.Namespace, model: nn.Module | None) -> dict[str, Any]:
+    return {name: value for part in parts for name, value in part.fill(options, model).items()}
 
 
 def _is_given(part: LintPart, options: argparse.Namespace) -> bool:
@@ -179,7 +185,7 @@ def _show(report: Report, form: str, output: Path | None) -> None:
     from rich.console import Console
 
     if form == "text":
-        if report.notes and not report.findings:
+        if report.failures and not report.findings:
             return
         report = replace(report, notes=())  # they go to standard error
         with output.open("w") if output else nullcontext(sys.stdout) as stream:

@@ -7,12 +7,15 @@ __all__ = ["Command", "LintPart", "command", "lint_part", "load_commands", "load
 import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pl_normkit.errors import ConfigError
-from pl_normkit.rules import Subject, load_of_rooms
+from pl_normkit.rules import load_of_rooms
 
-Fill = Callable[[Subject, argparse.Namespace], None]
+if TYPE_CHECKING:
+    from torch import nn
+
+Fill = Callable[[argparse.Namespace, "nn.Module | None"], Mapping[str, Any]]
 Run = Callable[[argparse.Namespace], int]
 Arguments = Mapping[str, Mapping[str, Any]]
 """Argument name or flag -> keyword arguments of `ArgumentParser.add_argument`."""
@@ -24,7 +27,7 @@ class LintPart:
 
     Attributes:
         arguments: the options; `fill` runs when the first of them is given, which the others only qualify.
-        fill: puts the part into the subject. Raises a NormkitError on bad words.
+        fill: from the options and the model (None where none is named) to fields of the `Subject`. Raises a NormkitError on bad words.
     """
 
     arguments: Arguments

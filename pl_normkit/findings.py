@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-__all__ = ["Evidence", "Finding", "FixSafety", "Place", "Severity", "read_baseline", "subtract_baseline", "write_baseline"]
+__all__ = [
+    "Evidence",
+    "Finding",
+    "FixSafety",
+    "Note",
+    "NoteKind",
+    "Place",
+    "Severity",
+    "read_baseline",
+    "subtract_baseline",
+    "write_baseline",
+]
 
 import hashlib
 import json
@@ -101,6 +112,25 @@ class Finding:
     @property
     def silence(self) -> str:
         return f'ignore=["{self.code}"]'
+
+
+class NoteKind(StrEnum):
+    """What a note of a report says: something `failed`, something was `not run` for lack of a part, or plain `information`."""
+
+    FAILED = "failed"
+    NOT_RUN = "not run"
+    INFORMATION = "information"
+
+
+@dataclass(frozen=True)
+class Note:
+    """What an audit says beside its findings; as text it is the text alone."""
+
+    text: str
+    kind: NoteKind = NoteKind.FAILED
+
+    def __str__(self) -> str:
+        return self.text
 
 
 def _digest(*parts: str) -> str:

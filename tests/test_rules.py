@@ -17,7 +17,8 @@ from pl_normkit import rules as rules_module
 from pl_normkit.cli import main
 from pl_normkit.errors import ConfigError, NormkitWarning
 from pl_normkit.findings import Finding, FixSafety, Place, Severity
-from pl_normkit.rules import SECTIONS, Mark, Needs, Observation, Rule, Selection, Subject, load_rules, rule
+from pl_normkit.rules import SECTIONS, Mark, Needs, Observation, Rule, Subject, load_rules, rule
+from pl_normkit.selection import Selection
 
 ALL_RULES = load_rules()
 CODES = pytest.mark.parametrize("known", ALL_RULES.values(), ids=ALL_RULES)
@@ -145,7 +146,6 @@ def test_an_observation_overrules_severity_and_safety(make_rule: Any) -> None:
         (Subject(), set()),
         (Subject(model=nn.Sequential()), {Needs.MODEL}),
         (Subject(loss=torch.zeros(())), {Needs.LOSS}),
-        (Subject(batch=(1, 2)), {Needs.BATCH}),
         (Subject(optimizers=[torch.optim.SGD([torch.zeros(1)], lr=0.1)]), {Needs.OPTIMIZERS}),
     ],
 )

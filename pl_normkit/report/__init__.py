@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from pl_normkit.findings import Finding, Severity
+from pl_normkit.findings import Finding, Note, NoteKind, Severity
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,14 +22,14 @@ class Report:
     Attributes:
         findings: most severe first, then by code.
         subject: what was audited, such as "ResNet".
-        notes: what the audit could not do and why (a model that cannot be traced, a rule that failed).
+        notes: what failed (a model that cannot be traced, a rule), what did not run and why, and what else is to be known.
         fixed: what was edited before the findings were taken.
         pictures: title -> PNG file as bytes, for the HTML page.
     """
 
     findings: Sequence[Finding] = field(default_factory=list)
     subject: str = "model"
-    notes: Sequence[str] = field(default_factory=list)
+    notes: Sequence[Note] = field(default_factory=list)
     fixed: Sequence[str] = field(default_factory=list)
     pictures: Mapping[str, bytes] = field(default_factory=dict)
 
@@ -42,6 +42,11 @@ class Report:
         """Findings of this severity or a higher one."""
         limit = Severity(severity).rank
         return [finding for finding in self.findings if finding.severity.rank >= limit]
+
+    @property
+    def failures(self) -> list[Note]:
+        """The notes that say that something failed."""
+        return [note for note in self.notes if note.kind is NoteKind.FAILED]
 
     def to_json(self) -> str:
         """A JSON object with the keys version, subject, findings and notes; a finding's keys are its attributes' names."""

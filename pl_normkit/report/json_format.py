@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 def to_json(report: Report) -> str:
     document = {
-        "version": 1,
+        "version": 2,
         "subject": report.subject,
         "findings": [_finding(finding) for finding in report.findings],
-        "notes": list(report.notes),
+        "notes": [asdict(note) for note in report.notes],
         "fixed": list(report.fixed),
     }
     return json.dumps(document, indent=2, allow_nan=False)

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from pl_normkit import __version__
-from pl_normkit.findings import Finding, Place
+from pl_normkit.findings import Finding, NoteKind, Place
 from pl_normkit.rules import load_rules
 
 if TYPE_CHECKING:
     from pl_normkit.report import Report
+
+_LEVELS = {NoteKind.FAILED: "error", NoteKind.NOT_RUN: "warning", NoteKind.INFORMATION: "note"}
 
 SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
 
@@ -31,8 +33,8 @@ def to_sarif(report: Report) -> str:
         "results": [_result(finding, codes.index(finding.code)) for finding in report.findings],
         "invocations": [
             {
-                "executionSuccessful": True,
-                "toolExecutionNotifications": [{"level": "warning", "message": {"text": note}} for note in report.notes],
+                "executionSuccessful": not report.failures,
+                "toolExecutionNotifications": [{"level": _LEVELS[note.kind], "message": {"text": note.text}} for note in report.notes],
             }
         ],
     }

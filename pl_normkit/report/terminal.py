@@ -38,7 +38,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
     for change in report.fixed:
         console.print(f"[green]{escape(change)}[/green]")
     for note in report.notes:
-        console.print(f"[dim]note: {escape(note)}[/dim]")
+        console.print(f"[dim]{note.kind}: {escape(note.text)}[/dim]")
 
 
 def to_html(report: Report) -> str:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from pl_normkit import __version__
-from pl_normkit.findings import Evidence, Finding, FixSafety, Place, Severity
+from pl_normkit.findings import Evidence, Finding, FixSafety, Note, NoteKind, Place, Severity
 from pl_normkit.report import Report, merge_reports
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=40)
@@ -48,7 +48,7 @@ def finding(code: str = "NK101", severity: Severity = Severity.WARNING, **change
 REPORT = Report(
     [finding("NK102", Severity.ERROR, evidence=()), finding(), finding("NK103", Severity.NOTE, places=(), fix_safety=FixSafety.DISPLAY)],
     "ResNet",
-    ["rule NK104 failed"],
+    [Note("rule NK104 failed")],
     ["layer1: moved"],
 )
 
@@ -67,7 +67,8 @@ random_findings = st.builds(
     fix_safety=st.sampled_from(FixSafety),
     cause=texts,
 )
-random_reports = st.builds(Report, st.lists(random_findings, max_size=3), texts, st.lists(texts, max_size=2))
+random_notes = st.builds(Note, texts, st.sampled_from(NoteKind))
+random_reports = st.builds(Report, st.lists(random_findings, max_size=3), texts, st.lists(random_notes, max_size=2))
 
 
 def test_a_report_counts_by_severity() -> None:
@@ -83,8 +84,8 @@ def test_at_least_gives_this_severity_and_higher(severity: str, expected: list[s
 
 
 def test_merging_keeps_everything_in_order() -> None:
-    merged = merge_reports("all", [REPORT, Report([finding("NK104")], "other", ["n"], ["c"])])
-    assert merged == Report([*REPORT.findings, finding("NK104")], "all", ["rule NK104 failed", "n"], ["layer1: moved", "c"])
+    merged = merge_reports("all", [REPORT, Report([finding("NK104")], "other", [Note("n")], ["c"])])
+    assert merged == Report([*REPORT.findings, finding("NK104")], "all", [Note("rule NK104 failed"), Note("n")], ["layer1: moved", "c"])
 
 
 # JSON.
@@ -94,9 +95,9 @@ def test_json_uses_the_names_of_the_attributes() -> None:
     document = json.loads(REPORT.to_json())
     assert list(document) == ["version", "subject", "findings", "notes", "fixed"]
     assert (document["version"], document["subject"], document["notes"], document["fixed"]) == (
-        1,
+        2,
         "ResNet",
-        ["rule NK104 failed"],
+        [{"text": "rule NK104 failed", "kind": "failed"}],
         ["layer1: moved"],
     )
     assert document["findings"][1] == {
@@ -238,7 +239,7 @@ def test_the_terminal_shows_every_part() -> None:
         "layer1.drop (timm/models/resnet.py:213)",
         "1 note, 1 warning, 1 error. `pl-normkit explain NK102` says why.",
         "layer1: moved",
-        "note: rule NK104 failed",
+        "failed: rule NK104 failed",
     ):
         assert part in text
 
@@ -248,7 +249,10 @@ def test_the_terminal_offers_no_fix_where_there_is_advice_only() -> None:
 
 
 def test_the_terminal_says_when_there_is_nothing() -> None:
-    assert shown(Report([], "ResNet", ["a note"])) == "pl_normkit: ResNet: nothing to report\nnote: a note\n"
+    assert (
+        shown(Report([], "ResNet", [Note("a note", NoteKind.INFORMATION)]))
+        == "pl_normkit: ResNet: nothing to report\ninformation: a note\n"
+    )
 
 
 def test_the_terminal_shortens_long_lists_of_places() -> None:
@@ -258,8 +262,8 @@ def test_the_terminal_shortens_long_lists_of_places() -> None:
 
 
 def test_the_terminal_takes_brackets_for_text() -> None:
-    text = shown(Report([finding(message="[bold]x[/bold] [/nope]", places=(Place("layers[0]"),), advice="[red]")], "[dim]m", ["[x]"]))
-    for part in ("[bold]x[/bold] [/nope]", "layers[0]", "[red]", "[dim]m", "note: [x]"):
+    text = shown(Report([finding(message="[bold]x[/bold] [/nope]", places=(Place("layers[0]"),), advice="[red]")], "[dim]m", [Note("[x]")]))
+    for part in ("[bold]x[/bold] [/nope]", "layers[0]", "[red]", "[dim]m", "failed: [x]"):
         assert part in text
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 __all__: list[str] = []
 
 import argparse
+from typing import Any
+
+from torch import nn
 
 from pl_normkit.commands import command, lint_part
 from pl_normkit.methods.nan_safety.lint import audit_loss
 from pl_normkit.methods.nan_safety.replay import replay
-from pl_normkit.rules import Subject
 
 
 @lint_part(
@@ -18,8 +20,8 @@ from pl_normkit.rules import Subject
         "--example": {"metavar": "MODULE:NAME", "help": "a function without arguments that returns the arguments of --loss"},
     }
 )
-def _fill_loss(subject: Subject, options: argparse.Namespace) -> None:
-    subject.loss = audit_loss(options.loss, options.example)
+def _fill_loss(options: argparse.Namespace, _: nn.Module | None) -> dict[str, Any]:
+    return {"loss": audit_loss(options.loss, options.example)}
 
 
 @command("replay", "run the operation of a NaNGuard file again", {"file": {"help": "a .pt file from a nan_guard folder"}})

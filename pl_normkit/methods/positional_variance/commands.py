@@ -5,18 +5,21 @@ from __future__ import annotations
 __all__: list[str] = []
 
 import argparse
+from typing import Any
+
+from torch import nn
 
 from pl_normkit.commands import lint_part
 from pl_normkit.errors import ConfigError
 from pl_normkit.importing import import_object
-from pl_normkit.rules import Loaders, Subject
+from pl_normkit.rules import Loaders
 
 _HELP = "a function without arguments that returns (training loader, evaluation loader), with a list of what changes batches later as third"
 
 
 @lint_part({"--loaders": {"metavar": "MODULE:NAME", "help": _HELP}})
-def _fill_loaders(subject: Subject, options: argparse.Namespace) -> None:
-    if subject.model is None:
+def _fill_loaders(options: argparse.Namespace, model: nn.Module | None) -> dict[str, Any]:
+    if model is None:
         raise ConfigError("loaders are judged for a model", mend="name one: pl-normkit lint timm:vit_small_patch16_224 --loaders ...")
     make = import_object(options.loaders)
     try:
@@ -28,4 +31,4 @@ def _fill_loaders(subject: Subject, options: argparse.Namespace) -> None:
         raise ConfigError(
             f"--loaders {options.loaders} gives no loaders", evidence=f"a {type(found).__name__}", mend="return (train_loader, val_loader)"
         )
-    subject.loaders = found if isinstance(found, Loaders) else Loaders(*found)
+    return {"loaders": found if isinstance(found, Loaders) else Loaders(*found)}

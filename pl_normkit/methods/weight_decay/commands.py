@@ -6,19 +6,21 @@ __all__: list[str] = []
 
 import argparse
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from pl_normkit.commands import command, lint_part
 from pl_normkit.errors import ConfigError
 from pl_normkit.methods.weight_decay.measure import HISTORY_FILE, plot_gamma_norms, read_history
 from pl_normkit.methods.weight_decay.optimizer_text import build_optimizer
-from pl_normkit.rules import Subject
 
 
 @lint_part({"--optimizer": {"metavar": "CALL", "help": 'judge this optimizer too: "torch.optim.AdamW(lr=1e-3, weight_decay=0.05)"'}})
-def _fill_optimizer(subject: Subject, options: argparse.Namespace) -> None:
-    if subject.model is None:
+def _fill_optimizer(options: argparse.Namespace, model: nn.Module | None) -> dict[str, Any]:
+    if model is None:
         raise ConfigError("an optimizer needs a model to optimize", mend="name one: pl-normkit lint timm:resnet50 --optimizer ...")
-    subject.optimizers = (build_optimizer(options.optimizer, subject.model),)
+    return {"optimizers": (build_optimizer(options.optimizer, model),)}
 
 
 @command(

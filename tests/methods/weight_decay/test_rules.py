@@ -18,7 +18,9 @@ FAMILY = ("NK201", "NK202", "NK203", "NK204", "NK205")
 
 def findings(model: nn.Module, inputs: Any, *optimizers: torch.optim.Optimizer, select: tuple[str, ...] = FAMILY) -> list[Finding]:
     report = audit(model, inputs, optimizers=optimizers, select=select)
-    assert report.notes == ([] if inputs is not None else ["rules that need the traced model did not run: there are no example inputs"])
+    assert [str(note) for note in report.notes] == (
+        [] if inputs is not None else ["rules that need the traced model did not run: there are no example inputs"]
+    )
     return report.findings
 
 

@@ -1,0 +1,142 @@
+"""Which rules run, and where they are silent: from arguments, and from `[tool.pl-normkit]` of a pyproject.toml."""
+
+from __future__ import annotations
+
+__all__ = ["Selection"]
+
+import fnmatch
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from pl_normkit.errors import ConfigError, nearest
+from pl_normkit.findings import Finding, Place
+from pl_normkit.rules import Rule, load_rules
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which rules run, and where.
+
+    Attributes:
+        select: codes, code prefixes ("NK1"), names, "DEFAULT" or "ALL"; None is the default set (all but previews).
+        ignore: codes, prefixes or names that do not run.
+        per_module_ignore: module-path pattern (fnmatch) -> codes, prefixes or names silenced there.
+    """
+
+    select: Sequence[str] | None = None
+    ignore: Sequence[str] = ()
+    per_module_ignore: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """A bare string is a sequence too, of letters that name rules by prefix: refuse it. Raises ConfigError."""
+        for words in (self.select or (), self.ignore, *self.per_module_ignore.values()):
+            if isinstance(words, str) or not isinstance(words, Sequence) or not all(isinstance(word, str) for word in words):
+                raise ConfigError("rules are given as a list of codes, prefixes or names", evidence=repr(words), mend='write ["NK101"]')
+
+    @classmethod
+    def from_pyproject(cls, start: Path | None = None) -> Selection:
+        """Read `[tool.pl-normkit]` from the nearest pyproject.toml at or above `start` (default: the working directory).
+
+        Raises ConfigError on a key or a value type that is not known.
+        """
+        folder = (start or Path.cwd()).resolve()
+        for candidate in (folder, *folder.parents):
+            path = candidate / "pyproject.toml"
+            if path.is_file():
+                return cls._from_file(path)
+        return cls()
+
+    @classmethod
+    def _from_file(cls, path: Path) -> Selection:
+        try:
+            table = tomllib.loads(path.read_text(encoding="utf-8")).get("tool", {}).get("pl-normkit", {})
+        except (OSError, ValueError) as error:
+            raise ConfigError("pyproject.toml cannot be read", where=str(path), evidence=str(error)) from error
+        if not isinstance(table, dict):
+            raise ConfigError("[tool.pl-normkit] must be a table", where=str(path), evidence=repr(table))
+        known = {"select": list, "ignore": list, "per-module-ignore": dict}
+        for key, value in table.items():
+            if key not in known:
+                raise ConfigError(
+                    f"unknown key {key!r} in [tool.pl-normkit]",
+                    where=str(path),
+                    mend=nearest(key, known) or f"known keys: {', '.join(known)}",
+                )
+            if not isinstance(value, known[key]):
+                raise ConfigError(f"{key!r} in [tool.pl-normkit] must be a {known[key].__name__}", where=str(path), evidence=repr(value))
+        try:
+            return cls(table.get("select"), table.get("ignore", ()), table.get("per-module-ignore", {}))
+        except ConfigError as error:
+            raise ConfigError(error.what, where=f"[tool.pl-normkit] in {path}", evidence=error.evidence, mend=error.mend) from error
+
+    def override(
+        self,
+        select: Sequence[str] | None = None,
+        ignore: Sequence[str] | None = None,
+        per_module_ignore: Mapping[str, Sequence[str]] | None = None,
+    ) -> Selection:
+        """Put what is given over this selection: `select` replaces, the two ignores are added."""
+        given = Selection(select, ignore or (), per_module_ignore or {})
+        merged = dict(self.per_module_ignore)
+        for pattern, words in given.per_module_ignore.items():
+            merged[pattern] = [*merged.get(pattern, ()), *words]
+        return replace(
+            self, select=self.select if select is None else select, ignore=(*self.ignore, *given.ignore), per_module_ignore=merged
+        )
+
+    def rules(self) -> list[Rule]:
+        """The rules to run, by code. Raises ConfigError for a word that names no rule."""
+        rules = load_rules()
+        chosen = self._resolve(["DEFAULT"] if self.select is None else self.select, rules, previews=False)
+        return [rules[code] for code in sorted(chosen - self._resolve(self.ignore, rules))]
+
+    def silence(self, findings: Iterable[Finding], module_names: Iterable[str]) -> list[Finding]:
+        """Findings without the places silenced by `per_module_ignore`.
+
+        Raises ConfigError for a pattern that matches no name in `module_names`.
+        """
+        if not self.per_module_ignore:
+            return list(findings)
+        names = list(module_names)
+        rules = load_rules()
+        silenced: list[tuple[str, set[str]]] = []
+        for pattern, words in self.per_module_ignore.items():
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                raise ConfigError(
+                    f"the per-module-ignore pattern {pattern!r} matches no module",
+                    mend=nearest(pattern, names) or "see model.named_modules()",
+                )
+            silenced.append((pattern, self._resolve(words, rules)))
+        return [kept for finding in findings if (kept := _without_silenced(finding, silenced)) is not None]
+
+    @staticmethod
+    def _resolve(words: Sequence[str], rules: Mapping[str, Rule], *, previews: bool = True) -> set[str]:
+        """Codes that `words` name; `previews` says whether a code prefix reaches preview rules."""
+        chosen: set[str] = set()
+        for word in words:
+            if word == "ALL":
+                matched = set(rules)
+            elif word == "DEFAULT":
+                matched = {code for code, known in rules.items() if not known.preview}
+            elif word in rules:
+                matched = {word}
+            else:
+                matched = {code for code, known in rules.items() if known.name == word}
+                matched |= {code for code, known in rules.items() if word and code.startswith(word) and (previews or not known.preview)}
+            if not matched:
+                names = [*rules, *(known.name for known in rules.values())]
+                raise ConfigError(f"unknown rule {word!r}", mend=nearest(word, names) or "see `pl-normkit rules`")
+            chosen |= matched
+        return chosen
+
+
+def _without_silenced(finding: Finding, silenced: Sequence[tuple[str, set[str]]]) -> Finding | None:
+    def is_silenced(place: Place) -> bool:
+        return any(finding.code in codes and fnmatch.fnmatchcase(place.module, pattern) for pattern, codes in silenced)
+
+    places = tuple(place for place in finding.places if not is_silenced(place))
+    if finding.places and not places:
+        return None
+    return replace(finding, places=places)
