@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 from pl_normkit.callbacks._first_batch import guess_inputs, inputs_in
 from pl_normkit.callbacks._network import FirstCall, after_configure_model, traced_network
 from pl_normkit.errors import NormkitWarning
-from pl_normkit.methods.atrous_rates import edits_for, set_atrous_rates
-from pl_normkit.methods.atrous_rates.fix import check_rates
+from pl_normkit.methods.atrous_rates import set_atrous_rates
+from pl_normkit.methods.atrous_rates.fix import check_rates, edits_for
 from pl_normkit.methods.atrous_rates.rates import CENTRE, check_size
 from pl_normkit.surgery import Changes, apply_edits
 

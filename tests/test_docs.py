@@ -54,7 +54,7 @@ FUNCTIONS = [value for value in EXPORTED if inspect.isfunction(value)]
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
 def test_examples_of_the_front_door_run(function: Callable[..., Any]) -> None:
-    (example,) = doctest.DocTestFinder(recurse=False).find(function, function.__name__, globs={})
+    (example,) = doctest.DocTestFinder(recurse=False).find(function, function.__name__, globs=dict(function.__globals__))
     assert example.examples, "there is no >>> example"
     outcome = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE).run(example)
     assert outcome.failed == 0

@@ -85,6 +85,12 @@ def find_aspps(model: nn.Module, example_inputs: Any) -> list[Aspp]:
 
     Raises:
         TraceError: when the model cannot be read.
+
+    >>> import segmentation_models_pytorch as smp
+    >>> import torch
+    >>> model = smp.DeepLabV3Plus("resnet18", encoder_weights=None)
+    >>> [aspp.rates for aspp in find_aspps(model, torch.zeros(2, 3, 128, 128))]
+    [(12, 24, 36)]
     """
     return aspps_in(ModelGraph.from_model(model, example_inputs))
 

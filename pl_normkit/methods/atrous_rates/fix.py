@@ -54,6 +54,12 @@ def set_atrous_rates(
         TraceError: when the model cannot be read. The model is untouched in each case.
 
     Source: the rule for the rates is derived here (see `atrous_rates`).
+
+    >>> import segmentation_models_pytorch as smp
+    >>> model = smp.DeepLabV3Plus("resnet18", encoder_weights=None)
+    >>> changes = set_atrous_rates(model, 512)
+    >>> model.decoder.aspp[0].convs[1][0][0].dilation
+    (5, 5)
     """
     model = unwrapped(model)
     size = check_size(input_size)

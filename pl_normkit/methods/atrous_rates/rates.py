@@ -28,6 +28,9 @@ def atrous_rates(input_size: int | tuple[int, int], output_stride: int, *, c: fl
         ConfigError: for a size, stride or c that is not positive, and for N <= 3, where no three live rates exist.
 
     Source: derived here; the paper's own formula is not known to us.
+
+    >>> atrous_rates(512, output_stride=16)
+    (5, 10, 15)
     """
     if isinstance(output_stride, bool) or not isinstance(output_stride, int) or output_stride < 1:
         raise ConfigError("the output stride must be a positive whole number", evidence=repr(output_stride))
@@ -78,6 +81,9 @@ def valid_tap_share(rate: int, size: int | tuple[int, int], kernel: tuple[int, i
 
     For a 3x3 kernel on N x N cells: ((1 + 2 max(0, 1 - d/N)) / 3)^2, which is 1/9 where d >= N, since the centre alone is left.
     Source: derived here, exact.
+
+    >>> round(valid_tap_share(36, 32), 4), round(valid_tap_share(5, 32), 4)
+    (0.1111, 0.8025)
     """
     shares = [
         (1 + 2 * sum(max(0.0, 1 - tap * rate / side) for tap in range(1, length // 2 + 1))) / length

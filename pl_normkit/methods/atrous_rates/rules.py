@@ -16,7 +16,7 @@ REFERENCE_REACH = 96
 """Pixels that the smallest of DeepLab's reference rates spans: (6, 12, 18) at stride 16, (12, 24, 36) at stride 8."""
 FITTING = (0.13, 0.245)
 """r / N between the optimum for the centre pixel alone and the upper end of the coverage rule's 2 % band (derived)."""
-_FIX = "the AtrousRates callback or pl_normkit.methods.atrous_rates.set_atrous_rates does it and keeps the weights"
+_FIX = "the AtrousRates callback or pl_normkit.set_atrous_rates does it and keeps the weights"
 
 
 class _Verdict(StrEnum):
@@ -118,8 +118,21 @@ def atrous_rates_of_another_stride(subject: Subject) -> Iterator[Observation]:
     segmentation-models-pytorch's DeepLabV3Plus() and torchvision's deeplabv3_mobilenet_v3_large run at output stride 16
     with (12, 24, 36).
 
+    ```python
+    import segmentation_models_pytorch as smp
+
+    model = smp.DeepLabV3Plus("resnet18", encoder_weights=None)
+    ```
+
     Use instead
-    decoder_atrous_rates=(6, 12, 18) at stride 16, or better the triple for your crop: atrous_rates(512, 16).
+    The reference rates of stride 16, or the triple for your crop:
+
+    ```python
+    from pl_normkit import atrous_rates
+
+    rates = atrous_rates(512, output_stride=16)  # (5, 10, 15)
+    model = smp.DeepLabV3Plus("resnet18", encoder_weights=None, decoder_atrous_rates=rates)
+    ```
 
     Fix and its safety
     fit_atrous_rates sets dilation and padding for the size of the example input; unsafe: the function changes, weights and
@@ -159,10 +172,22 @@ def dead_atrous_branch(subject: Subject) -> Iterator[Observation]:
     The share of taps that read no padding, ((1 + 2 max(0, 1 - d/N)) / 3)^2, which is 1/9 for a dead branch.
 
     Example
-    segmentation-models-pytorch's DeepLabV3 (output stride 8, rates (12, 24, 36)) on crops of 256 pixels: 36 on a 32x32 map.
+    segmentation-models-pytorch's DeepLabV3 (output stride 8) on crops of 256 pixels: rate 36 on a 32x32 map.
+
+    ```python
+    import segmentation_models_pytorch as smp
+
+    model = smp.DeepLabV3("resnet18", encoder_weights=None)  # (12, 24, 36)
+    ```
 
     Use instead
-    Rates below the side of the feature map: atrous_rates(256, 8) gives (5, 10, 15).
+    Rates below the side of the feature map, set on the model that you have:
+
+    ```python
+    from pl_normkit import set_atrous_rates
+
+    changes = set_atrous_rates(model, input_size=256)  # (5, 10, 15)
+    ```
 
     Fix and its safety
     fit_atrous_rates sets dilation and padding for the size of the example input; unsafe: the function changes, weights and
@@ -203,10 +228,23 @@ def atrous_rates_not_fitted(subject: Subject) -> Iterator[Observation]:
     The share of kernel taps that read no padding, for each rate.
 
     Example
-    (6, 12, 18) at output stride 16 on crops of 1024 pixels: r is 0.09 of the 64 cells.
+    At output stride 16 on crops of 1024 pixels r is 0.09 of the 64 cells here:
+
+    ```python
+    import segmentation_models_pytorch as smp
+
+    model = smp.DeepLabV3Plus("resnet18", encoder_weights=None, decoder_atrous_rates=(6, 12, 18))
+    ```
 
     Use instead
-    atrous_rates(1024, 16) gives (11, 22, 33); c=0.22 gives (14, 28, 42) for long-range tasks.
+    Rates for that crop; c=0.22 gives wider ones, for long-range tasks.
+
+    ```python
+    from pl_normkit import atrous_rates
+
+    rates = atrous_rates(1024, output_stride=16)  # (11, 22, 33)
+    wide = atrous_rates(1024, output_stride=16, c=0.22)  # (14, 28, 42)
+    ```
 
     Fix and its safety
     fit_atrous_rates sets dilation and padding for the size of the example input; unsafe: the function changes, weights and

@@ -1,4 +1,4 @@
-"""Atrous rates: the table, ASPP found by structure, the fix and the rules, on toys and on real networks."""
+"""ASPP found by structure and given rates, on toys and on real networks."""
 
 from __future__ import annotations
 
@@ -10,165 +10,17 @@ import pytest
 import segmentation_models_pytorch as smp
 import torch
 import torchvision
-from hypothesis import given
-from hypothesis import strategies as st
 from segmentation_models_pytorch.decoders.deeplabv3.decoder import DeepLabV3Decoder
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pl_normkit import audit
-from pl_normkit.auditing import fix_findings
 from pl_normkit.errors import ConfigError, NormkitWarning, NothingMatchedError
-from pl_normkit.methods.atrous_rates import (
-    atrous_rates,
-    find_aspps,
-    fit_atrous_rates,
-    output_stride,
-    set_atrous_rates,
-    valid_tap_share,
-)
+from pl_normkit.methods.atrous_rates import atrous_rates, find_aspps, set_atrous_rates
+from pl_normkit.methods.atrous_rates.fix import fit_atrous_rates
+from tests.methods.atrous_rates.networks import Toy, rates_of, toy
 
 CODES = ["NK501", "NK502", "NK503"]
-
-# The rule for the rates.
-
-TABLE = {
-    224: (5, 2, 6, 3),
-    256: (5, 3, 7, 4),
-    384: (8, 4, 11, 5),
-    512: (11, 5, 14, 7),
-    513: (11, 6, 14, 7),
-    640: (13, 7, 18, 9),
-    769: (16, 8, 21, 11),
-    896: (19, 9, 25, 12),
-    1024: (21, 11, 28, 14),
-}
-"""Crop -> r at output stride 8 and 16 with c = 1/6, then with c = 0.22."""
-CELLS = [
-    (crop, stride, c, r)
-    for crop, row in TABLE.items()
-    for (stride, c), r in zip([(8, 1 / 6), (16, 1 / 6), (8, 0.22), (16, 0.22)], row, strict=True)
-]
-
-
-@pytest.mark.parametrize(("crop", "stride", "c", "r"), [*CELLS, (128, 1, 1 / 6, 21), (256, 1, 1 / 6, 43)])
-def test_every_cell_of_the_table(crop: int, stride: int, c: float, r: int) -> None:
-    assert atrous_rates(crop, stride, c=c) == (r, 2 * r, 3 * r)
-
-
-@given(st.integers(1, 3000), st.integers(1, 3000), st.sampled_from([1, 4, 8, 16, 32]), st.floats(0.01, 3))
-def test_no_rate_is_ever_dead(height: int, width: int, stride: int, c: float) -> None:
-    side = -(-min(height, width) // stride)
-    if side <= 3:
-        with pytest.raises(ConfigError, match="no three atrous rates fit"):
-            atrous_rates((height, width), stride, c=c)
-    else:
-        r, _, largest = atrous_rates((height, width), stride, c=c)
-        assert 1 <= r <= largest == 3 * r <= side - 1
-
-
-def test_the_short_side_counts() -> None:
-    assert atrous_rates((512, 1024), 16) == atrous_rates((1024, 512), 16) == atrous_rates(512, 16)
-
-
-@pytest.mark.parametrize(
-    ("size", "stride", "c"),
-    [
-        (0, 8, 0.2),
-        ((8,), 8, 0.2),
-        ("512", 8, 0.2),
-        (512.0, 8, 0.2),
-        (True, 8, 0.2),
-        (512, 0, 0.2),
-        (512, 8.0, 0.2),
-        (512, 8, 0),
-        (512, 8, None),
-    ],
-)
-def test_bad_arguments(size: Any, stride: Any, c: Any) -> None:
-    with pytest.raises(ConfigError):
-        atrous_rates(size, stride, c=c)
-
-
-@pytest.mark.parametrize(
-    ("side", "cells", "stride"),
-    [(513, 33, 16), (513, 65, 8), (512, 32, 16), (64, 4, 16), (65, 5, 16), (65, 9, 8), (128, 128, 1), (90, 30, 3), (7, 1, 8)],
-)
-def test_the_stride_of_a_map(side: int, cells: int, stride: int) -> None:
-    assert output_stride(side, cells) == stride
-
-
-# What a rate leaves of a kernel.
-
-
-@pytest.mark.parametrize("size", [(16, 16), (32, 32), (64, 64), (65, 65), (32, 65)])
-@pytest.mark.parametrize("kernel", [(3, 3), (5, 1)])
-def test_the_share_of_valid_taps_is_that_of_a_convolution_of_ones(size: tuple[int, int], kernel: tuple[int, int]) -> None:
-    ones = torch.ones(1, 1, *size, dtype=torch.float64)
-    weight = torch.ones(1, 1, *kernel, dtype=torch.float64) / (kernel[0] * kernel[1])
-    for rate in (1, 6, 12, 31, 32, 36):
-        padding = tuple(rate * (k - 1) // 2 for k in kernel)
-        counted = float(F.conv2d(ones, weight, padding=padding, dilation=rate).mean())
-        assert counted == pytest.approx(valid_tap_share(rate, size, kernel), abs=1e-12)
-
-
-@pytest.mark.parametrize(("side", "rate"), [(32, 36), (32, 32), (32, 31), (8, 7), (8, 8), (8, 1)])
-def test_eight_taps_get_no_gradient_exactly_where_the_rate_reaches_the_side(side: int, rate: int) -> None:
-    conv = nn.Conv2d(1, 1, 3, padding=rate, dilation=rate, bias=False)
-    conv(torch.rand(2, 1, side, side) + 0.5).sum().backward()
-    assert conv.weight.grad is not None
-    assert int((conv.weight.grad != 0).sum()) == (1 if rate >= side else 9)
-
-
-# ASPP by structure.
-
-
-class Branch(nn.Module):
-    """A dilated convolution in one of the forms people write."""
-
-    def __init__(self, form: str, rate: int) -> None:
-        super().__init__()
-        mode = form if form in ("reflect", "circular", "replicate") else "zeros"
-        padding: Any = "same" if form == "same" else rate
-        groups = {"separable": 8, "grouped": 4}.get(form, 1)
-        self.reduce = nn.Conv2d(8, 8, 1) if form == "reduced" else nn.Identity()
-        self.conv = nn.Conv2d(8, 8, 3, padding=padding, dilation=rate, groups=groups, padding_mode=mode)
-        self.point = nn.Conv2d(8, 8, 1) if form == "separable" else nn.Identity()
-        self.norm = nn.BatchNorm2d(8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.norm(self.point(self.conv(self.reduce(x)))))
-
-
-class Toy(nn.Module):
-    """A strided stem, a dilated encoder layer, an ASPP of `rates` with the usual 1x1 and pooled branches, and a head."""
-
-    def __init__(self, rates: tuple[int, ...] = (12, 24, 36), form: str = "plain", join: str = "concat", stride: int = 8) -> None:
-        super().__init__()
-        self.join = join
-        self.stem = nn.Conv2d(3, 8, stride, stride)
-        self.encoder = nn.Conv2d(8, 8, 3, padding=4, dilation=4)
-        self.point = nn.Conv2d(8, 8, 1)
-        self.branches = nn.ModuleList(Branch(form, rate) for rate in rates)
-        self.head = nn.Conv2d(8 * (len(rates) + 2) if join == "concat" else 8, 2, 1)
-
-    def forward(self, image: Tensor) -> Tensor:
-        x = torch.relu(self.encoder(self.stem(image)))
-        pooled = F.interpolate(x.mean((2, 3), keepdim=True), x.shape[2:])
-        parts = [self.point(x), *(branch(x) for branch in self.branches), pooled]
-        joined = torch.cat(parts, 1) if self.join == "concat" else sum(parts[1:], parts[0])
-        return F.interpolate(self.head(joined), image.shape[2:])
-
-
-def toy(*arguments: Any, **options: Any) -> Toy:
-    torch.manual_seed(0)
-    return Toy(*arguments, **options).eval()
-
-
-def rates_of(model: nn.Module, size: int = 96) -> list[tuple[int, ...]]:
-    return [aspp.rates for aspp in find_aspps(model, torch.zeros(2, 3, size, size, device="meta"))]
-
-
 FORMS = ["plain", "separable", "grouped", "reduced", "same", "reflect", "circular", "replicate"]
 
 
@@ -383,64 +235,3 @@ def test_smp_networks_get_the_output_of_their_constructor(architecture: str) -> 
     image = torch.randn(1, 3, 256, 256)
     with torch.no_grad():
         assert torch.equal(expected(image), model(image))
-
-
-# The rules: each ASPP gets one verdict.
-
-VERDICTS = [
-    ((12, 24, 36), 16, 512, ["NK501"]),
-    ((12, 24, 36), 16, 64, ["NK501"]),
-    ((6, 12, 18), 8, 512, ["NK501"]),
-    ((12, 24, 36), 16, 1024, []),  # rates of stride 8, but they happen to fit
-    ((6, 12, 18), 16, 512, []),
-    ((12, 24, 36), 8, 512, []),
-    ((12, 24, 36), 8, 384, []),
-    ((12, 24, 36), 8, 320, ["NK503"]),
-    ((12, 24, 36), 8, 256, ["NK502"]),
-    ((6, 12, 18), 16, 1024, ["NK503"]),
-    ((5, 10, 40), 8, 256, ["NK502"]),
-    ((5, 10, 31), 8, 256, []),  # no triple (r, 2r, 3r): only a dead branch is judged
-    ((6, 12, 18, 24), 8, 512, []),  # DeepLab v2's own four
-    *(((r, 2 * r, 3 * r), stride, crop, []) for crop, stride, _, r in CELLS[::3]),
-]
-
-
-@pytest.mark.parametrize(("rates", "stride", "crop", "codes"), VERDICTS)
-def test_verdicts(rates: tuple[int, ...], stride: int, crop: int, codes: list[str]) -> None:
-    with torch.device("meta"):
-        model = Toy(rates, stride=stride)
-    findings = audit(model, torch.zeros(2, 3, crop, crop, device="meta"), select=CODES).findings
-    assert [finding.code for finding in findings] == codes
-    for finding in findings:
-        assert [place.module for place in finding.places] == [f"branches.{k}.conv" for k in range(len(rates))]
-
-
-@pytest.mark.parametrize("form", ["replicate", "circular"])
-def test_a_branch_that_pads_with_the_map_itself_is_not_dead(form: str) -> None:
-    model = toy((5, 10, 12), form)
-    assert [aspp.dead for aspp in find_aspps(model, torch.zeros(2, 3, 96, 96))] == [()]
-    assert len(find_aspps(toy((5, 10, 12)), torch.zeros(2, 3, 96, 96))[0].dead) == 1
-
-
-def test_a_finding_says_what_it_saw_and_marks_its_advice_as_derived() -> None:
-    (finding,) = audit(toy((12, 24, 36), stride=16), torch.zeros(2, 3, 256, 256), select=["NK501"]).findings
-    assert finding.message == (
-        "ASPP rates (12, 24, 36) belong to output stride 8, and it reads a 16x16 feature map (input 256x256, output stride 16)"
-    )
-    assert [round(item.value, 4) for item in finding.evidence] == [0.25, 0.1111, 0.1111]
-    assert finding.advice.startswith("Use (3, 6, 9) for this input (derived: centre rule)")
-
-
-@pytest.mark.parametrize(("crop", "code"), [(128, "NK501"), (24, "NK501")])
-def test_the_fix_mends_what_can_be_mended(crop: int, code: str) -> None:
-    model, image = toy(stride=4, form="separable"), torch.zeros(2, 3, crop, crop)
-    (finding,) = (findings := audit(model, image, select=CODES).findings)
-    assert finding.code == code
-    assert not fix_findings(model, image, findings)  # unsafe, and not asked for
-    assert bool(fix_findings(model, image, findings, allow_unsafe=True)) is (crop > 12)
-    assert not audit(model, image, select=CODES).findings
-
-
-def test_no_fix_is_offered_where_no_live_rates_exist() -> None:
-    (finding,) = audit(toy(), torch.zeros(2, 3, 24, 24), select=CODES).findings
-    assert (finding.fix_safety, finding.advice.partition(":")[0]) == ("display", "Train on larger crops or at a smaller output stride")
