@@ -88,16 +88,30 @@ def test_methods_never_import_each_other() -> None:
 FORBIDDEN = {
     "pl_normkit.errors": ["pl_normkit"],
     "pl_normkit.wrappers": ["pl_normkit"],
-    "pl_normkit.findings": ["graph", "surgery", "rules", "methods", "audit", "report", "cli", "specs", "callbacks", "recipes"],
-    "pl_normkit.graph": ["rules", "surgery", "methods", "audit", "report", "cli", "specs", "callbacks", "recipes"],
-    "pl_normkit.surgery": ["rules", "graph", "methods", "audit", "report", "cli", "specs", "callbacks", "recipes"],
-    "pl_normkit.preserve": ["rules", "graph", "methods", "audit", "report", "cli", "specs", "callbacks", "recipes"],
-    "pl_normkit.rules": ["graph", "surgery", "methods", "audit", "report", "cli", "specs", "callbacks", "recipes"],
-    "pl_normkit.methods": ["audit", "report", "cli", "specs", "callbacks", "recipes"],
-    "pl_normkit.receptive_field": ["graph", "surgery", "methods", "audit", "report", "cli", "callbacks", "recipes"],
+    "pl_normkit.subject": [
+        "graph",
+        "surgery",
+        "rules",
+        "selection",
+        "methods",
+        "auditing",
+        "report",
+        "cli",
+        "specs",
+        "callbacks",
+        "recipes",
+    ],
+    "pl_normkit.selection": ["graph", "surgery", "methods", "auditing", "report", "cli", "specs", "callbacks", "recipes"],
+    "pl_normkit.findings": ["graph", "surgery", "rules", "methods", "auditing", "report", "cli", "specs", "callbacks", "recipes"],
+    "pl_normkit.graph": ["rules", "surgery", "methods", "auditing", "report", "cli", "specs", "callbacks", "recipes"],
+    "pl_normkit.surgery": ["rules", "graph", "methods", "auditing", "report", "cli", "specs", "callbacks", "recipes"],
+    "pl_normkit.preserve": ["rules", "graph", "methods", "auditing", "report", "cli", "specs", "callbacks", "recipes"],
+    "pl_normkit.rules": ["graph", "surgery", "methods", "auditing", "report", "cli", "specs", "callbacks", "recipes"],
+    "pl_normkit.methods": ["auditing", "report", "cli", "specs", "callbacks", "recipes"],
+    "pl_normkit.receptive_field": ["graph", "surgery", "methods", "auditing", "report", "cli", "callbacks", "recipes"],
     "pl_normkit.auditing": ["methods", "cli", "callbacks", "recipes"],
-    "pl_normkit.report": ["methods", "audit", "cli", "callbacks", "recipes"],
-    "pl_normkit.specs": ["methods", "audit", "report", "cli", "callbacks", "recipes"],
+    "pl_normkit.report": ["methods", "auditing", "cli", "callbacks", "recipes"],
+    "pl_normkit.specs": ["methods", "auditing", "report", "cli", "callbacks", "recipes"],
     "pl_normkit.cli": ["methods", "callbacks"],
     "pl_normkit.callbacks": ["cli", "recipes"],
 }
@@ -126,42 +140,65 @@ def test_model_libraries_are_imported_by_the_recipes_only() -> None:
 
 
 TREE_METHODS = {"add_module", "register_module", "set_submodule", "register_parameter"}
-REGISTRIES = {"_modules", "_parameters", "_forward_hooks", "_forward_pre_hooks"}
+REGISTRIES = {"_modules", "_parameters", "_forward_hooks", "_forward_pre_hooks", "__class__"}
 
 
 def tree_edits(source: str) -> list[str]:
-    """Statements that change the modules of some other object than `self`: calls, and writes to a registry."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            called = node.func
-            changes = called.attr in TREE_METHODS
-            changes |= called.attr in {"update", "pop", "clear", "setdefault"} and _is_registry(called.value)
-            if changes and ast.unparse(called.value) != "self":
-                found.append(ast.unparse(node))
-        targets = node.targets if isinstance(node, (ast.Assign, ast.Delete)) else []
-        for target in targets:
-            if isinstance(target, ast.Subscript) and _is_registry(target.value):
-                found.append(ast.unparse(node))
-    return found
+    """Statements that change the modules, parameters or class of some other object than `self`."""
+    return [ast.unparse(node) for node in ast.walk(ast.parse(source)) if _edits_by_call(node) or _edits_by_assignment(node)]
+
+
+def _edits_by_call(node: ast.AST) -> bool:
+    if not isinstance(node, ast.Call):
+        return False
+    if ast.unparse(node.func) in {"setattr", "delattr", "object.__setattr__", "object.__delattr__"}:
+        return ast.unparse(node.args[0]) != "self"
+    if not isinstance(node.func, ast.Attribute) or ast.unparse(node.func.value) == "self":
+        return False
+    return node.func.attr in TREE_METHODS or (node.func.attr in {"update", "pop", "clear", "setdefault"} and _is_registry(node.func.value))
+
+
+def _edits_by_assignment(node: ast.AST) -> bool:
+    targets = node.targets if isinstance(node, (ast.Assign, ast.Delete)) else []
+    return any(_is_registry(target.value) if isinstance(target, ast.Subscript) else _is_registry(target) for target in targets)
 
 
 def _is_registry(node: ast.expr) -> bool:
-    return isinstance(node, ast.Attribute) and node.attr in REGISTRIES
+    return isinstance(node, ast.Attribute) and node.attr in REGISTRIES and ast.unparse(node.value) != "self"
 
 
 @pytest.mark.parametrize(
     "statement",
-    ["host.add_module('a', x)", "model._modules['a'] = x", "del host._modules['a']", "m.set_submodule('a', x)", "m._modules.update(a=x)"],
+    [
+        "host.add_module('a', x)",
+        "model._modules['a'] = x",
+        "del host._modules['a']",
+        "m.set_submodule('a', x)",
+        "m._modules.update(a=x)",
+        "setattr(host, name, module)",
+        "object.__setattr__(host, 'a', x)",
+        "host._parameters = {}",
+        "host.__class__ = Other",
+    ],
 )
 def test_an_edit_is_recognized(statement: str) -> None:
     assert tree_edits(statement) == [statement]
-    assert tree_edits("self.add_module('a', x)\nfor name in m._modules: print(m._modules[name])") == []
+    assert tree_edits("self.add_module('a', x)\nfor name in m._modules: print(m._modules[name])\nsetattr(self, 'a', x)") == []
+
+
+NO_TREE_EDITS = {
+    "pl_normkit.methods.weight_decay.prebuilt": "lists of a scheduler",
+    "pl_normkit.methods.positional_variance.fix": "the record of an edit that surgery runs",
+    "pl_normkit.methods.fusion_scale.fold": "the mark of an edit that surgery runs",
+    "pl_normkit.methods.nan_safety.replay": "logging is silent while a step runs again, and is put back",
+    "pl_normkit.methods.nan_safety.rerun": "logging is silent while a step runs again, and is put back",
+}
+"""Modules that set attributes of other objects, and what these are."""
 
 
 def test_only_surgery_edits_module_trees() -> None:
     edits = {name: found for name, path in MODULES.items() if (found := tree_edits(path.read_text()))}
-    assert set(edits) == {"pl_normkit.surgery"}
+    assert set(edits) == {"pl_normkit.surgery", *NO_TREE_EDITS}
 
 
 def test_files_stay_short() -> None:
@@ -208,7 +245,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 
 
 def test_the_wheel_holds_every_module_under_its_name(wheel: zipfile.ZipFile) -> None:
-    """Also a package that was added and not listed in pyproject.toml fails here."""
+    """Links stand for the folders they name: nothing is missing, and nothing is there twice."""
     expected = set()
     for package, folder in FOLDERS.items():
         base = Path(*package.split("."))
