@@ -11,12 +11,14 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from pl_normkit.errors import EditError, TraceError
 from pl_normkit.findings import Finding, FixSafety, Note, NoteKind, Place
 from pl_normkit.graph import ModelGraph
 from pl_normkit.preserve import preserved
 from pl_normkit.report import Report
+from pl_normkit.report.landmarks import Landmark
 from pl_normkit.rules import Fix, Loaders, Needs, Rule, Subject, load_rules
 from pl_normkit.selection import Selection
 from pl_normkit.surgery import Change, Changes
@@ -86,7 +88,37 @@ def audit_subject(subject: Subject, selection: Selection, *, needing: Set[Needs]
     findings = selection.silence(_from_root(subject, findings), _names(subject))
     findings.sort(key=lambda finding: (-finding.severity.rank, finding.code))
     root = subject.root if subject.root is not None else subject.model
-    return Report(findings, type(root).__name__ if root is not None else "loss", notes)
+    name = type(root).__name__ if root is not None else "loss"
+    return Report(findings, name, notes, about=_about(subject), landmarks=_landmarks(subject))
+
+
+def _about(subject: Subject) -> dict[str, str]:
+    """What was judged, in words."""
+    about = {}
+    if subject.model is not None:
+        count = sum(parameter.numel() for parameter in subject.model.parameters())
+        about["network"] = f"{type(subject.model).__name__}, {count:,} parameters"
+    if subject.example_inputs is not None:
+        tensors = [leaf for leaf in tree_leaves(subject.example_inputs) if isinstance(leaf, Tensor)]
+        about["inputs"] = ", ".join(f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in tensors)
+    if subject.optimizers:
+        about["optimizers"] = ", ".join(type(optimizer).__name__ for optimizer in subject.optimizers)
+    return about
+
+
+def _landmarks(subject: Subject) -> list[Landmark]:
+    if subject.graph is None:
+        return []
+    graph, prefix = subject.graph, "" if subject.root is None or subject.model is None else _path_of(subject.model, subject.root)
+    nodes = {
+        "residual addition": [add.node for add in graph.residual_adds],
+        "norm": [norm.node for norm in graph.norms],
+        "dropout": [dropout.node for dropout in graph.dropouts],
+        "fusion": [fusion.node for fusion in graph.fusions],
+        "attention": [attention.node for attention in graph.attentions],
+        "head": [head.pool for head in graph.heads],
+    }
+    return [Landmark(kind, _join(prefix, node.module), node.source, node.index) for kind, found in nodes.items() for node in found]
 
 
 def traced(subject: Subject) -> Subject:

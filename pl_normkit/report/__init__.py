@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pl_normkit.findings import Finding, Note, NoteKind, Severity
+from pl_normkit.report.landmarks import Landmark, RunResult
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,6 +26,10 @@ class Report:
         notes: what failed (a model that cannot be traced, a rule), what did not run and why, and what else is to be known.
         fixed: what was edited before the findings were taken.
         pictures: title -> PNG file as bytes, for the HTML page.
+        about: what was audited on what: "inputs" -> "(2, 3, 224, 224) torch.float32".
+        landmarks: norms, dropouts, fusions, heads and the like in the order in which they run, for the map of the page.
+        curves: title -> (module path -> number) in depth order, such as a measured ratio at every norm.
+        run: what the training run came to, for the page.
     """
 
     findings: Sequence[Finding] = field(default_factory=list)
@@ -32,6 +37,10 @@ class Report:
     notes: Sequence[Note] = field(default_factory=list)
     fixed: Sequence[str] = field(default_factory=list)
     pictures: Mapping[str, bytes] = field(default_factory=dict)
+    about: Mapping[str, str] = field(default_factory=dict)
+    landmarks: Sequence[Landmark] = field(default_factory=list)
+    curves: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    run: RunResult | None = None
 
     def counts(self) -> dict[Severity, int]:
         """Number of findings by severity, zeros included."""
@@ -67,10 +76,16 @@ class Report:
         return to_github(self)
 
     def to_html(self) -> str:
-        """The terminal form as a self-contained HTML page, with the pictures."""
-        from pl_normkit.report.terminal import to_html
+        """A self-contained page: summary, findings to fold out and filter, map of the network, curves, edits, pictures."""
+        from pl_normkit.report.html import to_html
 
         return to_html(self)
+
+    def _repr_html_(self) -> str:
+        """How a notebook shows the report."""
+        from pl_normkit.report.html import in_frame
+
+        return in_frame(self.to_html())
 
     def print(self, console: Console | None = None) -> None:
         """Show the report on a terminal (`rich`)."""
@@ -87,4 +102,8 @@ def merge_reports(subject: str, reports: Sequence[Report]) -> Report:
         [note for report in reports for note in report.notes],
         [change for report in reports for change in report.fixed],
         {title: picture for report in reports for title, picture in report.pictures.items()},
+        {what: text for report in reports for what, text in report.about.items()},
+        [landmark for report in reports for landmark in report.landmarks],
+        {title: curve for report in reports for title, curve in report.curves.items()},
+        next((report.run for report in reports if report.run is not None), None),
     )

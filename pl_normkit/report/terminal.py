@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-__all__ = ["print_report", "to_html"]
+__all__ = ["print_report"]
 
-import base64
-import html
-import io
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -39,18 +36,6 @@ def print_report(report: Report, console: Console | None = None) -> None:
         console.print(f"[green]{escape(change)}[/green]")
     for note in report.notes:
         console.print(f"[dim]{note.kind}: {escape(note.text)}[/dim]")
-
-
-def to_html(report: Report) -> str:
-    console = Console(record=True, file=io.StringIO(), width=140)
-    print_report(report, console)
-    page = console.export_html(inline_styles=True)
-    return page.replace("</body>", "".join(map(_figure, report.pictures.items())) + "</body>")
-
-
-def _figure(item: tuple[str, bytes]) -> str:
-    title, png = html.escape(item[0]), base64.b64encode(item[1]).decode()
-    return f'<figure><figcaption>{title}</figcaption><img alt="{title}" src="data:image/png;base64,{png}"></figure>\n'
 
 
 def _head(finding: Finding) -> str:

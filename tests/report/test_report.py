@@ -273,21 +273,11 @@ def test_any_text_can_be_shown(report: Report, width: int) -> None:
     assert "pl_normkit" in shown(report, width).replace("\n", "").replace("│", "")
 
 
-def test_html_is_a_page_of_its_own_with_everything_escaped() -> None:
-    page = Report([finding(message="<script>alert(1)</script> & more")], "ResNet").to_html()
-    assert page.startswith("<!DOCTYPE html>")
-    assert "<script" not in page
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
-    assert ("src=" in page, "<link" in page) == (False, False)
-    assert "NK101" in page
-
-
 def test_html_embeds_pictures_and_no_other_form_has_them() -> None:
     png = bytes(range(256))
     report = Report([finding()], "ResNet", pictures={"<sooner> & later": png})
     page = report.to_html()
     assert base64.b64decode(page.split("data:image/png;base64,")[1].split('"')[0]) == png
-    assert page.count("&lt;sooner&gt; &amp; later") == 2
     assert "<sooner>" not in page
     assert page.rstrip().endswith("</html>")
     assert merge_reports("all", [report, Report([])]).pictures == report.pictures
