@@ -53,14 +53,17 @@ class Place:
     Attributes:
         module: path as in `model.named_modules()`, or a parameter name; "" is the model itself.
         source: `file.py:line` of the code that runs there, "" where unknown.
+        library: `file.py:line` in a library's code, where `source` names the line of the user's that leads to it.
     """
 
     module: str
     source: str = ""
+    library: str = ""
 
     def __str__(self) -> str:
         name = self.module or "(the model)"
-        return f"{name} ({self.source})" if self.source else name
+        sources = ", ".join(source for source in (self.source, self.library) if source)
+        return f"{name} ({sources})" if sources else name
 
 
 @dataclass(frozen=True)

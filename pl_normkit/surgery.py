@@ -24,6 +24,7 @@ __all__ = [
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
@@ -87,6 +88,12 @@ class Changes:
     def __str__(self) -> str:
         lines = [*map(str, self.made), *(f"{change} (skipped)" for change in self.skipped)]
         return "\n".join(lines) or "nothing to change"
+
+    def _repr_html_(self) -> str:
+        """How a notebook shows what was done."""
+        rows = [(change, "made") for change in self.made] + [(change, "skipped") for change in self.skipped]
+        cells = [f"<tr><td>{how}</td><td><code>{escape(str(change))}</code></td></tr>" for change, how in rows]
+        return f"<table>{''.join(cells)}</table>" if cells else "<p>nothing to change</p>"
 
 
 class Edit(Protocol):

@@ -58,7 +58,7 @@ class Report:
         return [note for note in self.notes if note.kind is NoteKind.FAILED]
 
     def to_json(self) -> str:
-        """A JSON object with the keys version, subject, findings and notes; a finding's keys are its attributes' names."""
+        """A JSON object; its keys are names of attributes, with `version` first."""
         from pl_normkit.report.json_format import to_json
 
         return to_json(self)

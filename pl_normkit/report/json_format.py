@@ -1,34 +1,77 @@
-"""The machine-readable form of a report."""
+"""The machine-readable form of a report, and the way back."""
 
 from __future__ import annotations
 
-__all__ = ["to_json"]
+__all__ = ["from_json", "to_json"]
 
 import json
 import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from pl_normkit.findings import Finding
+from pl_normkit.errors import DataError
+from pl_normkit.findings import Evidence, Finding, FixSafety, Note, NoteKind, Place, Severity
+from pl_normkit.report.landmarks import Landmark
 
 if TYPE_CHECKING:
     from pl_normkit.report import Report
 
+VERSION = 2
+
 
 def to_json(report: Report) -> str:
     document = {
-        "version": 2,
+        "version": VERSION,
         "subject": report.subject,
         "findings": [_finding(finding) for finding in report.findings],
         "notes": [asdict(note) for note in report.notes],
         "fixed": list(report.fixed),
+        "about": dict(report.about),
+        "landmarks": [asdict(landmark) for landmark in report.landmarks],
     }
     return json.dumps(document, indent=2, allow_nan=False)
 
 
+def from_json(text: str) -> Report:
+    """The report that `to_json` wrote; pictures, curves and results of runs are not in it. Raises DataError."""
+    from pl_normkit.report import Report
+
+    try:
+        document = json.loads(text)
+        if document["version"] != VERSION:
+            raise ValueError(f"version {document['version']}, not {VERSION}")
+        return Report(
+            [_read_finding(fields) for fields in document["findings"]],
+            document["subject"],
+            [Note(note["text"], NoteKind(note["kind"])) for note in document["notes"]],
+            document["fixed"],
+            about=document["about"],
+            landmarks=[Landmark(**fields) for fields in document["landmarks"]],
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError("this is no report in JSON", evidence=f"{type(error).__name__}: {error}") from error
+
+
 def _finding(finding: Finding) -> dict[str, Any]:
-    fields = asdict(finding)
+    fields = {name: value for name, value in asdict(finding).items() if name in _FIELDS}
     for evidence in fields["evidence"]:
         if not math.isfinite(evidence["value"]):
             evidence["value"] = str(evidence["value"])
     return {**fields, "fingerprint": finding.fingerprint, "silence": finding.silence}
+
+
+_FIELDS = ("code", "name", "severity", "message", "places", "evidence", "advice", "fix_safety", "cause")
+
+
+def _read_finding(fields: dict[str, Any]) -> Finding:
+    return Finding(
+        code=fields["code"],
+        name=fields["name"],
+        severity=Severity(fields["severity"]),
+        message=fields["message"],
+        places=tuple(Place(**place) for place in fields["places"]),
+        evidence=tuple(Evidence(**{**evidence, "value": float(evidence["value"])}) for evidence in fields["evidence"]),
+        advice=fields["advice"],
+        fix_safety=FixSafety(fields["fix_safety"]),
+        cause=fields["cause"],
+    )

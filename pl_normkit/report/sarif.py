@@ -56,12 +56,14 @@ def _rule(code: str) -> dict[str, Any]:
 
 def _result(finding: Finding, index: int) -> dict[str, Any]:
     evidence = "".join(f" {item}." for item in finding.evidence)
+    libraries = [_physical(place.library) for place in finding.places if _physical(place.library)]
     return {
         "ruleId": finding.code,
         "ruleIndex": index,
         "level": finding.severity.value,
         "message": {"text": f"{finding.message}.{evidence} {finding.advice}"},
         "locations": [_location(place) for place in finding.places],
+        **({"relatedLocations": [{"physicalLocation": location} for location in libraries]} if libraries else {}),
         "partialFingerprints": {"normkit/v1": finding.fingerprint},
         "properties": {"fixSafety": finding.fix_safety.value},
     }
@@ -69,10 +71,15 @@ def _result(finding: Finding, index: int) -> dict[str, Any]:
 
 def _location(place: Place) -> dict[str, Any]:
     location: dict[str, Any] = {"logicalLocations": [{"fullyQualifiedName": place.module or "(the model)", "kind": "module"}]}
-    file, _, line = place.source.rpartition(":")
-    if file and line.isdigit():
-        location["physicalLocation"] = {"artifactLocation": {"uri": _uri(file)}, "region": {"startLine": int(line)}}
-    return location
+    physical = _physical(place.source)
+    return {**location, "physicalLocation": physical} if physical else location
+
+
+def _physical(source: str) -> dict[str, Any]:
+    file, _, line = source.rpartition(":")
+    if not file or not line.isdigit():
+        return {}
+    return {"artifactLocation": {"uri": _uri(file)}, "region": {"startLine": int(line)}}
 
 
 def _uri(file: str) -> str:

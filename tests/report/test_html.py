@@ -177,9 +177,7 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
     """No horizontal scroll on a phone or a desktop, no error, filters and folding work."""
     page = json.dumps(REPORT.to_html()).replace("</", "<\\/")
     (tmp_path / "checks.html").write_text(f"<!doctype html><body><script>const PAGE = {page};{CHECKS}</script>")
-    flags = (
-        "headless no-sandbox disable-gpu no-first-run disable-background-networking disable-sync hide-scrollbars"
-    )
+    flags = "headless no-sandbox disable-gpu no-first-run disable-background-networking disable-sync hide-scrollbars"
     command = [str(CHROMIUM), *(f"--{flag}" for flag in flags.split()), f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,900"]
     command += ["--enable-logging=stderr", "--virtual-time-budget=5000", "--dump-dom", (tmp_path / "checks.html").as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
