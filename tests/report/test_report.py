@@ -106,9 +106,9 @@ def test_json_uses_the_names_of_the_attributes() -> None:
         "severity": "warning",
         "message": "1 dropout stands wrong",
         "places": [
-            {"module": "layer1.drop", "source": "timm/models/resnet.py:213"},
-            {"module": "", "source": ""},
-            {"module": "head", "source": "<string>:1"},
+            {"module": "layer1.drop", "source": "timm/models/resnet.py:213", "library": ""},
+            {"module": "", "source": "", "library": ""},
+            {"module": "head", "source": "<string>:1", "library": ""},
         ],
         "evidence": [
             {"what": "variance ratio", "value": 0.5, "expected": "1", "unit": "", "is_measured": True},
