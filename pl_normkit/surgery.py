@@ -22,17 +22,16 @@ __all__ = [
     "get_module",
 ]
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from html import escape
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
+from pl_normkit.changes import Change, Changes, Undo
 from pl_normkit.errors import EditError, nearest
 from pl_normkit.wrappers import unwrapped
 
-Undo = Callable[[], None]
 PreHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
 """Forward pre-hook: (module, positional, keyword arguments) -> the arguments its forward gets."""
 
@@ -40,60 +39,6 @@ Filter = Callable[[nn.Module, str], bool]
 """Called with (module, path), says whether a fix may act there."""
 
 _ABSENT = object()
-
-
-@dataclass(frozen=True)
-class Change:
-    """One edit that was made: the module path and what happened there."""
-
-    module: str
-    what: str
-
-    def __str__(self) -> str:
-        return f"{self.module or '(the model)'}: {self.what}"
-
-
-@dataclass
-class Changes:
-    """What a fix did.
-
-    Attributes:
-        made: the edits, in the order they were made; empty when the model already was as the fix wants it.
-        skipped: what the fix had to leave alone, and why.
-    """
-
-    made: list[Change] = field(default_factory=list)
-    skipped: list[Change] = field(default_factory=list)
-    _undo: list[Undo] = field(default_factory=list, repr=False)
-
-    def add(self, later: Changes) -> None:
-        """Take in what was done after this; `undo` then takes both back, the later first."""
-        self.made += later.made
-        self.skipped += later.skipped
-        self._undo.append(later.undo)
-
-    def undo(self) -> None:
-        """Give back the original model: the same module objects, hooks and attributes. A second call does nothing.
-
-        Where an edit cannot be taken back, because something was changed over it, the error says which, and a later call goes on there.
-        """
-        while self._undo:
-            self._undo[-1]()
-            self._undo.pop()
-
-    def __bool__(self) -> bool:
-        """Whether anything was changed."""
-        return bool(self.made)
-
-    def __str__(self) -> str:
-        lines = [*map(str, self.made), *(f"{change} (skipped)" for change in self.skipped)]
-        return "\n".join(lines) or "nothing to change"
-
-    def _repr_html_(self) -> str:
-        """How a notebook shows what was done."""
-        rows = [(change, "made") for change in self.made] + [(change, "skipped") for change in self.skipped]
-        cells = [f"<tr><td>{how}</td><td><code>{escape(str(change))}</code></td></tr>" for change, how in rows]
-        return f"<table>{''.join(cells)}</table>" if cells else "<p>nothing to change</p>"
 
 
 class Edit(Protocol):
@@ -148,19 +93,20 @@ def _paths_of(model: nn.Module, module: nn.Module) -> list[str]:
 class Replace:
     """Put `new` where the module at `path` stands, everywhere the model holds that module.
 
-    `new` must have the state_dict keys of the old one. Training mode and, for modules without parameters, nothing else is
-    carried over: `new` arrives complete.
+    `new` must have the state_dict keys of the old one, but for those named in `may_differ`, which a conversion drops or adds. Training
+    mode and, for modules without parameters, nothing else is carried over: `new` arrives complete.
     """
 
     path: str
     new: nn.Module
     what: str
+    may_differ: Collection[str] = ()
 
     def check(self, model: nn.Module) -> None:
         if not self.path:
             raise EditError("the model itself cannot be replaced", mend="wrap it in a module of your own")
         old = get_module(model, self.path)
-        missing = set(old.state_dict()) ^ set(self.new.state_dict())
+        missing = (set(old.state_dict()) ^ set(self.new.state_dict())) - set(self.may_differ)
         if missing and not self.is_done(model):
             raise EditError("a replacement must keep the state_dict keys", where=self.path, evidence=", ".join(sorted(missing)))
 

@@ -88,6 +88,7 @@ def test_methods_never_import_each_other() -> None:
 FORBIDDEN = {
     "pl_normkit.errors": ["pl_normkit"],
     "pl_normkit.wrappers": ["pl_normkit"],
+    "pl_normkit.changes": ["pl_normkit"],
     "pl_normkit.subject": [
         "graph",
         "surgery",
