@@ -18,6 +18,7 @@ __all__ = [
     "Remove",
     "Replace",
     "SetAttributes",
+    "Undo",
     "apply_edits",
     "get_module",
 ]
