@@ -5,7 +5,9 @@ from __future__ import annotations
 __all__ = [
     "BinaryFocalLoss",
     "BinaryLogLoss",
+    "DeformableKernelNetwork",
     "GaussianAttentionBias",
+    "JointFilter",
     "RMSELoss",
     "SILogLoss",
     "ScaleEqualizer",
@@ -22,6 +24,7 @@ __all__ = [
 
 from pl_normkit.methods.fusion_scale import ScaleEqualizer
 from pl_normkit.methods.gaussian_bias import GaussianAttentionBias
+from pl_normkit.methods.guided_upsampling import DeformableKernelNetwork, JointFilter
 from pl_normkit.methods.nan_safety.modules import BinaryFocalLoss, BinaryLogLoss, RMSELoss, SILogLoss
 from pl_normkit.methods.nan_safety.ops import safe_log, safe_sqrt, stable_variance
 from pl_normkit.methods.positional_variance.modules import VarianceSafeErasing, VarianceSafeMixup

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 __all__ = [
     "Attach",
+    "AttachAfter",
     "Change",
     "Changes",
     "Edit",
     "Filter",
     "Insert",
     "MixIn",
+    "PostHook",
     "PreHook",
     "Remove",
     "Replace",
@@ -35,6 +37,9 @@ from pl_normkit.wrappers import unwrapped
 
 PreHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
 """Forward pre-hook: (module, positional, keyword arguments) -> the arguments its forward gets."""
+
+PostHook = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Any], Any]
+"""Forward hook: (module, positional, keyword arguments, output) -> the output its callers get."""
 
 Filter = Callable[[nn.Module, str], bool]
 """Called with (module, path), says whether a fix may act there."""
@@ -172,12 +177,12 @@ class Insert:
         return Change(self.path, self.what), undo
 
 
-def _check_child(model: nn.Module, edit: Insert | Attach) -> None:
+def _check_child(model: nn.Module, edit: Insert | Attach | AttachAfter) -> None:
     """Whether `edit.name` can become a child of the module at `edit.path` that its hook calls."""
     host = get_module(model, edit.path)
     if not edit.name or "." in edit.name:
         raise EditError(f"{edit.name!r} is no name for a child module", where=edit.path, mend="use an identifier")
-    is_called = isinstance(edit, Insert) or edit.hook is not None
+    is_called = not isinstance(edit, Attach) or edit.hook is not None
     if is_called and type(host).forward in (nn.Sequential.forward, nn.Module.forward):
         raise EditError(
             f"{type(host).__name__} runs its own children, or is never called", where=edit.path, mend="insert at a module inside it"
@@ -215,6 +220,38 @@ class Attach:
         def undo() -> None:
             if handle is not None:
                 handle.remove()
+            del host._modules[self.name]
+
+        return Change(self.path, self.what), undo
+
+
+@dataclass(frozen=True)
+class AttachAfter:
+    """Make `new` the child `name` of the module at `path`, and let `hook` make its output from arguments and output of a call.
+
+    As for `Attach`, the hook reads the child from the module it receives.
+    """
+
+    path: str
+    name: str
+    new: nn.Module
+    what: str
+    hook: PostHook
+
+    def check(self, model: nn.Module) -> None:
+        _check_child(model, self)
+
+    def is_done(self, model: nn.Module) -> bool:
+        return get_module(model, self.path)._modules.get(self.name) is self.new
+
+    def apply(self, model: nn.Module) -> tuple[Change, Undo]:
+        host = get_module(model, self.path)
+        self.new.train(host.training)
+        host.add_module(self.name, self.new)
+        handle = host.register_forward_hook(self.hook, with_kwargs=True)
+
+        def undo() -> None:
+            handle.remove()
             del host._modules[self.name]
 
         return Change(self.path, self.what), undo
