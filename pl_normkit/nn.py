@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 __all__ = [
+    "BackgroundAwarePool2d",
     "BinaryFocalLoss",
     "BinaryLogLoss",
+    "CosineClassifier",
     "DeformableKernelNetwork",
     "GaussianAttentionBias",
     "JointFilter",
+    "NoiseAwareLoss",
     "RMSELoss",
     "SILogLoss",
     "ScaleEqualizer",
@@ -22,6 +25,7 @@ __all__ = [
     "stable_variance",
 ]
 
+from pl_normkit.methods.box_supervision import BackgroundAwarePool2d, CosineClassifier, NoiseAwareLoss
 from pl_normkit.methods.fusion_scale import ScaleEqualizer
 from pl_normkit.methods.gaussian_bias import GaussianAttentionBias
 from pl_normkit.methods.guided_upsampling import DeformableKernelNetwork, JointFilter
