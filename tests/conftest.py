@@ -15,10 +15,6 @@ from pl_normkit import rules as rules_module
 from pl_normkit.findings import Place
 from pl_normkit.rules import Mark, Needs, Observation, Subject, load_rules, rule
 
-if not torch.cuda.is_available():
-    # Triton asks once, at its first import, whether kernels run in its interpreter.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import would ask the network for a newer version
 
 REFUSES_STATE = hasattr(_trace, "_detect_attribute_assignment")

@@ -1,8 +1,9 @@
-"""Triton kernels: one launch forward, one backward, the subsets of `subset.py` computed where they are needed and never stored.
+"""Triton kernels: one launch draws the subsets of `subset.py`, a bit for each cell of each window; one more pools, or spreads gradients.
 
-Forward reads only kept cells where a cell is a row of memory (channels-last); in contiguous maps neighbouring cells share a memory
-sector, so it reads in order under a mask. Backward goes over the input's cells and asks each window that holds a cell whether it kept
-it: every gradient is written once, without atomics. Sums run in float32, for float64 in float64.
+Drawing inside the pooling kernels would save a launch, but there every thread repeats what its neighbours draw: see "What bounds the
+kernels" in docs/stochastic_pooling.md. Forward loads kept cells only where a cell is a row of memory (channels-last); in contiguous
+maps neighbouring cells share a memory sector, so it reads in order. Backward goes over the input's cells and asks each window that
+holds a cell whether it kept it: every gradient is written once, without atomics. Sums run in float32, for float64 in float64.
 """
 
 # Triton reads the signatures itself: constants in capitals by its convention, no types on the rest.
@@ -69,20 +70,6 @@ def _rotation(key, number, line, length):
 
 
 @triton.jit
-def _permute_once(key, place, rows, columns):
-    row = place // columns
-    column = place % columns
-    for number in tl.static_range(_ROUNDS):
-        if number % 2 == 0:
-            row += _rotation(key, number, column, rows)
-            row = tl.where(row >= rows, row - rows, row)
-        else:
-            column += _rotation(key, number, row, columns)
-            column = tl.where(column >= columns, column - columns, column)
-    return row * columns + column
-
-
-@triton.jit
 def _unpermute_once(key, cell, rows, columns):
     row = cell // columns
     column = cell % columns
@@ -97,14 +84,6 @@ def _unpermute_once(key, cell, rows, columns):
 
 
 @triton.jit
-def _cell_at(key, place, cells, rows, columns, WASTE: tl.constexpr):
-    cell = _permute_once(key, place, rows, columns)
-    for _ in range(WASTE):
-        cell = tl.where(cell >= cells, _permute_once(key, cell, rows, columns), cell)
-    return cell
-
-
-@triton.jit
 def _place_of(key, cell, cells, rows, columns, WASTE: tl.constexpr):
     place = _unpermute_once(key, cell, rows, columns)
     for _ in range(WASTE):
@@ -113,11 +92,50 @@ def _place_of(key, cell, cells, rows, columns, WASTE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rank"])
+def _draw_small(words_ptr, seed_ptr, table_ptr, rank, windows, MOST: tl.constexpr, BLOCK: tl.constexpr):
+    """One word for each window of a block: bit i says whether cell i is kept."""
+    blocks = tl.cdiv(windows, BLOCK)
+    sample = tl.program_id(0) // blocks
+    window = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    real = window < windows
+    field = table_ptr + window * _FIELDS
+    tall, wide = tl.load(field + 2, mask=real, other=0), tl.load(field + 3, mask=real, other=0)
+    kept = tl.load(field + 4, mask=real, other=0)
+    bits = _kept_bits(_key(seed_ptr, rank, sample, window), tall * wide, kept, MOST)
+    tl.store(words_ptr + sample.to(tl.int64) * windows + window, bits.to(tl.int32), mask=real)
+
+
+@triton.jit(do_not_specialize=["rank"])
+def _draw_large(words_ptr, seed_ptr, table_ptr, rank, windows, words, WASTE: tl.constexpr, BLOCK: tl.constexpr):
+    """A block of words, of which each window has `words`: bit i of word w says whether cell 32 w + i is kept."""
+    count = windows * words
+    blocks = tl.cdiv(count, BLOCK)
+    sample = tl.program_id(0) // blocks
+    number = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    real = number < count
+    window = number // words
+    field = table_ptr + window * _FIELDS
+    tall, wide = tl.load(field + 2, mask=real, other=0), tl.load(field + 3, mask=real, other=0)
+    kept = tl.load(field + 4, mask=real, other=0)[:, None]
+    rows, columns = tl.load(field + 5, mask=real, other=1)[:, None], tl.load(field + 6, mask=real, other=1)[:, None]
+    cells = (tall * wide)[:, None]
+    key = _key(seed_ptr, rank, sample, window)[:, None]
+    bit = tl.arange(0, 32)[None, :]
+    cell = (number % words)[:, None] * 32 + bit
+    inside = cell < cells
+    chosen = inside & (_place_of(key, tl.where(inside, cell, 0), cells, rows, columns, WASTE) < kept)
+    bits = tl.sum(chosen.to(tl.int32) << bit, axis=1)
+    tl.store(words_ptr + sample.to(tl.int64) * count + number, bits, mask=real)
+
+
+@triton.jit
 def _pool_large(
-    x_ptr, out_ptr, seed_ptr, table_ptr, weight_ptr, rank, channels, area, width, windows,
-    CHANNELS_LAST: tl.constexpr, WHOLE: tl.constexpr, WASTE: tl.constexpr, ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    x_ptr, out_ptr, words_ptr, table_ptr, weight_ptr, channels, area, width, windows, words,
+    CHANNELS_LAST: tl.constexpr, WHOLE: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One window and a block of channels: the kept cells in the order of the permutation, or all cells in order under a mask."""
+    """One window and a block of channels, a block of cells at a time."""
+    area = area // ALIGNED * ALIGNED
     blocks = tl.cdiv(channels, BLOCK_C)
     pair = tl.program_id(0) // blocks
     sample = pair // windows
@@ -125,26 +143,20 @@ def _pool_large(
     channel = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     field = table_ptr + window * _FIELDS
     top, left, tall, wide = tl.load(field), tl.load(field + 1), tl.load(field + 2), tl.load(field + 3)
-    kept, rows, columns = tl.load(field + 4), tl.load(field + 5), tl.load(field + 6)
     cells = area if WHOLE else tall * wide
-    key = _key(seed_ptr, rank, sample, window)
+    bits = words_ptr + pair.to(tl.int64) * words
     base = x_ptr + sample.to(tl.int64) * channels * area
     total = tl.zeros([BLOCK_P, BLOCK_C], dtype=ACC)
-    for first in range(0, kept if CHANNELS_LAST else cells, BLOCK_P):
-        place = first + tl.arange(0, BLOCK_P)
-        if CHANNELS_LAST:
-            cell = _cell_at(key, place, cells, rows, columns, WASTE)
-            chosen = place < kept
-        else:
-            cell = place
-            chosen = (place < cells) & (_place_of(key, place, cells, rows, columns, WASTE) < kept)
+    for first in range(0, cells, BLOCK_P):
+        cell = first + tl.arange(0, BLOCK_P)
+        chosen = ((tl.load(bits + cell // 32, mask=cell < cells, other=0) >> (cell % 32)) & 1) == 1
         position = cell if WHOLE else (top + cell // wide) * width + left + cell % wide
         if CHANNELS_LAST:
             spot = position[:, None] * channels + channel[None, :]
             total += tl.load(base + spot, mask=chosen[:, None] & (channel < channels)[None, :], other=0).to(ACC)
         else:
             spot = channel[None, :] * area + position[:, None]
-            value = tl.load(base + spot, mask=(place < cells)[:, None] & (channel < channels)[None, :], other=0)
+            value = tl.load(base + spot, mask=(cell < cells)[:, None] & (channel < channels)[None, :], other=0)
             total += tl.where(chosen[:, None], value, 0).to(ACC)
     mean = tl.sum(total, axis=0) * tl.load(weight_ptr + window)
     out = out_ptr + sample.to(tl.int64) * channels * windows
@@ -152,13 +164,14 @@ def _pool_large(
     tl.store(out + spot, mean.to(out_ptr.dtype.element_ty), mask=channel < channels)
 
 
-@triton.jit(do_not_specialize=["rank"])
+@triton.jit
 def _pool_small(
-    x_ptr, out_ptr, seed_ptr, table_ptr, weight_ptr, rank, channels, area, width, windows,
-    CHANNELS_LAST: tl.constexpr, TALLEST: tl.constexpr, WIDEST: tl.constexpr, MOST: tl.constexpr, ACC: tl.constexpr,
+    x_ptr, out_ptr, words_ptr, table_ptr, weight_ptr, channels, area, width, windows,
+    CHANNELS_LAST: tl.constexpr, TALLEST: tl.constexpr, WIDEST: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A block of small windows and of channels, cell by cell."""
+    windows = windows // ALIGNED * ALIGNED
     c_blocks = tl.cdiv(channels, BLOCK_C)
     w_blocks = tl.cdiv(windows, BLOCK_P)
     pair = tl.program_id(0) // c_blocks
@@ -169,16 +182,15 @@ def _pool_small(
     field = table_ptr + window * _FIELDS
     top, left = tl.load(field, mask=real, other=0), tl.load(field + 1, mask=real, other=0)
     tall, wide = tl.load(field + 2, mask=real, other=0), tl.load(field + 3, mask=real, other=0)
-    kept = tl.load(field + 4, mask=real, other=0)
-    bits = _kept_bits(_key(seed_ptr, rank, sample, window), tall * wide, kept, MOST)
+    bits = tl.load(words_ptr + sample.to(tl.int64) * windows + window, mask=real, other=0)
+    corner = top * width + left
     base = x_ptr + sample.to(tl.int64) * channels * area
     total = tl.zeros([BLOCK_P, BLOCK_C], dtype=ACC)
     for i in tl.static_range(TALLEST):
         for j in tl.static_range(WIDEST):
             inside = (i < tall) & (j < wide)
-            cell = tl.where(inside, i * wide + j, 0).to(tl.uint32)
-            chosen = inside & (((bits >> cell) & 1) == 1)
-            position = (top + i) * width + left + j
+            chosen = inside & (((bits >> tl.where(inside, i * wide + j, 0)) & 1) == 1)
+            position = corner + i * width + j
             if CHANNELS_LAST:
                 spot = position[:, None] * channels + channel[None, :]
             else:
@@ -193,13 +205,14 @@ def _pool_small(
     tl.store(out + spot, mean.to(out_ptr.dtype.element_ty), mask=real[:, None] & (channel < channels)[None, :])
 
 
-@triton.jit(do_not_specialize=["rank"])
+@triton.jit
 def _spread(
-    grad_ptr, out_ptr, seed_ptr, table_ptr, weight_ptr, cover_ptr, rank, channels, area, height, width, out_width, windows,
-    CHANNELS_LAST: tl.constexpr, SINGLE: tl.constexpr, MOST: tl.constexpr, WASTE: tl.constexpr,
-    OVER_V: tl.constexpr, OVER_H: tl.constexpr, ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    grad_ptr, out_ptr, words_ptr, table_ptr, weight_ptr, cover_ptr, channels, area, height, width, out_width, windows, words,
+    CHANNELS_LAST: tl.constexpr, SINGLE: tl.constexpr, ALIGNED: tl.constexpr, OVER_V: tl.constexpr, OVER_H: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Backward: a block of cells and of channels; MOST is 0 where subsets come from the permutation."""
+    """Backward: a block of cells and of channels."""
+    area = area // ALIGNED * ALIGNED
     c_blocks = tl.cdiv(channels, BLOCK_C)
     p_blocks = tl.cdiv(area, BLOCK_P)
     pair = tl.program_id(0) // c_blocks
@@ -207,39 +220,32 @@ def _spread(
     position = (pair % p_blocks) * BLOCK_P + tl.arange(0, BLOCK_P)
     channel = (tl.program_id(0) % c_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     real = position < area
-    row, column = position // width, position % width
+    bits = words_ptr + sample.to(tl.int64) * windows * words
     grad = grad_ptr + sample.to(tl.int64) * channels * windows
-    total = tl.zeros([BLOCK_P, BLOCK_C], dtype=ACC)
-    first_v = tl.load(cover_ptr + 2 * row, mask=real, other=0)
-    count_v = tl.load(cover_ptr + 2 * row + 1, mask=real, other=0)
-    cover_h = cover_ptr + 2 * height
-    first_h = tl.load(cover_h + 2 * column, mask=real, other=0)
-    count_h = tl.load(cover_h + 2 * column + 1, mask=real, other=0)
-    for v in tl.static_range(OVER_V):
-        for h in tl.static_range(OVER_H):
-            holds = (v < count_v) & (h < count_h)
-            if SINGLE:
-                window = sample * 0
-                field = table_ptr
-                top, left = tl.load(field), tl.load(field + 1)
-                tall, wide, kept = tl.load(field + 2), tl.load(field + 3), tl.load(field + 4)
-                rows, columns = tl.load(field + 5), tl.load(field + 6)
-            else:
+    if SINGLE:
+        top, left, tall, wide = tl.load(table_ptr), tl.load(table_ptr + 1), tl.load(table_ptr + 2), tl.load(table_ptr + 3)
+        row, column = position // width - top, position % width - left
+        holds = (row >= 0) & (row < tall) & (column >= 0) & (column < wide)
+        cell = tl.where(holds, row * wide + column, 0)
+        chosen = holds & (((tl.load(bits + cell // 32) >> (cell % 32)) & 1) == 1)
+        value = tl.load(grad + channel, mask=channel < channels, other=0).to(ACC) * tl.load(weight_ptr)
+        total = tl.where(chosen[:, None], value[None, :], 0)
+    else:
+        row, column = position // width, position % width
+        total = tl.zeros([BLOCK_P, BLOCK_C], dtype=ACC)
+        first_v = tl.load(cover_ptr + 2 * row, mask=real, other=0)
+        count_v = tl.load(cover_ptr + 2 * row + 1, mask=real, other=0)
+        cover_h = cover_ptr + 2 * height
+        first_h = tl.load(cover_h + 2 * column, mask=real, other=0)
+        count_h = tl.load(cover_h + 2 * column + 1, mask=real, other=0)
+        for v in tl.static_range(OVER_V):
+            for h in tl.static_range(OVER_H):
+                holds = (v < count_v) & (h < count_h)
                 window = tl.where(holds, (first_v + v) * out_width + first_h + h, 0)
                 field = table_ptr + window * _FIELDS
-                top, left = tl.load(field), tl.load(field + 1)
-                tall, wide, kept = tl.load(field + 2), tl.load(field + 3), tl.load(field + 4)
-                rows, columns = tl.load(field + 5), tl.load(field + 6)
-            key = _key(seed_ptr, rank, sample, window)
-            cell = tl.where(holds, (row - top) * wide + column - left, 0)
-            if MOST > 0:
-                chosen = holds & (((_kept_bits(key, tall * wide, kept, MOST) >> cell.to(tl.uint32)) & 1) == 1)
-            else:
-                chosen = holds & (_place_of(key, cell, tall * wide, rows, columns, WASTE) < kept)
-            if SINGLE:
-                value = tl.load(grad + channel, mask=channel < channels, other=0).to(ACC) * tl.load(weight_ptr)
-                total += tl.where(chosen[:, None], value[None, :], 0)
-            else:
+                top, left, wide = tl.load(field), tl.load(field + 1), tl.load(field + 3)
+                cell = tl.where(holds, (row - top) * wide + column - left, 0)
+                chosen = holds & (((tl.load(bits + window * words + cell // 32) >> (cell % 32)) & 1) == 1)
                 if CHANNELS_LAST:
                     spot = window[:, None] * channels + channel[None, :]
                 else:

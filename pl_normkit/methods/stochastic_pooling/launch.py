@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["block_sizes", "pool", "pool_backward"]
+__all__ = ["Launch", "block_sizes", "drawing", "pool", "pool_backward", "pooling", "spreading"]
 
+import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,6 +21,7 @@ from pl_normkit.methods.stochastic_pooling.geometry import Windows, covering
 TILE = 4096
 PROGRAMS_WANTED = 512
 SECTOR_BYTES = 64
+DRAWN_WORDS = 8
 
 
 @lru_cache(maxsize=256)
@@ -56,16 +59,30 @@ def block_sizes(places: int, channels: int, repeats: int, itemsize: int, channel
     return found
 
 
-def _launch(
-    kernel: Any, programs: Any, arguments: tuple[Any, ...], constants: dict[str, Any], candidates: list[tuple[int, int, int]]
-) -> None:
-    """Run `kernel` with the fastest candidate; the interpreter takes the first."""
-    if not isinstance(kernel, triton.runtime.JITFunction) or len(candidates) == 1:
-        p, c, warps = candidates[0]
-        kernel[(programs(p, c),)](*arguments, **constants, BLOCK_P=p, BLOCK_C=c, num_warps=warps)
-        return
-    tuned = _tuned(kernel, tuple(candidates))
-    tuned[lambda meta: (programs(meta["BLOCK_P"], meta["BLOCK_C"]),)](*arguments, **constants)
+class Launch(NamedTuple):
+    """A kernel with all it is called with; nothing in it needs a GPU.
+
+    Attributes:
+        kernel: of `kernels`.
+        arguments: in the order of its signature.
+        constants: by name, without those of a candidate.
+        candidates: constants of a program's block and `num_warps`, the likeliest first.
+        programs: how many a candidate needs.
+    """
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    candidates: list[dict[str, int]]
+    programs: Callable[[dict[str, int]], int]
+
+    def run(self) -> None:
+        """Run with the fastest candidate; the interpreter takes the first."""
+        if not isinstance(self.kernel, triton.runtime.JITFunction) or len(self.candidates) == 1:
+            self.kernel[(self.programs(self.candidates[0]),)](*self.arguments, **self.constants, **self.candidates[0])
+            return
+        tuned = _tuned(self.kernel, tuple((one["BLOCK_P"], one["BLOCK_C"], one["num_warps"]) for one in self.candidates))
+        tuned[lambda meta: (self.programs(meta),)](*self.arguments, **self.constants)
 
 
 @lru_cache(maxsize=512)
@@ -75,12 +92,106 @@ def _tuned(kernel: Any, candidates: tuple[tuple[int, int, int], ...]) -> Any:
     return triton.autotune(configs=configs, key=keys, cache_results=True)(kernel)
 
 
+def _candidates(places: int, channels: int, repeats: int, itemsize: int, channels_last: bool) -> list[dict[str, int]]:
+    sizes = block_sizes(places, channels, repeats, itemsize, channels_last)
+    return [{"BLOCK_P": p, "BLOCK_C": c, "num_warps": warps} for p, c, warps in sizes]
+
+
 def _accumulator(dtype: torch.dtype) -> tuple[torch.dtype, Any]:
     return (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)
 
 
-def _waste(windows: Windows) -> int:
-    return max(window.waste for window in windows.all)
+def _aligned(length: int) -> int:
+    """The largest power of two, up to a 16-byte vector of bytes, that divides `length`: what makes wide loads of contiguous maps legal."""
+    return math.gcd(length, 16)
+
+
+def drawing(windows: Windows, batch: int, seed: Tensor, rank: int, table: Tensor) -> tuple[Tensor, Launch]:
+    """The subsets as bits, (batch, windows, words) int32, once the launch has run."""
+    count = len(windows.all)
+    words = triton.cdiv(windows.largest, 32)
+    bits = torch.empty((batch, count, words), dtype=torch.int32, device=seed.device)
+    if windows.is_small:
+        block = {"BLOCK": 128, "num_warps": 4}
+        arguments = (bits, seed, table, rank, count)
+        return bits, Launch(
+            kernels._draw_small, arguments, {"MOST": windows.largest}, [block], lambda meta: batch * triton.cdiv(count, meta["BLOCK"])
+        )
+    block = {"BLOCK": DRAWN_WORDS, "num_warps": 4}
+    constants = {"WASTE": max(window.waste for window in windows.all)}
+    return bits, Launch(
+        kernels._draw_large,
+        (bits, seed, table, rank, count, words),
+        constants,
+        [block],
+        lambda meta: batch * triton.cdiv(count * words, meta["BLOCK"]),
+    )
+
+
+def pooling(x: Tensor, windows: Windows, seed: Tensor, rank: int) -> tuple[Tensor, list[Launch]]:
+    """The output of `pool` and the launches that fill it."""
+    batch, channels, height, width = x.shape
+    channels_last = not x.is_contiguous()
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    out = torch.empty((batch, channels, *windows.out_size), dtype=x.dtype, device=x.device, memory_format=memory_format)
+    if out.numel() == 0:
+        return out, []
+    weight_dtype, accumulator = _accumulator(x.dtype)
+    table, weights, _ = _tables(windows, x.device, weight_dtype)
+    bits, draw = drawing(windows, batch, seed, rank, table)
+    count, area = len(windows.all), height * width
+    constants = {"CHANNELS_LAST": channels_last, "ACC": accumulator}
+    if windows.is_small:
+        constants |= {"TALLEST": max(windows.vertical.length), "WIDEST": max(windows.horizontal.length), "ALIGNED": _aligned(count)}
+        arguments = (x, out, bits, table, weights, channels, area, width, count)
+        candidates = _candidates(count, channels, batch, x.element_size(), channels_last)
+
+        def programs(meta: dict[str, int]) -> int:
+            return batch * triton.cdiv(count, meta["BLOCK_P"]) * triton.cdiv(channels, meta["BLOCK_C"])
+
+        return out, [draw, Launch(kernels._pool_small, arguments, constants, candidates, programs)]
+    constants |= {"WHOLE": count == 1 and windows.largest == area, "ALIGNED": _aligned(area)}
+    words = bits.shape[2]
+    candidates = _candidates(windows.largest, channels, batch * count, x.element_size(), channels_last)
+    launch = Launch(
+        kernels._pool_large,
+        (x, out, bits, table, weights, channels, area, width, count, words),
+        constants,
+        candidates,
+        lambda meta: batch * count * triton.cdiv(channels, meta["BLOCK_C"]),
+    )
+    return out, [draw, launch]
+
+
+def spreading(grad: Tensor, windows: Windows, seed: Tensor, rank: int, channels_last: bool) -> tuple[Tensor, list[Launch]]:
+    """The output of `pool_backward` and the launches that fill it."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    grad = grad.contiguous(memory_format=memory_format)
+    batch, channels = grad.shape[:2]
+    height, width = windows.map_size
+    out = torch.empty((batch, channels, height, width), dtype=grad.dtype, device=grad.device, memory_format=memory_format)
+    if out.numel() == 0:
+        return out, []
+    weight_dtype, accumulator = _accumulator(grad.dtype)
+    table, weights, cover = _tables(windows, grad.device, weight_dtype)
+    bits, draw = drawing(windows, batch, seed, rank, table)
+    count, cells = len(windows.all), height * width
+    constants = {
+        "CHANNELS_LAST": channels_last,
+        "SINGLE": count == 1,
+        "ALIGNED": _aligned(cells),
+        "OVER_V": windows.overlap[0],
+        "OVER_H": windows.overlap[1],
+        "ACC": accumulator,
+    }
+    launch = Launch(
+        kernels._spread,
+        (grad, out, bits, table, weights, cover, channels, cells, height, width, windows.out_size[1], count, bits.shape[2]),
+        constants,
+        _candidates(cells, channels, batch * triton.cdiv(cells, 64), grad.element_size(), channels_last),
+        lambda meta: batch * triton.cdiv(cells, meta["BLOCK_P"]) * triton.cdiv(channels, meta["BLOCK_C"]),
+    )
+    return out, [draw, launch]
 
 
 def pool(x: Tensor, windows: Windows, seed: Tensor, rank: int) -> Tensor:
@@ -89,41 +200,10 @@ def pool(x: Tensor, windows: Windows, seed: Tensor, rank: int) -> Tensor:
     Args:
         x: (N, C, H, W), contiguous or channels-last.
         windows: the pooling call.
-        seed: int64 scalar on the same device; the kernel reads it, so a replayed CUDA graph draws anew.
+        seed: int64 scalar on the same device; a kernel reads it, so a replayed CUDA graph draws anew.
         rank: rank of this process.
     """
-    batch, channels, height, width = x.shape
-    channels_last = not x.is_contiguous()
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    out = torch.empty((batch, channels, *windows.out_size), dtype=x.dtype, device=x.device, memory_format=memory_format)
-    if out.numel() == 0:
-        return out
-    weight_dtype, accumulator = _accumulator(x.dtype)
-    table, weights, _ = _tables(windows, x.device, weight_dtype)
-    count = len(windows.all)
-    arguments = (x, out, seed, table, weights, rank, channels, height * width, width, count)
-    constants = {"CHANNELS_LAST": channels_last, "ACC": accumulator}
-    if windows.is_small:
-        constants |= {
-            "TALLEST": max(windows.vertical.length),
-            "WIDEST": max(windows.horizontal.length),
-            "MOST": windows.largest,
-        }
-        candidates = block_sizes(count, channels, batch, x.element_size(), channels_last)
-        with _on(x.device):
-            _launch(
-                kernels._pool_small,
-                lambda p, c: batch * triton.cdiv(count, p) * triton.cdiv(channels, c),
-                arguments,
-                constants,
-                candidates,
-            )
-        return out
-    constants |= {"WASTE": _waste(windows), "WHOLE": count == 1 and windows.largest == height * width}
-    candidates = block_sizes(windows.largest, channels, batch * count, x.element_size(), channels_last)
-    with _on(x.device):
-        _launch(kernels._pool_large, lambda p, c: batch * count * triton.cdiv(channels, c), arguments, constants, candidates)
-    return out
+    return _run(*pooling(x, windows, seed, rank))
 
 
 def pool_backward(grad: Tensor, windows: Windows, seed: Tensor, rank: int, channels_last: bool) -> Tensor:
@@ -136,29 +216,13 @@ def pool_backward(grad: Tensor, windows: Windows, seed: Tensor, rank: int, chann
         rank: the rank of the forward pass.
         channels_last: memory format of the result.
     """
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    grad = grad.contiguous(memory_format=memory_format)
-    batch, channels = grad.shape[:2]
-    height, width = windows.map_size
-    out = torch.empty((batch, channels, height, width), dtype=grad.dtype, device=grad.device, memory_format=memory_format)
-    if out.numel() == 0:
-        return out
-    weight_dtype, accumulator = _accumulator(grad.dtype)
-    table, weights, cover = _tables(windows, grad.device, weight_dtype)
-    count, cells = len(windows.all), height * width
-    arguments = (grad, out, seed, table, weights, cover, rank, channels, cells, height, width, windows.out_size[1], count)
-    constants = {
-        "CHANNELS_LAST": channels_last,
-        "SINGLE": count == 1,
-        "MOST": windows.largest if windows.is_small else 0,
-        "WASTE": _waste(windows),
-        "OVER_V": windows.overlap[0],
-        "OVER_H": windows.overlap[1],
-        "ACC": accumulator,
-    }
-    candidates = block_sizes(cells, channels, batch * triton.cdiv(cells, 64), grad.element_size(), channels_last)
-    with _on(grad.device):
-        _launch(kernels._spread, lambda p, c: batch * triton.cdiv(cells, p) * triton.cdiv(channels, c), arguments, constants, candidates)
+    return _run(*spreading(grad, windows, seed, rank, channels_last))
+
+
+def _run(out: Tensor, launches: list[Launch]) -> Tensor:
+    with _on(out.device):
+        for launch in launches:
+            launch.run()
     return out
 
 
