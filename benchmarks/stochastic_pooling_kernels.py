@@ -39,6 +39,11 @@ BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MOST_REGISTERS = 128
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64", torch.int32: "i32", torch.int64: "i64"}
 Row = dict[str, object]
+COLUMNS = (
+    *("target", "kernel", "way", "pool", "shape", "format", "dtype", "block", "warps", "registers", "spilled bytes", "shared bytes"),
+    *("load bits", "store bits", "bytes per element", "least bytes per element", "occupancy", "instructions", "in loops"),
+    *("issue us", "memory us"),
+)
 
 
 class Card(NamedTuple):
@@ -106,7 +111,7 @@ CALLS = [
     ("2x2", BY_2, (1, 3, 5, 6)),
 ]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-SAMPLE = {("global", 7), ("2x2", 28), ("3x3 stride 2", 28), ("3x3 stride 1", 35), ("bins 6", 28)}
+SAMPLE = {("7x7 stride 2", 56), ("global", 7), ("2x2", 28), ("3x3 stride 2", 28), ("3x3 stride 1", 35), ("bins 6", 28)}
 
 
 def cases(sample: bool) -> Iterator[Case]:
@@ -145,8 +150,20 @@ class Code(NamedTuple):
     stores: Counter[int]
 
 
+_known: dict[tuple[str, int, GPUTarget], Code] = {}
+"""What was compiled already: many cases share a kernel and what it is specialized for."""
+
+
 def compiled(launch: Launch, candidate: dict[str, int], target: GPUTarget) -> Code:
-    built = triton.compile(source_of(launch, candidate), target=target, options={"num_warps": candidate["num_warps"]})
+    source = source_of(launch, candidate)
+    key = (source.hash(), candidate["num_warps"], target)
+    if key not in _known:
+        _known[key] = _compiled(source, candidate["num_warps"], target)
+    return _known[key]
+
+
+def _compiled(source: ASTSource, warps: int, target: GPUTarget) -> Code:
+    built = triton.compile(source, target=target, options={"num_warps": warps})
     if target.backend == "hip":
         return _amd(built.asm["amdgcn"])
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -226,9 +243,12 @@ def traffic(case: Case, way: str, kernel: str) -> tuple[float, float]:
 def issue_over_memory(case: Case, way: str, launch: Launch, candidate: dict[str, int], code: Code, card: Card) -> tuple[float, float]:
     """Microseconds to issue the launch's instructions on all schedulers, and to move its bytes."""
     name = launch.kernel.fn.__name__
-    rounds = -(-case.windows.largest // candidate["BLOCK_P"]) if name == "_pool_large" else 1
-    if name == "_draw_large":
-        rounds = launch.constants["WASTE"]
+    rounds = {
+        "_pool_large": -(-case.windows.largest // candidate.get("BLOCK_P", 1)),
+        "_pool_small": case.windows.largest,
+        "_draw_large": launch.constants.get("WASTE", 1),
+        "_spread": case.windows.overlap[0] * case.windows.overlap[1],
+    }.get(name, 1)
     issued = (code.straight + code.looped * rounds) * candidate["num_warps"] * launch.programs(candidate)
     elements = case.shape[0] * case.shape[1] * case.shape[2] * case.shape[3]
     moved = traffic(case, way, name)[0] * elements
@@ -264,12 +284,12 @@ def row_of(case: Case, way: str, launch: Launch, candidate: dict[str, int], name
     return row
 
 
-def table(sample: bool, targets: list[str], only: str) -> Iterator[Row]:
-    for case in cases(sample):
-        for way, launch in case.launches():
-            if only in launch.kernel.fn.__name__:
-                for candidate in launch.candidates[:1] if sample else launch.candidates:
-                    for name in targets:
+def table(sample: bool, targets: list[str], dtypes: list[str]) -> Iterator[Row]:
+    for name in targets:
+        for case in cases(sample):
+            if TYPES[case.dtype] in dtypes:
+                for way, launch in case.launches():
+                    for candidate in launch.candidates[:1] if sample else launch.candidates:
                         yield row_of(case, way, launch, candidate, name)
 
 
@@ -281,21 +301,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sample", action="store_true", help="a few cases for one target, no file")
     parser.add_argument("--targets", nargs="+", help=f"of {', '.join(CARDS)}, gfx942")
-    parser.add_argument("--kernel", default="", help="only kernels with this in their name, no file")
+    parser.add_argument("--dtypes", nargs="+", default=[TYPES[dtype] for dtype in DTYPES], help="of bf16, fp16, fp32, fp64")
     options = parser.parse_args()
     targets = options.targets or (["sm_90"] if options.sample else [*CARDS, "gfx942"])
-    rows = []
-    for row in table(options.sample, targets, options.kernel):
-        rows.append(row)
-        print(" | ".join(str(value) for value in row.values()), flush=True)
-    if not options.sample and not options.kernel:
-        with RESULTS.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
-            writer.writeheader()
-            writer.writerows(rows)
-    for row in faults(rows):
+    found = []
+    with open(os.devnull if options.sample else RESULTS, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        for row in table(options.sample, targets, options.dtypes):
+            writer.writerow(row)
+            file.flush()
+            print(" | ".join(str(value) for value in row.values()), flush=True)
+            found += faults([row])
+    for row in found:
         print("FAULT", row)
-    sys.exit(1 if faults(rows) else 0)
+    sys.exit(1 if found else 0)
 
 
 if __name__ == "__main__":

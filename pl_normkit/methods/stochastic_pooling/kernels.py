@@ -129,6 +129,39 @@ def _draw_large(words_ptr, seed_ptr, table_ptr, rank, windows, words, WASTE: tl.
 
 
 @triton.jit
+def _of_places(values, CHANNELS_LAST: tl.constexpr):
+    """Cells or windows along their axis of a tile. What lies next to each other in memory is a tile's last axis: Triton gives
+    neighbouring threads of equal rights to that one.
+    """
+    if CHANNELS_LAST:
+        return values[:, None]
+    else:
+        return values[None, :]
+
+
+@triton.jit
+def _of_channels(values, CHANNELS_LAST: tl.constexpr):
+    if CHANNELS_LAST:
+        return values[None, :]
+    else:
+        return values[:, None]
+
+
+@triton.jit
+def _spots(place, channel, places, channels, CHANNELS_LAST: tl.constexpr):
+    """Offsets in one sample of a map of `places` cells."""
+    if CHANNELS_LAST:
+        return place[:, None] * channels + channel[None, :]
+    else:
+        return channel[:, None] * places + place[None, :]
+
+
+@triton.jit
+def _is_kept(words_ptr, cell, mask):
+    return ((tl.load(words_ptr + cell // 32, mask=mask, other=0) >> (cell % 32)) & 1) == 1
+
+
+@triton.jit
 def _pool_large(
     x_ptr, out_ptr, words_ptr, table_ptr, weight_ptr, channels, area, width, windows, words,
     CHANNELS_LAST: tl.constexpr, WHOLE: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr,
@@ -141,27 +174,36 @@ def _pool_large(
     sample = pair // windows
     window = pair % windows
     channel = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    real = _of_channels(channel < channels, CHANNELS_LAST)
     field = table_ptr + window * _FIELDS
     top, left, tall, wide = tl.load(field), tl.load(field + 1), tl.load(field + 2), tl.load(field + 3)
     cells = area if WHOLE else tall * wide
     bits = words_ptr + pair.to(tl.int64) * words
     base = x_ptr + sample.to(tl.int64) * channels * area
-    total = tl.zeros([BLOCK_P, BLOCK_C], dtype=ACC)
+    total = _of_places(tl.zeros([BLOCK_P], ACC), CHANNELS_LAST) + _of_channels(tl.zeros([BLOCK_C], ACC), CHANNELS_LAST)
     for first in range(0, cells, BLOCK_P):
         cell = first + tl.arange(0, BLOCK_P)
-        chosen = ((tl.load(bits + cell // 32, mask=cell < cells, other=0) >> (cell % 32)) & 1) == 1
+        inside = cell < cells
+        chosen = _of_places(_is_kept(bits, cell, inside), CHANNELS_LAST)
         position = cell if WHOLE else (top + cell // wide) * width + left + cell % wide
-        if CHANNELS_LAST:
-            spot = position[:, None] * channels + channel[None, :]
-            total += tl.load(base + spot, mask=chosen[:, None] & (channel < channels)[None, :], other=0).to(ACC)
+        spot = _spots(position, channel, area, channels, CHANNELS_LAST)
+        if WHOLE and not CHANNELS_LAST and ALIGNED > 1:  # several cells a load, kept or not
+            value = tl.load(base + spot, mask=_of_places(inside, CHANNELS_LAST) & real, other=0)
+            total += tl.where(chosen, value, 0).to(ACC)
         else:
-            spot = channel[None, :] * area + position[:, None]
-            value = tl.load(base + spot, mask=(cell < cells)[:, None] & (channel < channels)[None, :], other=0)
-            total += tl.where(chosen[:, None], value, 0).to(ACC)
-    mean = tl.sum(total, axis=0) * tl.load(weight_ptr + window)
+            total += tl.load(base + spot, mask=chosen & real, other=0).to(ACC)
+    mean = tl.sum(total, axis=0 if CHANNELS_LAST else 1) * tl.load(weight_ptr + window)
     out = out_ptr + sample.to(tl.int64) * channels * windows
     spot = window * channels + channel if CHANNELS_LAST else channel * windows + window
     tl.store(out + spot, mean.to(out_ptr.dtype.element_ty), mask=channel < channels)
+
+
+@triton.jit
+def _tap(base, i, j, bits, tall, wide, real, width, step, CHANNELS_LAST: tl.constexpr):
+    """Cell (i, j) of each window, zero where it has none or did not keep it."""
+    inside = (i < tall) & (j < wide)
+    chosen = inside & (((bits >> tl.where(inside, i * wide + j, 0)) & 1) == 1)
+    return tl.load(base + (i * width + j) * step, mask=_of_places(chosen, CHANNELS_LAST) & real, other=0)
 
 
 @triton.jit
@@ -178,31 +220,25 @@ def _pool_small(
     sample = pair // w_blocks
     window = (pair % w_blocks) * BLOCK_P + tl.arange(0, BLOCK_P)
     channel = (tl.program_id(0) % c_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    real = window < windows
+    within = window < windows
+    real = _of_channels(channel < channels, CHANNELS_LAST)
     field = table_ptr + window * _FIELDS
-    top, left = tl.load(field, mask=real, other=0), tl.load(field + 1, mask=real, other=0)
-    tall, wide = tl.load(field + 2, mask=real, other=0), tl.load(field + 3, mask=real, other=0)
-    bits = tl.load(words_ptr + sample.to(tl.int64) * windows + window, mask=real, other=0)
-    corner = top * width + left
-    base = x_ptr + sample.to(tl.int64) * channels * area
-    total = tl.zeros([BLOCK_P, BLOCK_C], dtype=ACC)
-    for i in tl.static_range(TALLEST):
-        for j in tl.static_range(WIDEST):
-            inside = (i < tall) & (j < wide)
-            chosen = inside & (((bits >> tl.where(inside, i * wide + j, 0)) & 1) == 1)
-            position = corner + i * width + j
-            if CHANNELS_LAST:
-                spot = position[:, None] * channels + channel[None, :]
-            else:
-                spot = channel[None, :] * area + position[:, None]
-            total += tl.load(base + spot, mask=chosen[:, None] & (channel < channels)[None, :], other=0).to(ACC)
-    mean = total * tl.load(weight_ptr + window, mask=real, other=0)[:, None]
-    out = out_ptr + sample.to(tl.int64) * channels * windows
+    top, left = tl.load(field, mask=within, other=0), tl.load(field + 1, mask=within, other=0)
+    tall, wide = tl.load(field + 2, mask=within, other=0), tl.load(field + 3, mask=within, other=0)
+    bits = tl.load(words_ptr + sample.to(tl.int64) * windows + window, mask=within, other=0)
+    weight = tl.load(weight_ptr + window, mask=within, other=0)
+    base = x_ptr + sample.to(tl.int64) * channels * area + _spots(top * width + left, channel, area, channels, CHANNELS_LAST)
+    total = _of_places(tl.zeros([BLOCK_P], ACC), CHANNELS_LAST) + _of_channels(tl.zeros([BLOCK_C], ACC), CHANNELS_LAST)
     if CHANNELS_LAST:
-        spot = window[:, None] * channels + channel[None, :]
-    else:
-        spot = channel[None, :] * windows + window[:, None]
-    tl.store(out + spot, mean.to(out_ptr.dtype.element_ty), mask=real[:, None] & (channel < channels)[None, :])
+        for tap in tl.static_range(TALLEST * WIDEST):
+            total += _tap(base, tap // WIDEST, tap % WIDEST, bits, tall, wide, real, width, channels, CHANNELS_LAST).to(ACC)
+    else:  # a load for each element: unrolled, their addresses would take more than 200 registers
+        for tap in range(TALLEST * WIDEST):
+            total += _tap(base, tap // WIDEST, tap % WIDEST, bits, tall, wide, real, width, 1, CHANNELS_LAST).to(ACC)
+    mean = total * _of_places(weight, CHANNELS_LAST)
+    spot = _spots(window, channel, windows, channels, CHANNELS_LAST)
+    out = out_ptr + sample.to(tl.int64) * channels * windows
+    tl.store(out + spot, mean.to(out_ptr.dtype.element_ty), mask=_of_places(within, CHANNELS_LAST) & real)
 
 
 @triton.jit
@@ -211,7 +247,7 @@ def _spread(
     CHANNELS_LAST: tl.constexpr, SINGLE: tl.constexpr, ALIGNED: tl.constexpr, OVER_V: tl.constexpr, OVER_H: tl.constexpr,
     ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Backward: a block of cells and of channels."""
+    """Backward: a block of cells and of channels, one after the other of the windows that hold a cell."""
     area = area // ALIGNED * ALIGNED
     c_blocks = tl.cdiv(channels, BLOCK_C)
     p_blocks = tl.cdiv(area, BLOCK_P)
@@ -219,42 +255,35 @@ def _spread(
     sample = pair // p_blocks
     position = (pair % p_blocks) * BLOCK_P + tl.arange(0, BLOCK_P)
     channel = (tl.program_id(0) % c_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    real = position < area
+    within = position < area
+    real = _of_channels(channel < channels, CHANNELS_LAST)
     bits = words_ptr + sample.to(tl.int64) * windows * words
     grad = grad_ptr + sample.to(tl.int64) * channels * windows
+    row, column = position // width, position % width
     if SINGLE:
         top, left, tall, wide = tl.load(table_ptr), tl.load(table_ptr + 1), tl.load(table_ptr + 2), tl.load(table_ptr + 3)
-        row, column = position // width - top, position % width - left
-        holds = (row >= 0) & (row < tall) & (column >= 0) & (column < wide)
-        cell = tl.where(holds, row * wide + column, 0)
-        chosen = holds & (((tl.load(bits + cell // 32) >> (cell % 32)) & 1) == 1)
+        holds = within & (row >= top) & (row < top + tall) & (column >= left) & (column < left + wide)
+        chosen = _is_kept(bits, tl.where(holds, (row - top) * wide + column - left, 0), holds)
         value = tl.load(grad + channel, mask=channel < channels, other=0).to(ACC) * tl.load(weight_ptr)
-        total = tl.where(chosen[:, None], value[None, :], 0)
+        total = tl.where(_of_places(chosen, CHANNELS_LAST), _of_channels(value, CHANNELS_LAST), 0)
     else:
-        row, column = position // width, position % width
-        total = tl.zeros([BLOCK_P, BLOCK_C], dtype=ACC)
-        first_v = tl.load(cover_ptr + 2 * row, mask=real, other=0)
-        count_v = tl.load(cover_ptr + 2 * row + 1, mask=real, other=0)
+        total = _of_places(tl.zeros([BLOCK_P], ACC), CHANNELS_LAST) + _of_channels(tl.zeros([BLOCK_C], ACC), CHANNELS_LAST)
+        first_v = tl.load(cover_ptr + 2 * row, mask=within, other=0)
+        count_v = tl.load(cover_ptr + 2 * row + 1, mask=within, other=0)
         cover_h = cover_ptr + 2 * height
-        first_h = tl.load(cover_h + 2 * column, mask=real, other=0)
-        count_h = tl.load(cover_h + 2 * column + 1, mask=real, other=0)
-        for v in tl.static_range(OVER_V):
-            for h in tl.static_range(OVER_H):
-                holds = (v < count_v) & (h < count_h)
-                window = tl.where(holds, (first_v + v) * out_width + first_h + h, 0)
-                field = table_ptr + window * _FIELDS
-                top, left, wide = tl.load(field), tl.load(field + 1), tl.load(field + 3)
-                cell = tl.where(holds, (row - top) * wide + column - left, 0)
-                chosen = holds & (((tl.load(bits + window * words + cell // 32) >> (cell % 32)) & 1) == 1)
-                if CHANNELS_LAST:
-                    spot = window[:, None] * channels + channel[None, :]
-                else:
-                    spot = channel[None, :] * windows + window[:, None]
-                value = tl.load(grad + spot, mask=chosen[:, None] & (channel < channels)[None, :], other=0).to(ACC)
-                total += value * tl.load(weight_ptr + window)[:, None]
+        first_h = tl.load(cover_h + 2 * column, mask=within, other=0)
+        count_h = tl.load(cover_h + 2 * column + 1, mask=within, other=0)
+        for over in range(OVER_V * OVER_H):
+            v, h = over // OVER_H, over % OVER_H
+            holds = (v < count_v) & (h < count_h)
+            window = tl.where(holds, (first_v + v) * out_width + first_h + h, 0)
+            field = table_ptr + window * _FIELDS
+            top, left, wide = tl.load(field, mask=holds), tl.load(field + 1, mask=holds), tl.load(field + 3, mask=holds)
+            cell = tl.where(holds, (row - top) * wide + column - left, 0)
+            chosen = _of_places(_is_kept(bits + window * words, cell, holds), CHANNELS_LAST)
+            spot = _spots(window, channel, windows, channels, CHANNELS_LAST)
+            value = tl.load(grad + spot, mask=chosen & real, other=0).to(ACC)
+            total += value * _of_places(tl.load(weight_ptr + window), CHANNELS_LAST)
     out = out_ptr + sample.to(tl.int64) * channels * area
-    if CHANNELS_LAST:
-        spot = position[:, None] * channels + channel[None, :]
-    else:
-        spot = channel[None, :] * area + position[:, None]
-    tl.store(out + spot, total.to(out_ptr.dtype.element_ty), mask=real[:, None] & (channel < channels)[None, :])
+    spot = _spots(position, channel, area, channels, CHANNELS_LAST)
+    tl.store(out + spot, total.to(out_ptr.dtype.element_ty), mask=_of_places(within, CHANNELS_LAST) & real)

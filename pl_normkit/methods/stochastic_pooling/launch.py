@@ -34,7 +34,9 @@ def _tables(windows: Windows, device: torch.device, dtype: torch.dtype) -> tuple
     return fields.to(device), weights.to(device), cover.to(device)
 
 
-def block_sizes(places: int, channels: int, repeats: int, itemsize: int, channels_last: bool) -> list[tuple[int, int, int]]:
+def block_sizes(
+    places: int, channels: int, repeats: int, itemsize: int, channels_last: bool, elements: int = 32
+) -> list[tuple[int, int, int]]:
     """Candidate (places, channels, warps) of a program, the likeliest first.
 
     Args:
@@ -43,19 +45,39 @@ def block_sizes(places: int, channels: int, repeats: int, itemsize: int, channel
         repeats: samples (times windows) that get programs of their own.
         itemsize: bytes of an element.
         channels_last: whether channels lie next to each other; their block then spans at least two memory sectors.
+        elements: of a contiguous map, what each thread holds at most.
     """
-    least = SECTOR_BYTES // itemsize if channels_last else 4
-    widest = 256 if channels_last else 64
-    block_c = min(widest, triton.next_power_of_2(channels))
+    if not channels_last:
+        return _plane_sizes(places, channels, repeats, elements if itemsize <= 4 else elements // 2)
+    tile = TILE if itemsize <= 4 else TILE // 2
+    least = SECTOR_BYTES // itemsize
+    block_c = min(256, triton.next_power_of_2(channels))
     while block_c > least and repeats * triton.cdiv(channels, block_c) < PROGRAMS_WANTED:
         block_c //= 2
     found = []
-    for c in (block_c, max(min(least, block_c), block_c // 2), min(triton.next_power_of_2(channels), block_c * 2)):
-        for tile in (TILE, TILE // 2):
-            p = min(triton.next_power_of_2(places), max(1, tile // c))
+    for c in (block_c, max(min(least, block_c), block_c // 2)):
+        for size in (tile, tile // 2):
+            p = min(triton.next_power_of_2(places), max(1, size // c))
             candidate = (p, c, 8 if p * c >= TILE else 4)
             if candidate not in found:
                 found.append(candidate)
+    return found
+
+
+def _plane_sizes(places: int, channels: int, repeats: int, elements: int) -> list[tuple[int, int, int]]:
+    """Candidates for contiguous maps, where neighbouring threads take neighbouring places.
+
+    With fewer places than threads, and stores several places wide, threads would repeat each other's index arithmetic; maps of up to 64
+    places leave the fewest threads idle in blocks of 16. Four warps: their threads hold more elements, which share that arithmetic.
+    """
+    p = 16 if places <= 64 else 128
+    found = []
+    for share in (elements, elements // 2):
+        c = min(triton.next_power_of_2(channels), 4 * 32 * share // p)
+        while c > 4 and repeats * triton.cdiv(channels, c) < PROGRAMS_WANTED:
+            c //= 2
+        if (p, c, 4) not in found:
+            found.append((p, c, 4))
     return found
 
 
@@ -92,8 +114,8 @@ def _tuned(kernel: Any, candidates: tuple[tuple[int, int, int], ...]) -> Any:
     return triton.autotune(configs=configs, key=keys, cache_results=True)(kernel)
 
 
-def _candidates(places: int, channels: int, repeats: int, itemsize: int, channels_last: bool) -> list[dict[str, int]]:
-    sizes = block_sizes(places, channels, repeats, itemsize, channels_last)
+def _candidates(places: int, channels: int, repeats: int, itemsize: int, channels_last: bool, elements: int = 32) -> list[dict[str, int]]:
+    sizes = block_sizes(places, channels, repeats, itemsize, channels_last, elements)
     return [{"BLOCK_P": p, "BLOCK_C": c, "num_warps": warps} for p, c, warps in sizes]
 
 
@@ -144,7 +166,7 @@ def pooling(x: Tensor, windows: Windows, seed: Tensor, rank: int) -> tuple[Tenso
     if windows.is_small:
         constants |= {"TALLEST": max(windows.vertical.length), "WIDEST": max(windows.horizontal.length), "ALIGNED": _aligned(count)}
         arguments = (x, out, bits, table, weights, channels, area, width, count)
-        candidates = _candidates(count, channels, batch, x.element_size(), channels_last)
+        candidates = _candidates(count, channels, batch, x.element_size(), channels_last, elements=16)
 
         def programs(meta: dict[str, int]) -> int:
             return batch * triton.cdiv(count, meta["BLOCK_P"]) * triton.cdiv(channels, meta["BLOCK_C"])
