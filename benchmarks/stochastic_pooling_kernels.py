@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import os
 import re
 import subprocess
@@ -285,12 +286,11 @@ def row_of(case: Case, way: str, launch: Launch, candidate: dict[str, int], name
 
 
 def table(sample: bool, targets: list[str], dtypes: list[str]) -> Iterator[Row]:
-    for name in targets:
-        for case in cases(sample):
-            if TYPES[case.dtype] in dtypes:
-                for way, launch in case.launches():
-                    for candidate in launch.candidates[:1] if sample else launch.candidates:
-                        yield row_of(case, way, launch, candidate, name)
+    for dtype, name, case in itertools.product(dtypes, targets, cases(sample)):
+        if TYPES[case.dtype] == dtype:
+            for way, launch in case.launches():
+                for candidate in launch.candidates[:1] if sample else launch.candidates:
+                    yield row_of(case, way, launch, candidate, name)
 
 
 def faults(rows: list[Row]) -> list[Row]:
