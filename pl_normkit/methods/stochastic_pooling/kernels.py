@@ -129,6 +129,15 @@ def _draw_large(words_ptr, seed_ptr, table_ptr, rank, windows, words, WASTE: tl.
 
 
 @triton.jit
+def _aligned(channels, places, ALIGNED: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """Both unchanged; Triton learns that ALIGNED divides the one that lies along memory, and may load and store as much at once."""
+    if CHANNELS_LAST:
+        return channels // ALIGNED * ALIGNED, places
+    else:
+        return channels, places // ALIGNED * ALIGNED
+
+
+@triton.jit
 def _of_places(values, CHANNELS_LAST: tl.constexpr):
     """Cells or windows along their axis of a tile. What lies next to each other in memory is a tile's last axis: Triton gives
     neighbouring threads of equal rights to that one.
@@ -168,7 +177,7 @@ def _pool_large(
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One window and a block of channels, a block of cells at a time."""
-    area = area // ALIGNED * ALIGNED
+    channels, area = _aligned(channels, area, ALIGNED, CHANNELS_LAST)
     blocks = tl.cdiv(channels, BLOCK_C)
     pair = tl.program_id(0) // blocks
     sample = pair // windows
@@ -213,7 +222,7 @@ def _pool_small(
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A block of small windows and of channels, cell by cell."""
-    windows = windows // ALIGNED * ALIGNED
+    channels, windows = _aligned(channels, windows, ALIGNED, CHANNELS_LAST)
     c_blocks = tl.cdiv(channels, BLOCK_C)
     w_blocks = tl.cdiv(windows, BLOCK_P)
     pair = tl.program_id(0) // c_blocks
@@ -248,7 +257,7 @@ def _spread(
     ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Backward: a block of cells and of channels, one after the other of the windows that hold a cell."""
-    area = area // ALIGNED * ALIGNED
+    channels, area = _aligned(channels, area, ALIGNED, CHANNELS_LAST)
     c_blocks = tl.cdiv(channels, BLOCK_C)
     p_blocks = tl.cdiv(area, BLOCK_P)
     pair = tl.program_id(0) // c_blocks

@@ -18,7 +18,9 @@ from torch import Tensor
 from pl_normkit.methods.stochastic_pooling import kernels
 from pl_normkit.methods.stochastic_pooling.geometry import Windows, covering
 
-TILE = 4096
+TILE = 2048
+WARPS = 4
+"""Twice as many hold half as much each, and repeat the arithmetic that a thread's elements share: slower by every count."""
 PROGRAMS_WANTED = 512
 SECTOR_BYTES = 64
 DRAWN_WORDS = 8
@@ -49,35 +51,28 @@ def block_sizes(
     """
     if not channels_last:
         return _plane_sizes(places, channels, repeats, elements if itemsize <= 4 else elements // 2)
-    tile = TILE if itemsize <= 4 else TILE // 2
     least = SECTOR_BYTES // itemsize
     block_c = min(256, triton.next_power_of_2(channels))
     while block_c > least and repeats * triton.cdiv(channels, block_c) < PROGRAMS_WANTED:
         block_c //= 2
-    found = []
-    for c in (block_c, max(min(least, block_c), block_c // 2)):
-        for size in (tile, tile // 2):
-            p = min(triton.next_power_of_2(places), max(1, size // c))
-            candidate = (p, c, 8 if p * c >= TILE else 4)
-            if candidate not in found:
-                found.append(candidate)
-    return found
+    sizes = dict.fromkeys((block_c, max(min(least, block_c), block_c // 2)))
+    return [(min(triton.next_power_of_2(places), max(1, TILE // c)), c, WARPS) for c in sizes]
 
 
 def _plane_sizes(places: int, channels: int, repeats: int, elements: int) -> list[tuple[int, int, int]]:
     """Candidates for contiguous maps, where neighbouring threads take neighbouring places.
 
     With fewer places than threads, and stores several places wide, threads would repeat each other's index arithmetic; maps of up to 64
-    places leave the fewest threads idle in blocks of 16. Four warps: their threads hold more elements, which share that arithmetic.
+    places leave the fewest threads idle in blocks of 16.
     """
     p = 16 if places <= 64 else 128
     found = []
     for share in (elements, elements // 2):
-        c = min(triton.next_power_of_2(channels), 4 * 32 * share // p)
+        c = min(triton.next_power_of_2(channels), WARPS * 32 * share // p)
         while c > 4 and repeats * triton.cdiv(channels, c) < PROGRAMS_WANTED:
             c //= 2
-        if (p, c, 4) not in found:
-            found.append((p, c, 4))
+        if (p, c, WARPS) not in found:
+            found.append((p, c, WARPS))
     return found
 
 
@@ -123,9 +118,9 @@ def _accumulator(dtype: torch.dtype) -> tuple[torch.dtype, Any]:
     return (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)
 
 
-def _aligned(length: int) -> int:
-    """The largest power of two, up to a 16-byte vector of bytes, that divides `length`: what makes wide loads of contiguous maps legal."""
-    return math.gcd(length, 16)
+def _aligned(channels: int, places: int, channels_last: bool) -> int:
+    """The largest power of two up to 16 that divides what lies along memory: Triton itself only sees whether 16 does."""
+    return math.gcd(channels if channels_last else places, 16)
 
 
 def drawing(windows: Windows, batch: int, seed: Tensor, rank: int, table: Tensor) -> tuple[Tensor, Launch]:
@@ -164,7 +159,7 @@ def pooling(x: Tensor, windows: Windows, seed: Tensor, rank: int) -> tuple[Tenso
     count, area = len(windows.all), height * width
     constants = {"CHANNELS_LAST": channels_last, "ACC": accumulator}
     if windows.is_small:
-        constants |= {"TALLEST": max(windows.vertical.length), "WIDEST": max(windows.horizontal.length), "ALIGNED": _aligned(count)}
+        constants |= {"TALLEST": max(windows.vertical.length), "WIDEST": max(windows.horizontal.length), "ALIGNED": _aligned(channels, count, channels_last)}
         arguments = (x, out, bits, table, weights, channels, area, width, count)
         candidates = _candidates(count, channels, batch, x.element_size(), channels_last, elements=16)
 
@@ -172,7 +167,7 @@ def pooling(x: Tensor, windows: Windows, seed: Tensor, rank: int) -> tuple[Tenso
             return batch * triton.cdiv(count, meta["BLOCK_P"]) * triton.cdiv(channels, meta["BLOCK_C"])
 
         return out, [draw, Launch(kernels._pool_small, arguments, constants, candidates, programs)]
-    constants |= {"WHOLE": count == 1 and windows.largest == area, "ALIGNED": _aligned(area)}
+    constants |= {"WHOLE": count == 1 and windows.largest == area, "ALIGNED": _aligned(channels, area, channels_last)}
     words = bits.shape[2]
     candidates = _candidates(windows.largest, channels, batch * count, x.element_size(), channels_last)
     launch = Launch(
@@ -201,7 +196,7 @@ def spreading(grad: Tensor, windows: Windows, seed: Tensor, rank: int, channels_
     constants = {
         "CHANNELS_LAST": channels_last,
         "SINGLE": count == 1,
-        "ALIGNED": _aligned(cells),
+        "ALIGNED": _aligned(channels, cells, channels_last),
         "OVER_V": windows.overlap[0],
         "OVER_H": windows.overlap[1],
         "ACC": accumulator,

@@ -46,22 +46,16 @@ def test_kernels_compile_for_a_hopper_gpu_without_spills_in_128_registers() -> N
             assert "16:" not in stores, row
 
 
-def test_a_kernel_that_needs_too_many_registers_is_a_fault() -> None:
+def test_spills_and_too_many_registers_are_faults() -> None:
     code = f"""
 import sys
 sys.path.insert(0, {str(BENCHMARKS)!r})
-from stochastic_pooling_kernels import Code, Counter, faults
-from stochastic_pooling_kernels import GLOBAL, AMD, CARDS, Case, compiled, torch
-case = Case("global", GLOBAL, (8, 64, 28, 28), torch.float32, False)
-way, launch = list(case.launches())[1]
-code = compiled(launch, {{"BLOCK_P": 256, "BLOCK_C": 128, "num_warps": 4}}, CARDS["sm_80"].target)
-print(code.registers, len(faults([{{"spilled bytes": code.stack, "registers": code.registers}}])))
+from stochastic_pooling_kernels import faults
+rows = [{{"spilled bytes": spilled, "registers": registers}} for spilled, registers in ((0, 128), (8, 40), (0, 129))]
+print([row["registers"] for row in faults(rows)])
 """
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    registers, found = map(int, done.stdout.split())
-    assert registers > 128
-    assert found == 1
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[40, 129]"
 
 
 def test_the_script_for_the_gpu_runs_whole_on_the_cpu_without_smp(tmp_path: Path) -> None:
