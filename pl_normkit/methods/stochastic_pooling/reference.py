@@ -1,7 +1,7 @@
-"""The eager definition of stochastic average pooling, which is also how it runs on a CPU: no gathers over the data.
+"""The eager definition of stochastic average pooling, which is also how it runs on a CPU.
 
-Every form is a weighted sum with zero weights outside the subset: one batched matrix product where the windows are adaptive (or few
-and not channels-last), a sum over the kernel's offsets otherwise.
+Small windows of channels-last maps are gathered, see `kept_rows`. Every other form is a weighted sum with zero weights outside the subset:
+one batched matrix product where the windows are adaptive or few, a sum over the kernel's offsets otherwise.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pl_normkit.methods.stochastic_pooling.geometry import Windows
+from pl_normkit.methods.stochastic_pooling.kept_rows import pool_rows, spread_rows
 from pl_normkit.methods.stochastic_pooling.subset import draw
 
 FEW_WINDOWS = 36
@@ -37,7 +38,9 @@ def pool(x: Tensor, windows: Windows, seed: Tensor, rank: int) -> Tensor:
     """
     if x.numel() == 0:
         return x.new_empty((*x.shape[:2], *windows.out_size)).contiguous(memory_format=_format_of(x))
-    method = _method_for(windows, channels_last=not x.is_contiguous())
+    if windows.is_small and not x.is_contiguous():
+        return pool_rows(x.to(_wide(x.dtype)), windows, int(seed), rank).to(x.dtype)
+    method = _method_for(windows)
     weights = _weights(method.layout, _wide(x.dtype), windows, int(seed), rank, x.shape[0])
     wide = x.to(weights.dtype)
     out = method.forward(wide, weights, windows)
@@ -63,7 +66,9 @@ def pool_backward(grad: Tensor, windows: Windows, seed: Tensor, rank: int, chann
     grad = grad.contiguous(memory_format=memory_format)
     if grad.numel() == 0:
         return grad.new_zeros((*grad.shape[:2], *windows.map_size)).contiguous(memory_format=memory_format)
-    method = _method_for(windows, channels_last)
+    if windows.is_small and channels_last:
+        return spread_rows(grad.to(_wide(grad.dtype)), windows, int(seed), rank).to(grad.dtype)
+    method = _method_for(windows)
     weights = _weights(method.layout, _wide(grad.dtype), windows, int(seed), rank, grad.shape[0])
     wide = grad.to(weights.dtype)
     if wide.sum().isfinite():
@@ -272,7 +277,7 @@ def _reach(offset: int, step: int, length: int, count: int) -> tuple[slice, slic
     return slice(begin, max(begin, begin + step * (last - first - 1) + 1), step), slice(first, max(first, last))
 
 
-def _method_for(windows: Windows, channels_last: bool) -> _Method:
-    if windows.spec.adaptive or (len(windows.all) <= FEW_WINDOWS and not (channels_last and windows.is_small)):
+def _method_for(windows: Windows) -> _Method:
+    if windows.spec.adaptive or len(windows.all) <= FEW_WINDOWS:
         return _Dense()
     return _ByOffset()
