@@ -21,6 +21,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -237,9 +238,9 @@ def pooling(bench: Bench) -> None:
     """Forward, and forward with backward, over torch's pooling; share of what a large copy moves."""
     source = torch.randn(2**16 if bench.rehearsal else 2**29, device=bench.device)
     target = torch.empty_like(source)
-    rate = 2 * source.numel() * 4 / min(bench.seconds(lambda: target.copy_(source)) for _ in range(5))
+    rate = 2 * source.numel() * 4 / min(bench.seconds(partial(target.copy_, source)) for _ in range(5))
     bench.add("copy of 2 GiB", "rate", rate / 1e12, "TB/s")
-    del source, target
+    del source, target  # before the maps come
     for dtype in (torch.bfloat16, torch.float32):
         for shape in TINY if bench.rehearsal else SHAPES:
             for layout, memory_format in FORMATS.items():

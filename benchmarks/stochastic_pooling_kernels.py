@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 os.environ.pop("TRITON_INTERPRET", None)  # Triton asks once, at its first import
 
@@ -38,7 +38,14 @@ from pl_normkit.methods.stochastic_pooling.launch import Launch, pooling, spread
 RESULTS = Path(__file__).parent / "results" / "stochastic_pooling_kernels.csv"
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MOST_REGISTERS = 128
-TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64", torch.int32: "i32", torch.int64: "i64"}
+TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
 Row = dict[str, object]
 COLUMNS = (
     *("target", "kernel", "way", "pool", "shape", "format", "dtype", "block", "warps", "registers", "spilled bytes", "shared bytes"),
@@ -205,7 +212,17 @@ def _instructions(sass: str) -> tuple[int, int]:
 
 def _amd(text: str) -> Code:
     found = {key: int(value) for key, value in re.findall(r"\.(vgpr_count|vgpr_spill_count|group_segment_fixed_size):\s+(\d+)", text)}
-    words = {"dwordx4": 128, "dwordx2": 64, "dword": 32, "ushort": 16, "short": 16, "ubyte": 8, "byte": 8, "short_d16": 16, "short_d16_hi": 16}
+    words = {
+        "dwordx4": 128,
+        "dwordx2": 64,
+        "dword": 32,
+        "ushort": 16,
+        "short": 16,
+        "ubyte": 8,
+        "byte": 8,
+        "short_d16": 16,
+        "short_d16_hi": 16,
+    }
     loads, stores = (
         Counter(words.get(kind, 0) for kind in re.findall(rf"(?:global|buffer)_{word}_(\w+)", text)) for word in ("load", "store")
     )
@@ -305,7 +322,7 @@ def main() -> None:
     options = parser.parse_args()
     targets = options.targets or (["sm_90"] if options.sample else [*CARDS, "gfx942"])
     found = []
-    with open(os.devnull if options.sample else RESULTS, "w", newline="") as file:
+    with Path(os.devnull if options.sample else RESULTS).open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         for row in table(options.sample, targets, options.dtypes):

@@ -20,7 +20,7 @@ from pl_normkit.methods.stochastic_pooling.subset import draw
 
 def pool_rows(x: Tensor, windows: Windows, seed: int, rank: int) -> Tensor:
     """`reference.pool` of a channels-last `x` in float32 or float64, for `windows.is_small`."""
-    batch, channels, height, width = x.shape
+    batch, channels = x.shape[:2]
     bags = _bags(windows, batch)
     cells = _kept_cells(windows, seed, rank, batch)
     rows = x.permute(0, 2, 3, 1).reshape(-1, channels)

@@ -6,8 +6,9 @@ maps neighbouring cells share a memory sector, so it reads in order. Backward go
 holds a cell whether it kept it: every gradient is written once, without atomics. Sums run in float32, for float64 in float64.
 """
 
-# Triton reads the signatures itself: constants in capitals by its convention, no types on the rest.
-# ruff: noqa: N803
+# Triton reads the signatures itself: constants in capitals by its convention, no types on the rest; it
+# compiles what follows a branch on a constant unless that stands in `else`.
+# ruff: noqa: N803, RET505
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, untyped-decorator"
 from __future__ import annotations
 

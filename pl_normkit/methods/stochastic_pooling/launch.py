@@ -159,7 +159,11 @@ def pooling(x: Tensor, windows: Windows, seed: Tensor, rank: int) -> tuple[Tenso
     count, area = len(windows.all), height * width
     constants = {"CHANNELS_LAST": channels_last, "ACC": accumulator}
     if windows.is_small:
-        constants |= {"TALLEST": max(windows.vertical.length), "WIDEST": max(windows.horizontal.length), "ALIGNED": _aligned(channels, count, channels_last)}
+        constants |= {
+            "TALLEST": max(windows.vertical.length),
+            "WIDEST": max(windows.horizontal.length),
+            "ALIGNED": _aligned(channels, count, channels_last),
+        }
         arguments = (x, out, bits, table, weights, channels, area, width, count)
         candidates = _candidates(count, channels, batch, x.element_size(), channels_last, elements=16)
 
