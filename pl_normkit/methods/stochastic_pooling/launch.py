@@ -168,7 +168,7 @@ def pooling(x: Tensor, windows: Windows, seed: Tensor, rank: int) -> tuple[Tenso
         candidates = _candidates(count, channels, batch, x.element_size(), channels_last, elements=16)
 
         def programs(meta: dict[str, int]) -> int:
-            return batch * triton.cdiv(count, meta["BLOCK_P"]) * triton.cdiv(channels, meta["BLOCK_C"])
+            return int(batch * triton.cdiv(count, meta["BLOCK_P"]) * triton.cdiv(channels, meta["BLOCK_C"]))
 
         return out, [draw, Launch(kernels._pool_small, arguments, constants, candidates, programs)]
     constants |= {"WHOLE": count == 1 and windows.largest == area, "ALIGNED": _aligned(channels, area, channels_last)}

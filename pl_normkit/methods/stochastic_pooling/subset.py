@@ -76,10 +76,10 @@ def draw(windows: Windows, numbers: tuple[int, ...], seed: int, rank: int, batch
     Returns:
         (batch, K, most cells) bool, exactly `kept` of them true in each window; cells in row-major order.
     """
-    which, cells, kept_of = _sizes(windows, numbers)
+    which, _, kept_of = _sizes(windows, numbers)
     keys = window_keys(seed, rank, batch, which)
     if windows.is_small:
-        return _decide_in_turn(keys, cells, kept_of)
+        return _decide_in_turn(keys, _left(windows, numbers), kept_of)
     window = windows.all[numbers[0]]
     places = permute(keys, window, torch.arange(window.kept))
     kept = torch.zeros((*keys.shape, window.cells), dtype=torch.bool)
@@ -93,18 +93,24 @@ def _sizes(windows: Windows, numbers: tuple[int, ...]) -> tuple[Tensor, Tensor, 
     return torch.tensor(numbers), torch.tensor([window.cells for window in some]), torch.tensor([window.kept for window in some])
 
 
-def _decide_in_turn(keys: Tensor, cells: Tensor, kept_of: Tensor) -> Tensor:
+@lru_cache(maxsize=256)
+def _left(windows: Windows, numbers: tuple[int, ...]) -> Tensor:
+    """(most cells, K): how many cells of a window are left when it is a cell's turn."""
+    _, cells, _ = _sizes(windows, numbers)
+    return (cells - torch.arange(int(cells.max()))[:, None]).clamp_min_(0)
+
+
+def _decide_in_turn(keys: Tensor, left: Tensor, kept_of: Tensor) -> Tensor:
     """Algorithm S; one word serves four decisions, its low part after each being as uniform as before (at least 12 bits remain)."""
-    missing = kept_of.expand_as(keys).clone()
-    most = int(cells.max())
-    kept = torch.empty((*keys.shape, most), dtype=torch.bool)
+    missing = (kept_of << 32).repeat(len(keys), 1)
+    kept = torch.empty((*keys.shape, len(left)), dtype=torch.bool)
     word = keys
-    for cell in range(most):
+    for cell, left_now in enumerate(left.unbind()):
         if cell % 4 == 0:
             word = mix((keys + (cell // 4 + 1) * GOLDEN).bitwise_and_(WORD))
-        product = word * (cells - cell).clamp_min_(0)
-        taken = torch.lt(product >> 32, missing, out=kept[..., cell])
-        missing.sub_(taken.long())
+        product = word * left_now
+        taken = torch.lt(product, missing, out=kept[..., cell])
+        missing.add_(taken, alpha=-(1 << 32))
         word = product.bitwise_and_(WORD)
     return kept
 
