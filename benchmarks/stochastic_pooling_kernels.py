@@ -33,7 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pl_normkit.methods.stochastic_pooling.geometry import PoolSpec, Windows, windows_of
-from pl_normkit.methods.stochastic_pooling.launch import Launch, pooling, spreading
+from pl_normkit.methods.stochastic_pooling.launch import LIMIT, Launch, pooling, spreading
 
 RESULTS = Path(__file__).parent / "results" / "stochastic_pooling_kernels.csv"
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -171,7 +171,8 @@ def compiled(launch: Launch, candidate: dict[str, int], target: GPUTarget) -> Co
 
 
 def _compiled(source: ASTSource, warps: int, target: GPUTarget) -> Code:
-    built = triton.compile(source, target=target, options={"num_warps": warps})
+    limit = LIMIT if target.backend == "cuda" else {}
+    built = triton.compile(source, target=target, options={"num_warps": warps, **limit})
     if target.backend == "hip":
         return _amd(built.asm["amdgcn"])
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

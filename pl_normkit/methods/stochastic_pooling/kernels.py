@@ -190,6 +190,8 @@ def _pool_large(
     cells = area if WHOLE else tall * wide
     bits = words_ptr + pair.to(tl.int64) * words
     base = x_ptr + sample.to(tl.int64) * channels * area
+    out = out_ptr + sample.to(tl.int64) * channels * windows + (window * channels if CHANNELS_LAST else window)
+    weight = tl.load(weight_ptr + window)
     total = _of_places(tl.zeros([BLOCK_P], ACC), CHANNELS_LAST) + _of_channels(tl.zeros([BLOCK_C], ACC), CHANNELS_LAST)
     for first in range(0, cells, BLOCK_P):
         cell = first + tl.arange(0, BLOCK_P)
@@ -202,10 +204,8 @@ def _pool_large(
             total += tl.where(chosen, value, 0).to(ACC)
         else:
             total += tl.load(base + spot, mask=chosen & real, other=0).to(ACC)
-    mean = tl.sum(total, axis=0 if CHANNELS_LAST else 1) * tl.load(weight_ptr + window)
-    out = out_ptr + sample.to(tl.int64) * channels * windows
-    spot = window * channels + channel if CHANNELS_LAST else channel * windows + window
-    tl.store(out + spot, mean.to(out_ptr.dtype.element_ty), mask=channel < channels)
+    mean = tl.sum(total, axis=0 if CHANNELS_LAST else 1) * weight
+    tl.store(out + channel * (1 if CHANNELS_LAST else windows), mean.to(out_ptr.dtype.element_ty), mask=channel < channels)
 
 
 @triton.jit

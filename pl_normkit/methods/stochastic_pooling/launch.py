@@ -23,6 +23,10 @@ WARPS = 4
 """Twice as many hold half as much each, and repeat the arithmetic that a thread's elements share: slower by every count."""
 PROGRAMS_WANTED = 512
 SECTOR_BYTES = 64
+LIMIT: dict[str, Any] = {} if torch.version.hip else {"maxnreg": 128}
+"""Told the most registers a thread may take, the assembler spills none to get below them, as it otherwise does for more occupancy."""
+NARROW = 64
+"""Places of a map that leave the fewest threads idle in blocks of 16."""
 DRAWN_WORDS = 8
 
 
@@ -62,10 +66,9 @@ def block_sizes(
 def _plane_sizes(places: int, channels: int, repeats: int, elements: int) -> list[tuple[int, int, int]]:
     """Candidates for contiguous maps, where neighbouring threads take neighbouring places.
 
-    With fewer places than threads, and stores several places wide, threads would repeat each other's index arithmetic; maps of up to 64
-    places leave the fewest threads idle in blocks of 16.
+    With fewer places than threads, and stores several places wide, threads would repeat each other's index arithmetic.
     """
-    p = 16 if places <= 64 else 128
+    p = 16 if places <= NARROW else 128
     found = []
     for share in (elements, elements // 2):
         c = min(triton.next_power_of_2(channels), WARPS * 32 * share // p)
@@ -96,7 +99,7 @@ class Launch(NamedTuple):
     def run(self) -> None:
         """Run with the fastest candidate; the interpreter takes the first."""
         if not isinstance(self.kernel, triton.runtime.JITFunction) or len(self.candidates) == 1:
-            self.kernel[(self.programs(self.candidates[0]),)](*self.arguments, **self.constants, **self.candidates[0])
+            self.kernel[(self.programs(self.candidates[0]),)](*self.arguments, **self.constants, **self.candidates[0], **LIMIT)
             return
         tuned = _tuned(self.kernel, tuple((one["BLOCK_P"], one["BLOCK_C"], one["num_warps"]) for one in self.candidates))
         tuned[lambda meta: (self.programs(meta),)](*self.arguments, **self.constants)
@@ -104,7 +107,7 @@ class Launch(NamedTuple):
 
 @lru_cache(maxsize=512)
 def _tuned(kernel: Any, candidates: tuple[tuple[int, int, int], ...]) -> Any:
-    configs = [triton.Config({"BLOCK_P": p, "BLOCK_C": c}, num_warps=warps) for p, c, warps in candidates]
+    configs = [triton.Config({"BLOCK_P": p, "BLOCK_C": c}, num_warps=warps, **LIMIT) for p, c, warps in candidates]
     keys = ["channels", "area", "windows", "CHANNELS_LAST"]
     return triton.autotune(configs=configs, key=keys, cache_results=True)(kernel)
 
@@ -173,7 +176,8 @@ def pooling(x: Tensor, windows: Windows, seed: Tensor, rank: int) -> tuple[Tenso
         return out, [draw, Launch(kernels._pool_small, arguments, constants, candidates, programs)]
     constants |= {"WHOLE": count == 1 and windows.largest == area, "ALIGNED": _aligned(channels, area, channels_last)}
     words = bits.shape[2]
-    candidates = _candidates(windows.largest, channels, batch * count, x.element_size(), channels_last)
+    elements = 16 if windows.largest <= NARROW else 32
+    candidates = _candidates(windows.largest, channels, batch * count, x.element_size(), channels_last, elements)
     launch = Launch(
         kernels._pool_large,
         (x, out, bits, table, weights, channels, area, width, count, words),
