@@ -411,7 +411,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny shapes; needs --out")
     parser.add_argument("--out", type=Path, help=f"CSV file, default {RESULTS}")
-    parser.add_argument("--minutes", type=float, default=MINUTES)
+    parser.add_argument("--minutes", type=float, help=f"default {MINUTES}, of a rehearsal no limit")
     options = parser.parse_args()
     device = "cpu" if options.rehearse else "cuda"
     if options.rehearse:
@@ -422,8 +422,9 @@ def main() -> None:
     if reasons := list(missing(device)):
         sys.exit("cannot run: " + "; ".join(reasons))
     start = time.monotonic()
-    bench = Bench(device, options.out or RESULTS, start + options.minutes * 60, 1 if options.rehearse else 9)
-    failed = run(bench, options.minutes)
+    minutes = (60 if options.rehearse else MINUTES) if options.minutes is None else options.minutes
+    bench = Bench(device, options.out or RESULTS, start + minutes * 60, 1 if options.rehearse else 9)
+    failed = run(bench, minutes)
     print(f"{len(bench.rows)} figures in {time.monotonic() - start:.0f} s, {failed} sections failed or were cut short: {bench.out}")
     sys.exit(1 if failed else 0)
 

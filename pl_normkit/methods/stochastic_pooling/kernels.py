@@ -239,12 +239,13 @@ def _pool_small(
     weight = tl.load(weight_ptr + window, mask=within, other=0)
     base = x_ptr + sample.to(tl.int64) * channels * area + _spots(top * width + left, channel, area, channels, CHANNELS_LAST)
     total = _of_places(tl.zeros([BLOCK_P], ACC), CHANNELS_LAST) + _of_channels(tl.zeros([BLOCK_C], ACC), CHANNELS_LAST)
-    if CHANNELS_LAST:
+    step = channels if CHANNELS_LAST else 1
+    if CHANNELS_LAST and TALLEST * WIDEST <= 9:
         for tap in tl.static_range(TALLEST * WIDEST):
-            total += _tap(base, tap // WIDEST, tap % WIDEST, bits, tall, wide, real, width, channels, CHANNELS_LAST).to(ACC)
-    else:  # a load for each element: unrolled, their addresses would take more than 200 registers
+            total += _tap(base, tap // WIDEST, tap % WIDEST, bits, tall, wide, real, width, step, CHANNELS_LAST).to(ACC)
+    else:  # unrolled, the addresses would take too many registers: of 25 cells, or of each element where those do not share loads
         for tap in range(TALLEST * WIDEST):
-            total += _tap(base, tap // WIDEST, tap % WIDEST, bits, tall, wide, real, width, 1, CHANNELS_LAST).to(ACC)
+            total += _tap(base, tap // WIDEST, tap % WIDEST, bits, tall, wide, real, width, step, CHANNELS_LAST).to(ACC)
     mean = total * _of_places(weight, CHANNELS_LAST)
     spot = _spots(window, channel, windows, channels, CHANNELS_LAST)
     out = out_ptr + sample.to(tl.int64) * channels * windows
