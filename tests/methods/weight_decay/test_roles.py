@@ -319,8 +319,8 @@ def test_rarer_roles() -> None:
         "recurrent.bias_ih_l0": R.BIAS,
         "recurrent.bias_hh_l0": R.BIAS,
         "tokens.weight": R.UNKNOWN,
-        "unread.weight": R.UNKNOWN,
-        "unread.bias": R.UNKNOWN,
+        "unread.weight": R.WEIGHT,
+        "unread.bias": R.BIAS,
     }
     assert expected == parameter_roles(Small(), torch.zeros(2, 5, 8))
 
