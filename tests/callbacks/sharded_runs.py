@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 from pl_normkit.callbacks import GammaDecay
-from pl_normkit.methods.weight_decay import parameter_names
+from pl_normkit.methods.weight_decay.fix import parameter_names
 
 
 class Residual(nn.Module):

@@ -6,6 +6,7 @@ __all__ = [
     "GAMMAS",
     "ModelRoles",
     "Role",
+    "are_sharded",
     "parameter_roles",
     "read_graph",
     "read_model",
@@ -14,14 +15,15 @@ __all__ = [
 ]
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from pl_normkit.graph import ModelGraph
-from pl_normkit.methods.weight_decay.module_types import is_own, owners, role_in_module
-from pl_normkit.methods.weight_decay.operations import Context, core_gammas, read_roles
+from pl_normkit.methods.weight_decay.module_types import is_norm_scale, is_own, owners, role_in_module
+from pl_normkit.methods.weight_decay.operations import Context, core_blocks, core_gammas, read_roles
+from pl_normkit.methods.weight_decay.peers import decayed_by_peers
 from pl_normkit.methods.weight_decay.roles import GAMMAS, Role
 from pl_normkit.wrappers import unwrapped
 
@@ -71,12 +73,18 @@ class ModelRoles:
         roles: the role of every parameter by name.
         core_gammas: scales that our derivation speaks about with more than low confidence: batch norms in post-activation
             residual branches without depthwise convolutions, on their shortcuts, and in the stem before the first of them.
+        core_blocks: how many residual additions such branches end in.
         is_traced: whether the graph was read, or module types alone.
+        peers: rule of another library -> the parameters it decays.
+        norm_scales: scales of torch's norm modules, whose role takes a graph; empty where one was read.
     """
 
     roles: Mapping[str, Role]
     core_gammas: frozenset[str] = frozenset()
+    core_blocks: int = 0
     is_traced: bool = True
+    peers: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    norm_scales: frozenset[str] = frozenset()
 
 
 def read_model(model: nn.Module, example_inputs: Any = None) -> ModelRoles:
@@ -86,12 +94,25 @@ def read_model(model: nn.Module, example_inputs: Any = None) -> ModelRoles:
     return read_graph(model, ModelGraph.from_model(model, example_inputs))
 
 
-def read_part(model: nn.Module, path: str, example_inputs: Any = None) -> ModelRoles:
-    """`read_model` where only the submodule at `path` can be traced; `example_inputs` are its own, the rest stays `unknown`."""
-    part = read_model(model.get_submodule(path), example_inputs)
-    found = {f"{path}.{name}": role for name, role in part.roles.items()}
-    roles = {name: found.get(name, Role.UNKNOWN) for name, _ in model.named_parameters()}
-    return ModelRoles(roles, frozenset(f"{path}.{name}" for name in part.core_gammas), part.is_traced)
+def read_part(model: nn.Module, part: nn.Module, example_inputs: Any = None) -> ModelRoles:
+    """`read_model` where only `part`, a submodule or the model, can be traced; `example_inputs` are its own, the rest goes by types."""
+    path = next(path for path, module in model.named_modules() if module is part)
+    if not path:
+        return read_model(model, example_inputs)
+    inside, by_type = read_model(part, example_inputs), read_modules(model)
+    found = {f"{path}.{name}": role for name, role in inside.roles.items()}
+    return replace(
+        by_type,
+        roles={name: found.get(name, role) for name, role in by_type.roles.items()},
+        core_gammas=frozenset(f"{path}.{name}" for name in inside.core_gammas),
+        core_blocks=inside.core_blocks,
+        is_traced=inside.is_traced,
+    )
+
+
+def are_sharded(model: nn.Module) -> bool:
+    """Whether parameters are shards already (DTensor), which no trace can read."""
+    return any(hasattr(parameter, "to_local") for parameter in model.parameters())
 
 
 def read_graph(model: nn.Module, graph: ModelGraph) -> ModelRoles:
@@ -105,7 +126,8 @@ def read_graph(model: nn.Module, graph: ModelGraph) -> ModelRoles:
         role = read.get(before, Role.UNKNOWN)
         role = role_in_module(*holders[name]) if role is Role.UNKNOWN else role
         roles[name] = Role.OWN if is_own(holders[name][0]) and role not in _PLAIN else role
-    return ModelRoles(roles, frozenset(names[before] for before in core_gammas(context)))
+    core = frozenset(names[before] for before in core_gammas(context))
+    return ModelRoles(roles, core, len(core_blocks(context)), peers=decayed_by_peers(model))
 
 
 _PLAIN = (Role.WEIGHT, Role.BIAS, Role.BETA, Role.EMBEDDING, *GAMMAS)
@@ -113,5 +135,7 @@ _PLAIN = (Role.WEIGHT, Role.BIAS, Role.BETA, Role.EMBEDDING, *GAMMAS)
 
 def read_modules(model: nn.Module) -> ModelRoles:
     """Roles by the type of the owning module alone: `unknown` wherever the graph is needed."""
-    roles = {name: role_in_module(*holder) for name, holder in owners(model).items()}
-    return ModelRoles({name: roles[name] for name, _ in model.named_parameters()}, is_traced=False)
+    holders = owners(model)
+    roles = {name: role_in_module(*holders[name]) for name, _ in model.named_parameters()}
+    scales = frozenset(name for name, holder in holders.items() if is_norm_scale(*holder))
+    return ModelRoles(roles, is_traced=False, peers=decayed_by_peers(model), norm_scales=scales)

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-__all__ = ["HISTORY_FILE", "NormHistory", "gamma_norms", "plot_gamma_norms", "read_history", "squared_gamma_norms", "write_history"]
+__all__ = [
+    "HISTORY_FILE",
+    "NormHistory",
+    "add_gamma_norms",
+    "draw_history",
+    "gamma_norms",
+    "plot_gamma_norms",
+    "read_history",
+    "squared_gamma_norms",
+    "write_history",
+]
 
 import json
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -67,6 +78,34 @@ def squared_gamma_norms(model: nn.Module, known: ModelRoles) -> dict[Role, Tenso
             square = local.detach().float().square().sum()
             squares[role] = squares[role] + square if role in squares else square
     return {role: squares[role] for role in GAMMAS if role in squares}
+
+
+def add_gamma_norms(
+    history: NormHistory, squares: Mapping[Role, Tensor], step: int, total: Callable[[Tensor], Tensor | float] = float
+) -> None:
+    """Put the norms of `squared_gamma_norms` at `step` into `history`, once for each step; `total` sums a square over processes."""
+    for role, square in squares.items():
+        points = history.setdefault(role.value, [])
+        summed = total(square)
+        if not points or points[-1][0] != step:
+            points.append((step, float(summed) ** 0.5))
+
+
+def draw_history(history: NormHistory, folder: str | Path, loggers: Iterable[Any] = (), step: int = 0) -> None:
+    """Write the history to `folder`, and draw it there and into those loggers that take figures, where matplotlib is installed."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_history(history, folder / HISTORY_FILE)
+    try:
+        figure = plot_gamma_norms(history, folder / "gamma_norms.png")
+    except ImportError:
+        return
+    for logger in loggers:
+        board = getattr(logger, "experiment", None)
+        if board is not None and hasattr(board, "add_figure"):
+            board.add_figure("normkit/gamma_norms", figure, step)
+        elif hasattr(logger, "log_image"):
+            logger.log_image("normkit/gamma_norms", [str(folder / "gamma_norms.png")])
 
 
 def plot_gamma_norms(history: NormHistory, path: Path | None = None) -> Figure:

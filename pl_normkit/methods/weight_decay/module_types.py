@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["is_own", "owners", "role_in_module"]
+__all__ = ["is_norm_scale", "is_own", "owners", "role_in_module"]
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -41,6 +41,10 @@ def role_in_module(module: nn.Module, attribute: str) -> Role:
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         return Role.BIAS if attribute.startswith("bias") else Role.WEIGHT
     return Role.SLOPE if isinstance(module, nn.PReLU) else Role.UNKNOWN
+
+
+def is_norm_scale(module: nn.Module, attribute: str) -> bool:
+    return isinstance(module, _NORM_TYPES) and attribute == "weight"
 
 
 def is_own(module: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Context", "core_gammas", "read_roles"]
+__all__ = ["Context", "core_blocks", "core_gammas", "read_roles"]
 
 import math
 from collections import defaultdict
@@ -57,10 +57,15 @@ def read_roles(context: Context) -> dict[str, Role]:
     return {name: min(roles, key=_PRECEDENCE.index) for name, roles in found.items()}
 
 
+def core_blocks(context: Context) -> set[Node]:
+    """The residual additions of post-activation branches of plain convolutions."""
+    return {add.node for add in context.graph.residual_adds if _is_post_activation(add)}
+
+
 def core_gammas(context: Context) -> frozenset[str]:
     """Scales of batch norms that the derivation speaks about: post-activation branches of plain convolutions, their shortcuts,
     and the stem before the first of them."""
-    plain = {add.node for add in context.graph.residual_adds if _is_post_activation(add)}
+    plain = core_blocks(context)
     first_split = min((place.add.split.index for place in context.places.values()), default=-1)
     stem_counts = any(add.node in plain and add.split.index == first_split for add in context.graph.residual_adds)
     core = set()
