@@ -19,11 +19,11 @@ from pl_normkit.callbacks._first_batch import guess_inputs
 from pl_normkit.callbacks._network import after_configure_model, is_sharded, traced_network
 from pl_normkit.callbacks._wrapping import wrap_once
 from pl_normkit.errors import EditError, NormkitWarning, TraceError
-from pl_normkit.methods.weight_decay import DecayPolicy, ModelRoles, OptimizerSplitter, read_model, resolve_policy
+from pl_normkit.methods.weight_decay import DecayPolicy, ModelRoles, OptimizerSplitter, read_model
 from pl_normkit.methods.weight_decay.find import are_sharded, read_part
 from pl_normkit.methods.weight_decay.layout import SavedLayouts
 from pl_normkit.methods.weight_decay.measure import NormHistory, add_gamma_norms, draw_history, squared_gamma_norms
-from pl_normkit.methods.weight_decay.policy import DEFAULT
+from pl_normkit.methods.weight_decay.policy import DEFAULT, resolve_policy
 from pl_normkit.surgery import Changes
 
 _NOTHING = "GammaDecay changes nothing: it looked for parameter groups whose weight decay reaches what it should not"

@@ -33,12 +33,11 @@ __all__ = [
     "parameter_roles",
     "plot_gamma_norms",
     "read_model",
-    "resolve_policy",
 ]
 
 from pl_normkit.methods.weight_decay.find import ModelRoles, parameter_roles, read_model
 from pl_normkit.methods.weight_decay.fix import describe_decay, param_groups
 from pl_normkit.methods.weight_decay.measure import gamma_norms, plot_gamma_norms
 from pl_normkit.methods.weight_decay.optimizers import OptimizerSplitter
-from pl_normkit.methods.weight_decay.policy import PRESETS, DecayLine, DecayPolicy, resolve_policy
+from pl_normkit.methods.weight_decay.policy import PRESETS, DecayLine, DecayPolicy
 from pl_normkit.methods.weight_decay.roles import Role

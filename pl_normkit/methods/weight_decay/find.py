@@ -51,6 +51,11 @@ def parameter_roles(model: nn.Module, example_inputs: Any = None) -> dict[str, R
     - `own`: a parameter that a module of this library adds.
     - `unknown`: everything else. What the traced forward pass does not read goes by the type of its module.
 
+    >>> import torch
+    >>> layer = nn.TransformerEncoderLayer(8, 2, 16, norm_first=True)
+    >>> str(parameter_roles(layer, torch.zeros(5, 2, 8))["norm1.weight"])
+    'gamma_branch'
+
     Args:
         model: any module that `torch.export` reads; the meta device is enough.
         example_inputs: what the model is called with: a tensor, a tuple of positional or a dict of keyword arguments. Without it
@@ -88,7 +93,12 @@ class ModelRoles:
 
 
 def read_model(model: nn.Module, example_inputs: Any = None) -> ModelRoles:
-    """`parameter_roles` with what a decay policy needs beside them; one trace at most. Raises TraceError as that does."""
+    """`parameter_roles` with what a decay policy needs beside them; one trace at most. Raises TraceError as that does.
+
+    >>> import torch
+    >>> read_model(nn.Linear(8, 4), torch.zeros(2, 8)).is_traced
+    True
+    """
     if example_inputs is None:
         return read_modules(model)
     return read_graph(model, ModelGraph.from_model(model, example_inputs))

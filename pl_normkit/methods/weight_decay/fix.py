@@ -37,6 +37,12 @@ def param_groups(
     Every parameter of the model (frozen ones too) is in exactly one group. The order is fixed: the given groups in their order,
     in each the stronger decay first, parameters in the model's order; groups with equal options are one group.
 
+    >>> import torch
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    >>> groups = param_groups(model, 0.05, torch.zeros(2, 3, 8, 8))
+    >>> [(group["weight_decay"], len(group["params"])) for group in groups]
+    [(0.05, 1), (0.0, 3)]
+
     Args:
         model: the module.
         weight_decay: decay of the weights, as the optimizer takes it (L2 in SGD, decoupled in AdamW).
@@ -139,7 +145,13 @@ class GroupSplitter:
 
 
 def describe_decay(known: ModelRoles, policy: str | DecayPolicy = DEFAULT) -> str:
-    """A table: for each role in the model how many parameters it has, their factor, and what stands behind that."""
+    """A table: for each role in the model how many parameters it has, their factor, and what stands behind that.
+
+    >>> print(describe_decay(read_model(nn.Linear(8, 4))))
+    role               count  x decay  ground
+    weight                 1        1  derived: what weight decay is for
+    bias                   1        0  derived: shifts are not covered by the derivation
+    """
     policy = resolve_policy(policy)
     factors = policy.factors(known)
     rows = ["role               count  x decay  ground"]

@@ -60,7 +60,14 @@ def read_history(path: Path) -> NormHistory:
 
 
 def gamma_norms(model: nn.Module, known: ModelRoles) -> dict[Role, float]:
-    """L2 norm of all norm scales of each role, float32; roles that the model lacks are left out."""
+    """L2 norm of all norm scales of each role, float32; roles that the model lacks are left out.
+
+    >>> import torch
+    >>> from pl_normkit import read_model
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    >>> gamma_norms(model, read_model(model, torch.zeros(2, 3, 8, 8)))
+    {<Role.GAMMA_TRUNK: 'gamma_trunk'>: 2.0}
+    """
     return {role: float(square) ** 0.5 for role, square in squared_gamma_norms(model, known).items()}
 
 
@@ -110,6 +117,9 @@ def draw_history(history: NormHistory, folder: str | Path, loggers: Iterable[Any
 
 def plot_gamma_norms(history: NormHistory, path: Path | None = None) -> Figure:
     """Lines of gamma norm over steps, one per role, each relative to its first value; also written to `path` (PNG) when given.
+
+    >>> len(plot_gamma_norms({"gamma_last": [(0, 4.0), (10, 2.0)]}).axes)
+    1
 
     Raises DataError when there is nothing to draw, ImportError without matplotlib (`pip install pl_normkit[demo]`).
     """

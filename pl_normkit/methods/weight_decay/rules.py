@@ -369,7 +369,7 @@ def decay_on_norm_scales(subject: Subject) -> Iterator[Observation]:
     ```
 
     Fix and its safety
-    Advice only: groups are made where the optimizer is built, by `param_groups` or the `GammaDecay` callback.
+    Advice only.
 
     Source
     Common practice in model libraries; no published effect size is claimed.
@@ -393,11 +393,10 @@ def decay_on_norm_scales(subject: Subject) -> Iterator[Observation]:
 )
 def parameter_of_unknown_role(subject: Subject) -> Iterator[Observation]:
     """What it does
-    Names parameters whose role could not be read, where that matters: those that get weight decay, and those with two axes or more
-    (possibly weights) that get none while the weights do.
+    Names parameters whose role could not be read: those that get decay, and those of two axes or more that get none though weights do.
 
     Why it hurts
-    It may not: whether decay belongs there is yours to decide. `param_groups` and `GammaDecay` leave such parameters out.
+    It may not: whether decay belongs there is yours to decide. `param_groups` leaves such parameters out.
 
     Evidence
     Their number.

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pl_normkit.cli import main
-from pl_normkit.methods.weight_decay import HISTORY_FILE, read_history, write_history
+from pl_normkit.methods.weight_decay.measure import HISTORY_FILE, read_history, write_history
 
 ADAMW = "torch.optim.AdamW(lr=1e-3, weight_decay=0.05)"
 

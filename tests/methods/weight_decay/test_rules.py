@@ -9,7 +9,8 @@ from torch import nn
 
 from pl_normkit.auditing import audit
 from pl_normkit.findings import Finding
-from pl_normkit.methods.weight_decay import build_optimizer, param_groups
+from pl_normkit.methods.weight_decay import param_groups
+from pl_normkit.methods.weight_decay.optimizer_text import build_optimizer
 from tests.methods.weight_decay.models import build
 from tests.methods.weight_decay.test_groups import Block, X
 
