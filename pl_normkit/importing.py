@@ -1,11 +1,13 @@
-"""From the words `package.module:name` to the object."""
+"""From words to objects: `package.module:name`, and calls such as `package.Class(option=1)`; of the text only literals are evaluated."""
 
 from __future__ import annotations
 
-__all__ = ["import_library", "import_object"]
+__all__ = ["LiteralCall", "import_dotted", "import_library", "import_object", "literal_calls"]
 
+import ast
 import importlib
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +49,46 @@ def import_library(module: str, package: str = "") -> Any:
             evidence=str(error).splitlines()[0],
             mend="a CPU-only build of torch lacks what torchvision needs: install torch and torchvision together from the package registry",
         ) from error
+
+
+@dataclass(frozen=True)
+class LiteralCall:
+    """A call with literal arguments, as it was written.
+
+    Attributes:
+        text: the words it was read from, spaced in one way.
+        path: dotted name of what is called.
+        arguments: by position.
+        options: by name; what `**` unpacks is under "**".
+    """
+
+    text: str
+    path: str
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+def literal_calls(text: str) -> list[LiteralCall]:
+    """The calls in `Name(1, option=2), package.Other`; a name alone is a call without arguments.
+
+    Raises SyntaxError for text of another form, ValueError for an argument that is no literal.
+    """
+    try:
+        nodes = ast.parse(f"[{text.strip()}]", mode="eval").body
+    except ValueError as error:  # a null character
+        raise SyntaxError(str(error)) from error
+    elements = nodes.elts if isinstance(nodes, ast.List) else []
+    return [_literal_call(node) for node in elements]
+
+
+def _literal_call(node: ast.expr) -> LiteralCall:
+    call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+    arguments = tuple(ast.literal_eval(argument) for argument in call.args)
+    options = {keyword.arg or "**": ast.literal_eval(keyword.value) for keyword in call.keywords}
+    return LiteralCall(ast.unparse(node), ast.unparse(call.func), arguments, options)
+
+
+def import_dotted(path: str, home: str = "") -> Any:
+    """The object at the dotted `path`; a bare name is one of the module `home`. Raises ImportError or AttributeError."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module or home), name)

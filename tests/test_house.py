@@ -188,7 +188,8 @@ def test_an_edit_is_recognized(statement: str) -> None:
 
 
 NO_TREE_EDITS = {
-    "pl_normkit.methods.weight_decay.prebuilt": "lists of a scheduler",
+    "pl_normkit.callbacks._wrapping": "a method of a LightningModule, for one call",
+    "pl_normkit.methods.weight_decay.optimizers": "groups and the lists of a scheduler",
     "pl_normkit.methods.positional_variance.fix": "the record of an edit that surgery runs",
     "pl_normkit.methods.fusion_scale.fold": "the mark of an edit that surgery runs",
     "pl_normkit.methods.nan_safety.replay": "logging is silent while a step runs again, and is put back",

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 from pl_normkit.callbacks import GammaDecay
-from pl_normkit.methods.weight_decay import parameter_names
+from pl_normkit.methods.weight_decay.fix import parameter_names
 
 
 class Residual(nn.Module):
@@ -74,7 +74,7 @@ def run(kind: str) -> dict[str, Any]:
     module = Module({"fsdp2": "sharded", "fsdp2_late": "late"}.get(kind, "plain"))
     generator = torch.Generator().manual_seed(0)
     data = TensorDataset(torch.randn(16, 3, 8, 8, generator=generator), torch.randint(3, (16,), generator=generator))
-    callback = GammaDecay(record_every=1)
+    callback = GammaDecay(policy="gamma_roles", record_every=1)
     quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=strategy_for(kind), max_steps=2, callbacks=[callback], **quiet)
     seen: dict[str, Any] = {}

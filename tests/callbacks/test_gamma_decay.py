@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
@@ -17,25 +20,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pl_normkit.callbacks import GammaDecay
 from pl_normkit.errors import ConfigError, EditError, NormkitWarning
-from pl_normkit.methods.weight_decay import (
-    PRESETS,
-    GroupSplitter,
-    parameter_names,
-    read_model,
-    split_prebuilt,
-    splitting_optimizer_groups,
-)
+from pl_normkit.methods.weight_decay import PRESETS, OptimizerSplitter, param_groups, read_model
 
-DECAYED = {
-    "net.stem.weight",
-    "net.conv1.weight",
-    "net.bn1.weight",
-    "net.conv2.weight",
-    "net.bn2.weight",
-    "net.down.weight",
-    "net.head.weight",
-}
-SPARED = {"net.bn.weight", "net.bn.bias", "net.bn1.bias", "net.bn2.bias", "net.bn_down.weight", "net.bn_down.bias", "net.head.bias"}
+DECAYED = {f"net.{layer}.weight" for layer in ("stem", "conv1", "conv2", "down", "head")}
+SPARED = {f"net.{norm}.{leaf}" for norm in ("bn", "bn1", "bn2", "bn_down") for leaf in ("weight", "bias")} | {"net.head.bias"}
+SCALES_IN_BRANCH = {"net.bn1.weight", "net.bn2.weight"}
 
 
 class Residual(nn.Module):
@@ -121,6 +110,11 @@ def decays_of(trainer: pl.Trainer, module: nn.Module) -> dict[str, float]:
     }
 
 
+def equality(expected: dict[Any, Tensor], actual: dict[Any, Tensor]) -> dict[Any, bool]:
+    """Bit for bit, key by key."""
+    return {key: key in actual and torch.equal(value, actual[key]) for key, value in expected.items()}
+
+
 EXPECTED = {**dict.fromkeys(DECAYED, 0.1), **dict.fromkeys(SPARED, 0.0)}
 
 
@@ -131,6 +125,67 @@ def test_decay_goes_by_role_with_nothing_changed_in_the_users_code() -> None:
     assert decays_of(trainer, module) == EXPECTED
     assert [len(group["params"]) for group in trainer.optimizers[0].param_groups] == [len(DECAYED), len(SPARED)]
     assert "configure_optimizers" not in vars(module)
+
+
+def test_scales_in_branches_are_decayed_when_asked_for() -> None:
+    module = Module()
+
+    assert decays_of(fit(module, GammaDecay(policy="gamma_roles")), module) == EXPECTED | dict.fromkeys(SCALES_IN_BRANCH, 0.1)
+
+
+def test_the_rule_of_another_library_needs_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("pl_normkit.graph.ModelGraph.from_model")
+    module = Module()
+
+    assert decays_of(fit(module, GammaDecay(policy="timm")), module) == EXPECTED
+
+
+def test_what_was_done_is_told_and_can_be_taken_back() -> None:
+    module, callback = Module(), GammaDecay()
+    trainer = fit(module, callback)
+
+    assert str(callback.changes) == "AdamW: decay 0.1 of a group becomes 5 with 0.1, 9 with 0"
+    callback.changes.undo()
+    assert decays_of(trainer, module) == dict.fromkeys(EXPECTED, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("configure", "why"),
+    [
+        (lambda module: torch.optim.AdamW(module.parameters(), weight_decay=0.0), "No optimizer has a weight decay"),
+        (lambda module: torch.optim.AdamW(param_groups(module, 0.1)), "Every parameter has the decay already that policy 'no_norm'"),
+    ],
+)
+def test_a_run_in_which_nothing_changes_goes_on_with_one_warning(configure: Callable[[nn.Module], Any], why: str) -> None:
+    module, callback = Module(configure), GammaDecay()
+    with pytest.warns(NormkitWarning, match=f"GammaDecay changes nothing: it looked for parameter groups.*{why}") as seen:
+        trainer = fit(module, callback)
+
+    assert (trainer.global_step, bool(callback.changes), len([w for w in seen if w.category is NormkitWarning])) == (2, False, 1)
+
+
+def test_a_group_with_a_name_keeps_it_and_names_stay_apart() -> None:
+    """Lightning's monitor refuses two groups of one name."""
+    module = Module(lambda m: torch.optim.AdamW([{"params": list(m.parameters()), "name": "net"}], lr=0.1, weight_decay=0.1))
+    fit(module, callback := GammaDecay(), LearningRateMonitor(), logger=CSVLogger(tempfile.mkdtemp()))
+
+    assert [group["name"] for group in module.trainer.optimizers[0].param_groups] == ["net", "net, decay 0"]
+    assert str(callback.changes) == "AdamW: decay 0.1 of net becomes 5 with 0.1, 9 with 0"
+
+
+def test_a_parameter_that_is_added_and_unknown_is_named() -> None:
+    class Grow(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+            if trainer.global_step == 1:
+                pl_module.register_parameter("late", nn.Parameter(torch.zeros(2, 2)))
+                trainer.optimizers[0].add_param_group({"params": [pl_module.late]})
+
+    module = Module()
+    with pytest.warns(NormkitWarning, match="the role of 1 parameters is unknown.*: late"):
+        trainer = fit(module, GammaDecay(), Grow())
+    assert decays_of(trainer, module) == {**EXPECTED, "late": 0.0}
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        trainer.optimizers[0].add_param_group({"params": [module.net.stem.weight]})
 
 
 def step_lr(optimizer: torch.optim.Optimizer) -> Any:
@@ -209,12 +264,16 @@ def test_a_decay_of_its_own_holds_for_every_group() -> None:
 
 def test_no_configure_optimizers_and_an_optimizer_without_decay_are_left_alone() -> None:
     module = Module(lambda module: torch.optim.LBFGS(module.parameters()))
-    trainer = fit(module, GammaDecay(), steps=1)
+    with pytest.warns(NormkitWarning, match="GammaDecay changes nothing.*LBFGS has no weight decay"):
+        trainer = fit(module, GammaDecay(), steps=1)
     assert len(trainer.optimizers[0].param_groups) == 1
 
     nothing = Module(lambda module: None, manual=True)
     nothing.training_step = lambda batch, batch_idx: None  # type: ignore[method-assign,assignment,return-value]
-    with pytest.warns(UserWarning, match="returned `None`"):
+    with (
+        pytest.warns(UserWarning, match="returned `None`"),
+        pytest.warns(NormkitWarning, match="GammaDecay changes nothing.*There is no optimizer"),
+    ):
         trainer = fit(nothing, GammaDecay(), max_epochs=1)
     assert decays_of(trainer, nothing) == {}
 
@@ -310,13 +369,15 @@ def test_what_cannot_be_traced_is_read_by_type_with_a_warning() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.net(x) if x.sum().item() > -1e9 else x
 
-    module = Jumpy()
-    with (
-        pytest.warns(NormkitWarning, match="module types alone"),
-        pytest.warns(NormkitWarning, match=r"4 parameters is unknown.*net.bn.weight"),
-    ):
-        decays = decays_of(fit(module, GammaDecay()), module)
-    assert decays == {**EXPECTED, "net.bn1.weight": 0.0, "net.bn2.weight": 0.0}
+    for policy, unknown in (("no_norm", 0), ("gamma_roles", 1)):  # no scale is decayed by the first, whatever its role
+        module = Jumpy()
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always", NormkitWarning)
+            decays = decays_of(fit(module, GammaDecay(policy=policy)), module)
+        told = [str(warning.message) for warning in seen if issubclass(warning.category, NormkitWarning)]
+        assert (["module types alone" in text for text in told], len(told)) == ([True] + [False] * unknown, 1 + unknown)
+        assert all("4 parameters is unknown" in text and "net.bn.weight" in text for text in told[1:])
+        assert decays == EXPECTED
 
 
 def test_an_unmatched_override_is_an_error() -> None:
@@ -379,12 +440,12 @@ def test_every_scheduler_of_torch_is_tried() -> None:
 def test_an_optimizer_built_early_follows_the_schedule_of_one_built_late(name: str) -> None:
     """LightningCLI builds optimizer and scheduler before any callback runs."""
     module = Module()
-    splitter = GroupSplitter(read_model(module), PRESETS["no_norm"], parameter_names(module))
+    splitter = OptimizerSplitter(module, read_model(module), PRESETS["no_norm"])
     early = adamw(module)
     early_scheduler = SCHEDULERS[name](early)
-    split_prebuilt(early, [early_scheduler], splitter)
-    with splitting_optimizer_groups(splitter):
+    with splitter.building():
         late = adamw(module)
+    splitter.follow([early, late], [early_scheduler])
     late_scheduler = SCHEDULERS[name](late)
 
     assert len(early.param_groups) == 2
@@ -394,93 +455,6 @@ def test_an_optimizer_built_early_follows_the_schedule_of_one_built_late(name: s
             arguments = (1.0,) if name == "ReduceLROnPlateau" else ()
             optimizer.step()
             scheduler.step(*arguments)
-
-
-class SaveFirstEpoch(pl.Callback):
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.current_epoch == 0:
-            trainer.save_checkpoint(self.path)
-
-
-def equality(expected: dict[Any, Tensor], actual: dict[Any, Tensor]) -> dict[Any, bool]:
-    """Bit for bit, key by key."""
-    return {key: key in actual and torch.equal(value, actual[key]) for key, value in expected.items()}
-
-
-def flat(state: dict[int, dict[str, Tensor]]) -> dict[tuple[int, str], Tensor]:
-    return {(index, key): value for index, kept in state.items() for key, value in kept.items()}
-
-
-@pytest.fixture
-def _roles_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same network is fitted again and again here: trace it once."""
-    known = read_model(Module(), torch.zeros(2, 3, 8, 8))
-    monkeypatch.setattr("pl_normkit.callbacks.gamma_decay.read_model", lambda *_: known)
-
-
-def scheduled(name: str) -> Callable[[pl.LightningModule], Any]:
-    def configure(module: pl.LightningModule) -> Any:
-        optimizer = adamw(module)
-        scheduler = {"scheduler": SCHEDULERS[name](optimizer), "interval": "step", "monitor": "loss"}
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
-
-    return configure
-
-
-@pytest.mark.usefixtures("_roles_read_once")
-@pytest.mark.parametrize("name", SCHEDULERS)
-@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")
-def test_one_epoch_and_one_more_are_two(name: str, tmp_path: Path) -> None:
-    of_two_epochs: dict[str, Any] = {"steps": -1, "max_epochs": 2}
-    whole = Module(scheduled(name))
-    at_once = fit(whole, GammaDecay(), SaveFirstEpoch(tmp_path / "half.ckpt"), **of_two_epochs)
-    resumed = Module(scheduled(name))
-    in_two = fit(resumed, GammaDecay(), ckpt_path=tmp_path / "half.ckpt", **of_two_epochs)
-
-    assert equality(whole.state_dict(), resumed.state_dict()) == dict.fromkeys(whole.state_dict(), True)
-    expected, actual = at_once.optimizers[0].state_dict(), in_two.optimizers[0].state_dict()
-    assert expected["param_groups"] == actual["param_groups"]
-    before, after = flat(expected["state"]), flat(actual["state"])
-    assert equality(before, after) == dict.fromkeys(before, True)
-    assert len(before) == 3 * (len(DECAYED) + len(SPARED))
-    assert {step.item() for (_, key), step in after.items() if key == "step"} == {8.0}
-
-
-def checkpoint_of(module: Module, callback: GammaDecay | None, folder: Path) -> Path:
-    fit(module, callback).save_checkpoint(folder / "run.ckpt")
-    return folder / "run.ckpt"
-
-
-def test_resuming_with_another_layout_is_refused_by_name(tmp_path: Path) -> None:
-    path = checkpoint_of(Module(), GammaDecay(policy="no_norm"), tmp_path)
-
-    with pytest.raises(ConfigError, match=r"net\.bn1\.weight \(1 -> 0\), net\.bn2\.weight \(1 -> 0\)"):
-        fit(Module(), GammaDecay(), steps=4, ckpt_path=path)
-
-
-def test_resuming_a_run_without_the_callback_is_refused(tmp_path: Path) -> None:
-    path = checkpoint_of(Module(), None, tmp_path)
-
-    with pytest.raises(ConfigError, match=r"\[\[14\]\] before, \[\[7, 7\]\] now"):
-        fit(Module(), GammaDecay(), steps=4, ckpt_path=path)
-
-
-def test_more_optimizers_than_before_are_refused(tmp_path: Path) -> None:
-    path = checkpoint_of(Module(manual=True), GammaDecay(), tmp_path)
-
-    with pytest.raises(ConfigError, match="holds 1 optimizers, this run has 2"):
-        fit(Module(two_optimizers, manual=True), GammaDecay(), steps=4, ckpt_path=path)
-
-
-def test_validating_a_checkpoint_of_a_run_without_the_callback_is_fine(tmp_path: Path) -> None:
-    path = checkpoint_of(Module(), None, tmp_path)
-    module = Module()
-    module.validation_step = lambda batch, batch_idx: None  # type: ignore[method-assign,assignment]
-
-    assert trainer_with(GammaDecay()).validate(module, loader(), ckpt_path=path, verbose=False) == [{}]
 
 
 class Board(CSVLogger):

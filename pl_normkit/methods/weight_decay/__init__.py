@@ -1,54 +1,43 @@
-"""Weight decay that knows what each parameter is for: roles from the graph, groups by policy, rules NK201 to NK206."""
+"""Weight decay that knows what each parameter is for: its role is read from the graph, and groups are made by a policy over roles.
+
+Source: the roles of norm scales are derived here from the principles in the abstract of arXiv 2205.07260, whose guidelines were not at
+hand; that the default leaves norms, biases, positions and tokens out is common practice, checked against timm and transformers.
+
+    roles.py           the roles
+    find.py            `parameter_roles`: the role of every parameter
+    operations.py      the role by the operation that reads the parameter, and where that stands
+    module_types.py    the role by the type of the module, where there is no graph
+    peers.py           whom timm, transformers and nanoGPT decay
+    policy.py          which parameters are decayed, and on what ground
+    fix.py             `param_groups`: groups from a model, or from groups that exist
+    optimizers.py      `OptimizerSplitter`: groups of live optimizers
+    layout.py          which parameter sits where in an optimizer, for checkpoints
+    measure.py         norms of the scales by role over a run
+    rules.py           NK201 to NK208
+    optimizer_text.py  an optimizer from words
+    commands.py        `lint --optimizer`, `report`
+"""
 
 from __future__ import annotations
 
 __all__ = [
-    "HISTORY_FILE",
     "PRESETS",
     "DecayLine",
     "DecayPolicy",
-    "GroupSplitter",
     "ModelRoles",
-    "OptimizerLayout",
+    "OptimizerSplitter",
     "Role",
-    "build_optimizer",
-    "check_group_sizes",
-    "check_layouts",
     "describe_decay",
     "gamma_norms",
-    "optimizer_layout",
     "param_groups",
-    "parameter_names",
     "parameter_roles",
     "plot_gamma_norms",
-    "read_history",
     "read_model",
-    "read_part",
-    "resolve_policy",
-    "split_prebuilt",
-    "splitting_optimizer_groups",
-    "squared_gamma_norms",
-    "write_history",
 ]
 
-from pl_normkit.methods.weight_decay.find import ModelRoles, parameter_roles, read_model, read_part
-from pl_normkit.methods.weight_decay.fix import (
-    GroupSplitter,
-    describe_decay,
-    param_groups,
-    parameter_names,
-    splitting_optimizer_groups,
-)
-from pl_normkit.methods.weight_decay.layout import OptimizerLayout, check_group_sizes, check_layouts, optimizer_layout
-from pl_normkit.methods.weight_decay.measure import (
-    HISTORY_FILE,
-    gamma_norms,
-    plot_gamma_norms,
-    read_history,
-    squared_gamma_norms,
-    write_history,
-)
-from pl_normkit.methods.weight_decay.optimizer_text import build_optimizer
-from pl_normkit.methods.weight_decay.policy import PRESETS, DecayLine, DecayPolicy, resolve_policy
-from pl_normkit.methods.weight_decay.prebuilt import split_prebuilt
+from pl_normkit.methods.weight_decay.find import ModelRoles, parameter_roles, read_model
+from pl_normkit.methods.weight_decay.fix import describe_decay, param_groups
+from pl_normkit.methods.weight_decay.measure import gamma_norms, plot_gamma_norms
+from pl_normkit.methods.weight_decay.optimizers import OptimizerSplitter
+from pl_normkit.methods.weight_decay.policy import PRESETS, DecayLine, DecayPolicy
 from pl_normkit.methods.weight_decay.roles import Role

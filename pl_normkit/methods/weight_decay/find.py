@@ -1,4 +1,4 @@
-"""What each parameter is for: a weight, a scale on a shortcut, a positional embedding."""
+"""What each parameter of a model is for: a weight, a scale on a shortcut, a positional embedding."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ __all__ = [
     "GAMMAS",
     "ModelRoles",
     "Role",
-    "owners",
+    "are_sharded",
     "parameter_roles",
     "read_graph",
     "read_model",
@@ -15,15 +15,15 @@ __all__ = [
 ]
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
 
 from pl_normkit.graph import ModelGraph
-from pl_normkit.methods.weight_decay.reads import Context, core_gammas, read_roles
+from pl_normkit.methods.weight_decay.module_types import is_norm_scale, is_own, owners, role_in_module
+from pl_normkit.methods.weight_decay.operations import Context, core_blocks, core_gammas, read_roles
+from pl_normkit.methods.weight_decay.peers import decayed_by_peers
 from pl_normkit.methods.weight_decay.roles import GAMMAS, Role
 from pl_normkit.wrappers import unwrapped
 
@@ -34,7 +34,8 @@ def parameter_roles(model: nn.Module, example_inputs: Any = None) -> dict[str, R
     Roles come from the traced graph (which operation reads the parameter, by which argument, and where that operation stands
     among the residual branches) and from the owning module's type; never from a parameter's name or dimensions alone.
 
-    - `weight`: the kernel of a convolution, linear, recurrent or bilinear layer, or a learned operand of a product.
+    - `weight`: the kernel of a convolution, linear, recurrent or bilinear layer, of experts, of a low-rank update, or a learned operand
+      of a product.
     - `gamma_last`: scale of the last norm of a residual branch, with no weight layer after it in the branch.
     - `gamma_shortcut`: scale of a norm on the shortcut of a residual addition.
     - `gamma_branch`: scale of every other norm in a residual branch.
@@ -42,12 +43,18 @@ def parameter_roles(model: nn.Module, example_inputs: Any = None) -> dict[str, R
       a network without residual additions. A pre-activation norm that the projection shortcut reads too stands here.
     - `beta`, `bias`: shift of a norm; shift of a weight layer or a shift per channel.
     - `position`: added to activations and different from position to position; `relative_position`: added to attention logits.
-    - `token`: class, register and mask tokens, learned queries: joins the activations as a value of its own.
+    - `token`: class, register and mask tokens, learned queries and latents: joins or asks the activations as a value of its own.
     - `layer_scale`: factor at the end of a residual branch, or on its shortcut.
     - `embedding`: table looked up by the input (also when tied to the output layer), or by a constant with fewer rows than positions.
-    - `temperature`: factor on attention or output logits; `gain`: factor on a weight (weight normalization); `slope`: of a PReLU.
+    - `temperature`: factor on attention or output logits; `slope`: of a PReLU.
+    - `gain`: factor on a weight (weight normalization, magnitude of DoRA) or per channel on activations.
     - `own`: a parameter that a module of this library adds.
-    - `unknown`: everything else, and every parameter that the traced forward pass does not read.
+    - `unknown`: everything else. What the traced forward pass does not read goes by the type of its module.
+
+    >>> import torch
+    >>> layer = nn.TransformerEncoderLayer(8, 2, 16, norm_first=True)
+    >>> str(parameter_roles(layer, torch.zeros(5, 2, 8))["norm1.weight"])
+    'gamma_branch'
 
     Args:
         model: any module that `torch.export` reads; the meta device is enough.
@@ -71,40 +78,66 @@ class ModelRoles:
         roles: the role of every parameter by name.
         core_gammas: scales that our derivation speaks about with more than low confidence: batch norms in post-activation
             residual branches without depthwise convolutions, on their shortcuts, and in the stem before the first of them.
+        core_blocks: how many residual additions such branches end in.
         is_traced: whether the graph was read, or module types alone.
+        peers: rule of another library -> the parameters it decays.
+        norm_scales: scales of torch's norm modules, whose role takes a graph; empty where one was read.
     """
 
     roles: Mapping[str, Role]
     core_gammas: frozenset[str] = frozenset()
+    core_blocks: int = 0
     is_traced: bool = True
+    peers: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    norm_scales: frozenset[str] = frozenset()
 
 
 def read_model(model: nn.Module, example_inputs: Any = None) -> ModelRoles:
-    """`parameter_roles` with what a decay policy needs beside them; one trace at most. Raises TraceError as that does."""
+    """`parameter_roles` with what a decay policy needs beside them; one trace at most. Raises TraceError as that does.
+
+    >>> import torch
+    >>> read_model(nn.Linear(8, 4), torch.zeros(2, 8)).is_traced
+    True
+    """
     if example_inputs is None:
         return read_modules(model)
     return read_graph(model, ModelGraph.from_model(model, example_inputs))
 
 
-def read_part(model: nn.Module, path: str, example_inputs: Any = None) -> ModelRoles:
-    """`read_model` where only the submodule at `path` can be traced; `example_inputs` are its own, the rest stays `unknown`."""
-    part = read_model(model.get_submodule(path), example_inputs)
-    found = {f"{path}.{name}": role for name, role in part.roles.items()}
-    roles = {name: found.get(name, Role.UNKNOWN) for name, _ in model.named_parameters()}
-    return ModelRoles(roles, frozenset(f"{path}.{name}" for name in part.core_gammas), part.is_traced)
+def read_part(model: nn.Module, part: nn.Module, example_inputs: Any = None) -> ModelRoles:
+    """`read_model` where only `part`, a submodule or the model, can be traced; `example_inputs` are its own, the rest goes by types."""
+    path = next(path for path, module in model.named_modules() if module is part)
+    if not path:
+        return read_model(model, example_inputs)
+    inside, by_type = read_model(part, example_inputs), read_modules(model)
+    found = {f"{path}.{name}": role for name, role in inside.roles.items()}
+    return replace(
+        by_type,
+        roles={name: found.get(name, role) for name, role in by_type.roles.items()},
+        core_gammas=frozenset(f"{path}.{name}" for name in inside.core_gammas),
+        core_blocks=inside.core_blocks,
+        is_traced=inside.is_traced,
+    )
+
+
+def are_sharded(model: nn.Module) -> bool:
+    """Whether parameters are shards already (DTensor), which no trace can read."""
+    return any(hasattr(parameter, "to_local") for parameter in model.parameters())
 
 
 def read_graph(model: nn.Module, graph: ModelGraph) -> ModelRoles:
     """`read_model` on a graph that is there already."""
-    context = Context(graph)
-    read, core, holders = read_roles(context), core_gammas(context), owners(model)
-    traced_names = [name for name, _ in unwrapped(model).named_parameters()]
-    names = {traced: name for traced, (name, _) in zip(traced_names, model.named_parameters(), strict=True)}
+    traced = dict(unwrapped(model).named_parameters())
+    context = Context(graph, {name: tuple(parameter.shape) for name, parameter in traced.items()})
+    read, holders = read_roles(context), owners(model)
+    names = {before: name for before, (name, _) in zip(traced, model.named_parameters(), strict=True)}
     roles = {}
-    for traced, name in names.items():
-        role = read.get(traced, Role.UNKNOWN)
-        roles[name] = Role.OWN if _is_own(holders[name][0]) and role not in _PLAIN else role
-    return ModelRoles(roles, frozenset(names[traced] for traced in core))
+    for before, name in names.items():
+        role = read.get(before, Role.UNKNOWN)
+        role = role_in_module(*holders[name]) if role is Role.UNKNOWN else role
+        roles[name] = Role.OWN if is_own(holders[name][0]) and role not in _PLAIN else role
+    core = frozenset(names[before] for before in core_gammas(context))
+    return ModelRoles(roles, core, len(core_blocks(context)), peers=decayed_by_peers(model))
 
 
 _PLAIN = (Role.WEIGHT, Role.BIAS, Role.BETA, Role.EMBEDDING, *GAMMAS)
@@ -112,43 +145,7 @@ _PLAIN = (Role.WEIGHT, Role.BIAS, Role.BETA, Role.EMBEDDING, *GAMMAS)
 
 def read_modules(model: nn.Module) -> ModelRoles:
     """Roles by the type of the owning module alone: `unknown` wherever the graph is needed."""
-    roles = {name: _role_in_module(*holder) for name, holder in owners(model).items()}
-    return ModelRoles({name: roles[name] for name, _ in model.named_parameters()}, is_traced=False)
-
-
-def owners(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """The module that holds each parameter, and the attribute it holds it by; tied parameters count at their first name."""
-    first = {name for name, _ in model.named_parameters()}
-    found = {}
-    for path, module in model.named_modules():
-        for attribute in module._parameters:
-            name = f"{path}.{attribute}" if path else attribute
-            if name in first:
-                found[name] = (module, attribute)
-    return found
-
-
-_NORM_TYPES = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-_WEIGHT_TYPES = (_ConvNd, nn.Linear, nn.Bilinear)
-
-
-def _role_in_module(module: nn.Module, attribute: str) -> Role:
-    if _is_own(module):
-        return Role.OWN
-    if isinstance(module, _NORM_TYPES):
-        return Role.BETA if attribute == "bias" else Role.UNKNOWN
-    if isinstance(module, _WEIGHT_TYPES):
-        return {"weight": Role.WEIGHT, "bias": Role.BIAS}.get(attribute, Role.UNKNOWN)
-    if isinstance(module, nn.MultiheadAttention):
-        if attribute in ("bias_k", "bias_v"):
-            return Role.TOKEN
-        return Role.BIAS if attribute == "in_proj_bias" else Role.WEIGHT
-    if isinstance(module, nn.RNNBase):
-        return Role.BIAS if attribute.startswith("bias") else Role.WEIGHT
-    return Role.SLOPE if isinstance(module, nn.PReLU) else Role.UNKNOWN
-
-
-def _is_own(module: nn.Module) -> bool:
-    """Whether this library made the module's class (recipes are user code)."""
-    home = type(module).__module__
-    return home.startswith("pl_normkit.") and not home.startswith("pl_normkit.recipes")
+    holders = owners(model)
+    roles = {name: role_in_module(*holders[name]) for name, _ in model.named_parameters()}
+    scales = frozenset(name for name, holder in holders.items() if is_norm_scale(*holder))
+    return ModelRoles(roles, is_traced=False, peers=decayed_by_peers(model), norm_scales=scales)

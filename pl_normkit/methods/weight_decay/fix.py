@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-__all__ = ["GroupSplitter", "describe_decay", "param_groups", "parameter_names", "splitting_optimizer_groups"]
+__all__ = ["Group", "GroupSplitter", "describe_decay", "param_groups", "parameter_names"]
 
 import fnmatch
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from pl_normkit.errors import ConfigError, NormkitWarning
 from pl_normkit.methods.weight_decay.find import ModelRoles, read_model
-from pl_normkit.methods.weight_decay.policy import DecayPolicy, resolve_policy
-from pl_normkit.methods.weight_decay.roles import Role
+from pl_normkit.methods.weight_decay.policy import DEFAULT, DecayPolicy, resolve_policy
+from pl_normkit.methods.weight_decay.roles import GAMMAS, Role
 from pl_normkit.wrappers import unwrapped_name
 
 Group = dict[str, Any]
@@ -29,7 +27,7 @@ def param_groups(
     weight_decay: float,
     example_inputs: Any = None,
     *,
-    policy: str | DecayPolicy = "gamma_roles",
+    policy: str | DecayPolicy = DEFAULT,
     overrides: Mapping[str, float] | None = None,
     groups: Sequence[Mapping[str, Any]] | None = None,
     known: ModelRoles | None = None,
@@ -39,11 +37,18 @@ def param_groups(
     Every parameter of the model (frozen ones too) is in exactly one group. The order is fixed: the given groups in their order,
     in each the stronger decay first, parameters in the model's order; groups with equal options are one group.
 
+    >>> import torch
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    >>> groups = param_groups(model, 0.05, torch.zeros(2, 3, 8, 8))
+    >>> [(group["weight_decay"], len(group["params"])) for group in groups]
+    [(0.05, 1), (0.0, 3)]
+
     Args:
         model: the module.
         weight_decay: decay of the weights, as the optimizer takes it (L2 in SGD, decoupled in AdamW).
-        example_inputs: as for `parameter_roles`. Without it only module types are read and no norm's scale is decayed.
-        policy: `"gamma_roles"`, `"gamma_roles_extended"`, `"no_norm"`, `"all"` or a policy of your own.
+        example_inputs: as for `parameter_roles`. Without it only module types are read, and what needs the graph is not decayed.
+        policy: `"no_norm"` (no norm, bias or special parameter is decayed), `"gamma_roles"`, `"gamma_roles_extended"`, `"all"`, or
+            `"timm"`, `"transformers"`, `"ndim"` for the very sets of those libraries, which need no inputs; or a policy of your own.
         overrides: parameter-name pattern -> multiple of `weight_decay` (0 = none); the last match decides.
         groups: existing groups to split; their other options (`lr`, `betas`, layer-wise learning rates) are kept. `params` are
             tensors or (name, tensor) pairs. Parameters of the model that are in none of them stay out.
@@ -55,8 +60,9 @@ def param_groups(
     """
     if not weight_decay >= 0:
         raise ConfigError(f"weight_decay is 0 or positive, not {weight_decay!r}", where="param_groups")
-    known = known or read_model(model, example_inputs)
-    splitter = GroupSplitter(known, resolve_policy(policy, overrides), parameter_names(model), weight_decay)
+    policy = resolve_policy(policy, overrides)
+    known = known or read_model(model, example_inputs if policy.needs_roles else None)
+    splitter = GroupSplitter(known, policy, parameter_names(model), weight_decay)
     wanted = [{"params": list(model.parameters())}] if groups is None else [dict(group) for group in groups]
     _refuse_doubles(wanted, splitter.names)
     split = [part for group in wanted for part in splitter.split(group, {})]
@@ -76,7 +82,7 @@ class GroupSplitter:
 
     Attributes:
         known: roles of the model.
-        policy: which roles are decayed.
+        policy: which parameters are decayed.
         names: `id(parameter)` -> name, as the parameters are now (`parameter_names`).
         weight_decay: decay of the weights; None takes each group's own, so a group without decay stays without.
     """
@@ -104,19 +110,27 @@ class GroupSplitter:
         rest = {key: value for key, value in group.items() if key not in ("params", "param_names")}
         if not parts:
             return [{**rest, "params": [], "weight_decay": base}]
-        return [{**rest, "params": parts[decay], "weight_decay": decay} for decay in sorted(parts, reverse=True)]
+        made = [{**rest, "params": parts[decay], "weight_decay": decay} for decay in sorted(parts, reverse=True)]
+        for part in made[1:]:
+            if "name" in part:  # names of groups tell them apart
+                part["name"] = f"{part['name']}, decay {part['weight_decay']:g}"
+        return made
 
     def _factor_of(self, parameter: Tensor) -> float:
         name = self.names.get(id(parameter), "")
-        return self._factors.get(name, self.policy.line(Role.UNKNOWN).factor)
+        return self._factors[name] if name in self._factors else self.policy.factor_outside(parameter)
 
     def warn_unknown(self, items: Iterable[Any]) -> None:
         """One warning naming the parameters whose role is unknown and that no override decides on."""
+        if not self.policy.needs_roles:
+            return
         roles = {unwrapped_name(name): role for name, role in self.known.roles.items()}
+        same_for_all = len({self.policy.line(role).factor for role in (*GAMMAS, Role.UNKNOWN)}) == 1
+        scales = {unwrapped_name(name) for name in self.known.norm_scales} if same_for_all else set()
         unknown = []
         for item in items:
             name = self.names.get(id(_tensor_of(item)), "")
-            decided = any(fnmatch.fnmatchcase(name, pattern) for pattern in self.policy.overrides)
+            decided = name in scales or any(fnmatch.fnmatchcase(name, pattern) for pattern in self.policy.overrides)
             if roles.get(name, Role.UNKNOWN) is Role.UNKNOWN and not decided:
                 unknown.append(name or "a tensor outside the model")
         if unknown:
@@ -130,49 +144,23 @@ class GroupSplitter:
             )
 
 
-@contextmanager
-def splitting_optimizer_groups(splitter: GroupSplitter) -> Iterator[list[Optimizer]]:
-    """While the block runs, every optimizer that is built gets its groups split; the list holds those optimizers.
+def describe_decay(known: ModelRoles, policy: str | DecayPolicy = DEFAULT) -> str:
+    """A table: for each role in the model how many parameters it has, their factor, and what stands behind that.
 
-    Groups pass through `Optimizer.add_param_group` while the optimizer is built, so they are split before a scheduler reads them.
-    Optimizers that know no weight decay keep their groups.
+    >>> print(describe_decay(read_model(nn.Linear(8, 4))))
+    role               count  x decay  ground
+    weight                 1        1  derived: what weight decay is for
+    bias                   1        0  derived: shifts are not covered by the derivation
     """
-    original = Optimizer.add_param_group
-    built: list[Optimizer] = []
-    made: list[Group] = []
-
-    def add_split(self: Optimizer, param_group: Group) -> None:
-        if not any(self is known for known in built):
-            built.append(self)
-        takes_decay = "weight_decay" in param_group or "weight_decay" in self.defaults
-        is_ours = any(param_group is part for part in made)
-        parts = splitter.split(param_group, self.defaults) if takes_decay and not is_ours else [param_group]
-        made.extend(parts)
-        for part in parts:
-            original(self, part)
-
-    Optimizer.add_param_group = add_split  # type: ignore[method-assign]
-    try:
-        yield built
-    finally:
-        Optimizer.add_param_group = original  # type: ignore[method-assign]
-
-
-def describe_decay(known: ModelRoles, policy: str | DecayPolicy = "gamma_roles") -> str:
-    """A table: for each role in the model how many parameters it has, their factor, and what stands behind that."""
     policy = resolve_policy(policy)
     factors = policy.factors(known)
     rows = ["role               count  x decay  ground"]
     for role in Role:
         of_role = [factors[name] for name, found in known.roles.items() if found is role]
-        line = policy.line(role)
-        confidence = f", {line.confidence} confidence" if line.confidence else ""
-        rows += [
-            f"{role:<18} {of_role.count(factor):>5}  {factor:>7g}  {line.mark}{confidence}: {line.reason}"
-            if factor == line.factor
-            else f"{role:<18} {of_role.count(factor):>5}  {factor:>7g}  an override, or low confidence (policy.extensions is off)"
-            for factor in sorted(set(of_role), reverse=True)
-        ]
+        for factor in sorted(set(of_role), reverse=True):
+            is_rule = bool(policy.peer) or factor == policy.line(role).factor
+            ground = policy.ground(role) if is_rule else "an override, or low confidence (policy.extensions is off)"
+            rows.append(f"{role:<18} {of_role.count(factor):>5}  {factor:>7g}  {ground}")
     return "\n".join(rows)
 
 
@@ -190,15 +178,15 @@ def _refuse_doubles(groups: Sequence[Group], names: Mapping[int, str]) -> None:
     seen: set[int] = set()
     for index, group in enumerate(groups):
         group["params"] = _items(group["params"])
+        own: set[int] = set()
         for item in group["params"]:
             tensor = _tensor_of(item)
-            if id(tensor) in seen:
-                raise ConfigError(
-                    f"parameter {names.get(id(tensor), '(not of the model)')!r} is in two groups",
-                    where=f"groups[{index}]",
-                    mend="list every parameter once",
-                )
-            seen.add(id(tensor))
+            if id(tensor) in seen | own:
+                name = names.get(id(tensor), "(not of the model)")
+                where = "twice in one group" if id(tensor) in own else "in two groups"
+                raise ConfigError(f"parameter {name!r} is {where}", where=f"groups[{index}]", mend="list every parameter once")
+            own.add(id(tensor))
+        seen |= own
 
 
 def _merge_equal(groups: Sequence[Group]) -> list[Group]:

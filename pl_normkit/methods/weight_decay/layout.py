@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["OptimizerLayout", "check_group_sizes", "check_layouts", "optimizer_layout"]
+__all__ = ["OptimizerLayout", "SavedLayouts", "check_group_sizes", "check_layouts", "optimizer_layout"]
 
-from collections.abc import Mapping, Sequence
-from typing import TypedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
 
 from torch.optim import Optimizer
 
@@ -23,6 +24,43 @@ def optimizer_layout(optimizer: Optimizer, names: Mapping[int, str]) -> Optimize
     """The layout of `optimizer`; `names` maps `id(parameter)` to a name (`parameter_names`), others become "(not of the model)"."""
     groups = [[names.get(id(parameter), "(not of the model)") for parameter in group["params"]] for group in optimizer.param_groups]
     return {"optimizer": type(optimizer).__name__, "groups": groups}
+
+
+@dataclass
+class SavedLayouts:
+    """What a checkpoint tells of its optimizers' groups; compared when an optimizer loads its state, so that groups which other callbacks
+    add again on resume count.
+
+    Attributes:
+        layouts: as the checkpoint stores them.
+        sizes: number of parameters in each group of each optimizer, all that a checkpoint without layouts tells.
+    """
+
+    layouts: Sequence[OptimizerLayout] | None = None
+    sizes: Sequence[Sequence[int]] = ()
+
+    def take(self, checkpoint: Mapping[str, Any], state_key: str) -> None:
+        """Read Lightning's checkpoint, in which GammaDecay's state, if it is there, is at `state_key`."""
+        self.clear()
+        state = checkpoint.get("callbacks", {}).get(state_key)
+        if state is None:
+            self.sizes = [[len(group["params"]) for group in known["param_groups"]] for known in checkpoint.get("optimizer_states", [])]
+        else:
+            self.layouts = state["layouts"]
+
+    def check_on_load(self, optimizers: Iterable[Optimizer], current: Callable[[], Sequence[OptimizerLayout]]) -> None:
+        """From now on let `load_state_dict` of these optimizers raise ConfigError where their layouts are others."""
+        for optimizer in optimizers:
+            optimizer.register_load_state_dict_pre_hook(lambda *_: self._check(current()))
+
+    def clear(self) -> None:
+        self.layouts, self.sizes = None, ()
+
+    def _check(self, current: Sequence[OptimizerLayout]) -> None:
+        if self.layouts is not None:
+            check_layouts(self.layouts, current)
+        elif self.sizes:
+            check_group_sizes(self.sizes, current)
 
 
 def check_layouts(saved: Sequence[OptimizerLayout], current: Sequence[OptimizerLayout]) -> None:

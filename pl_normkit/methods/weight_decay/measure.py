@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-__all__ = ["HISTORY_FILE", "NormHistory", "gamma_norms", "plot_gamma_norms", "read_history", "squared_gamma_norms", "write_history"]
+__all__ = [
+    "HISTORY_FILE",
+    "NormHistory",
+    "add_gamma_norms",
+    "draw_history",
+    "gamma_norms",
+    "plot_gamma_norms",
+    "read_history",
+    "squared_gamma_norms",
+    "write_history",
+]
 
 import json
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -49,7 +60,14 @@ def read_history(path: Path) -> NormHistory:
 
 
 def gamma_norms(model: nn.Module, known: ModelRoles) -> dict[Role, float]:
-    """L2 norm of all norm scales of each role, float32; roles that the model lacks are left out."""
+    """L2 norm of all norm scales of each role, float32; roles that the model lacks are left out.
+
+    >>> import torch
+    >>> from pl_normkit import read_model
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    >>> gamma_norms(model, read_model(model, torch.zeros(2, 3, 8, 8)))
+    {<Role.GAMMA_TRUNK: 'gamma_trunk'>: 2.0}
+    """
     return {role: float(square) ** 0.5 for role, square in squared_gamma_norms(model, known).items()}
 
 
@@ -69,8 +87,39 @@ def squared_gamma_norms(model: nn.Module, known: ModelRoles) -> dict[Role, Tenso
     return {role: squares[role] for role in GAMMAS if role in squares}
 
 
+def add_gamma_norms(
+    history: NormHistory, squares: Mapping[Role, Tensor], step: int, total: Callable[[Tensor], Tensor | float] = float
+) -> None:
+    """Put the norms of `squared_gamma_norms` at `step` into `history`, once for each step; `total` sums a square over processes."""
+    for role, square in squares.items():
+        points = history.setdefault(role.value, [])
+        summed = total(square)
+        if not points or points[-1][0] != step:
+            points.append((step, float(summed) ** 0.5))
+
+
+def draw_history(history: NormHistory, folder: str | Path, loggers: Iterable[Any] = (), step: int = 0) -> None:
+    """Write the history to `folder`, and draw it there and into those loggers that take figures, where matplotlib is installed."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_history(history, folder / HISTORY_FILE)
+    try:
+        figure = plot_gamma_norms(history, folder / "gamma_norms.png")
+    except ImportError:
+        return
+    for logger in loggers:
+        board = getattr(logger, "experiment", None)
+        if board is not None and hasattr(board, "add_figure"):
+            board.add_figure("normkit/gamma_norms", figure, step)
+        elif hasattr(logger, "log_image"):
+            logger.log_image("normkit/gamma_norms", [str(folder / "gamma_norms.png")])
+
+
 def plot_gamma_norms(history: NormHistory, path: Path | None = None) -> Figure:
     """Lines of gamma norm over steps, one per role, each relative to its first value; also written to `path` (PNG) when given.
+
+    >>> len(plot_gamma_norms({"gamma_last": [(0, 4.0), (10, 2.0)]}).axes)
+    1
 
     Raises DataError when there is nothing to draw, ImportError without matplotlib (`pip install pl_normkit[demo]`).
     """

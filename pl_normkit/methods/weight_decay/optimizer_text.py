@@ -4,8 +4,7 @@ from __future__ import annotations
 
 __all__ = ["build_optimizer"]
 
-import ast
-import importlib
+import re
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from pl_normkit.errors import ConfigError, nearest
+from pl_normkit.importing import import_dotted, literal_calls
 
 
 def build_optimizer(text: str, model: nn.Module) -> Optimizer:
@@ -36,31 +36,30 @@ def build_optimizer(text: str, model: nn.Module) -> Optimizer:
 def _read_call(text: str) -> tuple[str, dict[str, Any]]:
     mend = 'write it as "torch.optim.AdamW(lr=1e-3, weight_decay=0.05)"'
     try:
-        call = ast.parse(text.strip(), mode="eval").body
+        calls = literal_calls(text)
     except SyntaxError as error:
         raise ConfigError("this is no optimizer", where=text, evidence=str(error), mend=mend) from error
-    if isinstance(call, (ast.Name, ast.Attribute)):
-        return ast.unparse(call), {}
-    if not isinstance(call, ast.Call) or not isinstance(call.func, (ast.Name, ast.Attribute)):
-        raise ConfigError("this is no optimizer", where=text, mend=mend)
-    if call.args or any(keyword.arg is None for keyword in call.keywords):
-        raise ConfigError("an optimizer's options are given by keyword, its parameters come from the model", where=text, mend=mend)
-    try:
-        options = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
     except ValueError as error:
         raise ConfigError("an optimizer's options are literals", where=text, evidence=str(error), mend=mend) from error
-    return ast.unparse(call.func), options
+    if len(calls) != 1 or not _DOTTED.fullmatch(calls[0].path):
+        raise ConfigError("this is no optimizer", where=text, mend=mend)
+    if calls[0].arguments or "**" in calls[0].options:
+        raise ConfigError("an optimizer's options are given by keyword, its parameters come from the model", where=text, mend=mend)
+    return calls[0].path, calls[0].options
+
+
+_DOTTED = re.compile(r"\w+(\.\w+)*")
 
 
 def _find_class(path: str) -> type[Optimizer]:
-    home, _, name = path.rpartition(".")
     try:
-        module = importlib.import_module(home or "torch.optim")
+        kind = import_dotted(path, "torch.optim")
     except ImportError as error:
-        raise ConfigError(f"there is no module {home!r}", where=path, evidence=str(error)) from error
-    kind = getattr(module, name, None)
+        raise ConfigError(f"there is no module {path.rpartition('.')[0]!r}", where=path, evidence=str(error)) from error
+    except AttributeError:
+        kind = None
     if not isinstance(kind, type) or not issubclass(kind, Optimizer):
         known = [word for word, value in vars(torch.optim).items() if isinstance(value, type) and issubclass(value, Optimizer)]
-        raise ConfigError(f"{path} is no optimizer class", where=path, mend=nearest(name, known) or "give a class of torch.optim")
-    found: type[Optimizer] = kind
-    return found
+        hint = nearest(path.rpartition(".")[2], known)
+        raise ConfigError(f"{path} is no optimizer class", where=path, mend=hint or "give a class of torch.optim")
+    return kind

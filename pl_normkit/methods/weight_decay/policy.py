@@ -10,8 +10,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from torch import Tensor
+
 from pl_normkit.errors import ConfigError, nearest
 from pl_normkit.methods.weight_decay.find import ModelRoles
+from pl_normkit.methods.weight_decay.peers import PEERS
 from pl_normkit.methods.weight_decay.roles import GAMMAS, Role
 from pl_normkit.rules import Mark
 
@@ -43,27 +46,48 @@ class DecayPolicy:
 
     Attributes:
         name: what the policy is called in messages and checkpoints.
-        lines: one per role.
+        lines: one per role; none where a rule of another library decides.
         extensions: whether the lines for `gamma_last` and `gamma_branch` also hold where our derivation is of low confidence:
             scales of pre-activation branches, of MBConv blocks and of every norm that is no batch norm. Off, those are not decayed.
         overrides: parameter-name pattern (fnmatch) -> factor; the last pattern that matches decides.
+        peer: `"timm"`, `"transformers"` or `"ndim"`: that library's rule decides instead of the roles; "" for roles.
     """
 
     name: str
     lines: tuple[DecayLine, ...]
     extensions: bool = False
     overrides: Mapping[str, float] = field(default_factory=dict)
+    peer: str = ""
 
     def __post_init__(self) -> None:
+        if self.peer and (self.peer not in PEERS or self.lines):
+            raise ConfigError(f"policy {self.name!r} goes by roles or by one of {', '.join(PEERS)}", evidence=f"peer={self.peer!r}")
         missing = set(Role) - {line.role for line in self.lines}
-        if missing or len(self.lines) != len(Role):
+        if not self.peer and (missing or len(self.lines) != len(Role)):
             raise ConfigError(f"policy {self.name!r} needs exactly one line per role", evidence=f"missing: {sorted(missing) or 'none'}")
         for owner, factor in [*((line.role, line.factor) for line in self.lines), *self.overrides.items()]:
             if not 0 <= factor < float("inf"):
                 raise ConfigError(f"a decay factor is 0 or a positive number, not {factor!r}", where=f"policy {self.name!r}, {owner}")
 
+    @property
+    def needs_roles(self) -> bool:
+        """Whether the graph must be read for it."""
+        return not self.peer
+
     def line(self, role: Role) -> DecayLine:
         return next(line for line in self.lines if line.role is role)
+
+    def factor_outside(self, tensor: Tensor) -> float:
+        """The factor of a tensor that is no parameter of the model."""
+        return float(tensor.ndim >= 2) if self.peer else self.line(Role.UNKNOWN).factor
+
+    def ground(self, role: Role) -> str:
+        """What stands behind the factor of a role."""
+        if self.peer:
+            return PEERS[self.peer][1]
+        line = self.line(role)
+        confidence = f", {line.confidence} confidence" if line.confidence else ""
+        return f"{line.mark}{confidence}: {line.reason}"
 
     def factors(self, known: ModelRoles) -> dict[str, float]:
         """The factor of every parameter of `known`. Raises ConfigError for an override that matches none of them."""
@@ -79,6 +103,8 @@ class DecayPolicy:
         return factors
 
     def _factor(self, name: str, role: Role, known: ModelRoles) -> float:
+        if self.peer:
+            return float(name in known.peers[self.peer])
         needs_extension = role in (Role.GAMMA_LAST, Role.GAMMA_BRANCH) and name not in known.core_gammas
         return 0.0 if needs_extension and not self.extensions else float(self.line(role).factor)
 
@@ -94,7 +120,7 @@ class DecayPolicy:
                 DecayLine(Role(line["role"]), line["factor"], Mark(line["mark"]), line["confidence"], line["reason"])
                 for line in data["lines"]
             )
-            return cls(data["name"], lines, data["extensions"], data["overrides"])
+            return cls(data["name"], lines, data["extensions"], data["overrides"], data.get("peer", ""))
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError("this is no weight-decay policy", evidence=f"{type(error).__name__}: {error}") from error
 
@@ -127,13 +153,16 @@ def _uniform(factor: float, reason: str) -> Iterable[DecayLine]:
     return _practice(factor, reason, *GAMMAS)
 
 
+DEFAULT = "no_norm"
 PRESETS: dict[str, DecayPolicy] = {
+    "no_norm": DecayPolicy("no_norm", (*_uniform(0, "common exclusion of every norm and bias"), *_NOT_GAMMAS)),
     "gamma_roles": DecayPolicy("gamma_roles", (*_gamma_lines(), *_NOT_GAMMAS)),
     "gamma_roles_extended": DecayPolicy("gamma_roles_extended", (*_gamma_lines(), *_NOT_GAMMAS), extensions=True),
-    "no_norm": DecayPolicy("no_norm", (*_uniform(0, "common exclusion of every norm and bias"), *_NOT_GAMMAS)),
     "all": DecayPolicy("all", tuple(_practice(1, "everything is decayed", *Role)), extensions=True),
+    **{peer: DecayPolicy(peer, (), peer=peer) for peer in PEERS},
 }
-"""`gamma_roles` (default), the same with the low-confidence extensions, the common exclusion of norms and biases, no exclusion."""
+"""`no_norm` (default): the common exclusion of norms, biases and special parameters; scales by their role, as derived and not proven to
+help; the same with the low-confidence extensions; no exclusion; the rules of timm, of transformers' Trainer and of nanoGPT."""
 
 
 def resolve_policy(policy: str | DecayPolicy, overrides: Mapping[str, float] | None = None) -> DecayPolicy:

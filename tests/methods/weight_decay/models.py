@@ -21,7 +21,8 @@ def build(spec: str) -> tuple[nn.Module, Any]:
 def _torchvision(name: str) -> tuple[nn.Module, Any]:
     import torchvision
 
-    return torchvision.models.get_model(name, weights=None), torch.zeros(IMAGE)
+    shape = (1, 3, 16, 224, 224) if name.startswith("mvit") else IMAGE
+    return torchvision.models.get_model(name, weights=None), torch.zeros(shape)
 
 
 def _timm(name: str) -> tuple[nn.Module, Any]:
@@ -46,6 +47,35 @@ def _transformers(name: str) -> tuple[nn.Module, Any]:
         return transformers.BertForSequenceClassification(transformers.BertConfig(**small)), ids
     if name == "roberta":
         return transformers.RobertaModel(transformers.RobertaConfig(**small)), ids
+    experts = {**small, "num_key_value_heads": 2, "vocab_size": 100, "num_local_experts": 4}
+    if name == "mixtral":
+        return transformers.MixtralForCausalLM(transformers.MixtralConfig(**experts)), ids
+    if name == "gpt_oss":
+        return transformers.GptOssForCausalLM(transformers.GptOssConfig(**experts, head_dim=16)), ids
+    if name == "deberta":
+        relative: dict[str, Any] = {
+            "relative_attention": True,
+            "position_buckets": 8,
+            "pos_att_type": ["p2c", "c2p"],
+            "share_att_key": True,
+        }
+        sizes: dict[str, Any] = {
+            "norm_rel_ebd": "layer_norm",
+            "max_relative_positions": -1,
+            "max_position_embeddings": 32,
+            "vocab_size": 100,
+        }
+        return transformers.DebertaV2Model(transformers.DebertaV2Config(**small, **relative, **sizes)), ids
+    if name == "siglip":
+        vision = transformers.SiglipVisionConfig(**small, image_size=32, patch_size=8)
+        return transformers.SiglipVisionModel(vision), torch.zeros(2, 3, 32, 32)
+    if name == "perceiver":
+        latents: dict[str, Any] = {"num_latents": 8, "d_latents": 32, "d_model": 24, "num_blocks": 1, "num_self_attends_per_block": 2}
+        heads = {"num_self_attention_heads": 4, "num_cross_attention_heads": 4}
+        return transformers.PerceiverModel(transformers.PerceiverConfig(**latents, **heads)), {"inputs": torch.zeros(2, 16, 24)}
+    if name == "t5_masked":
+        config = transformers.T5Config(d_model=32, d_kv=16, num_heads=2, d_ff=64, num_layers=2)
+        return transformers.T5EncoderModel(config), {**ids, "attention_mask": torch.ones(2, 16, dtype=torch.long)}
     if name == "t5":
         config = transformers.T5Config(d_model=32, d_kv=16, num_heads=2, d_ff=64, num_layers=1)
         return transformers.T5EncoderModel(config), ids

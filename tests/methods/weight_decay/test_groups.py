@@ -13,19 +13,11 @@ from torch import Tensor, nn
 
 from pl_normkit.errors import ConfigError, NormkitWarning
 from pl_normkit.graph import ModelGraph
-from pl_normkit.methods.weight_decay import (
-    PRESETS,
-    DecayPolicy,
-    Role,
-    build_optimizer,
-    check_layouts,
-    describe_decay,
-    optimizer_layout,
-    param_groups,
-    parameter_names,
-    read_model,
-    resolve_policy,
-)
+from pl_normkit.methods.weight_decay import PRESETS, DecayPolicy, Role, describe_decay, param_groups, read_model
+from pl_normkit.methods.weight_decay.fix import parameter_names
+from pl_normkit.methods.weight_decay.layout import check_layouts, optimizer_layout
+from pl_normkit.methods.weight_decay.optimizer_text import build_optimizer
+from pl_normkit.methods.weight_decay.policy import resolve_policy
 from pl_normkit.rules import Mark
 from tests.methods.weight_decay.models import build
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -8,12 +9,14 @@ import torch
 from torch import nn
 
 from pl_normkit.auditing import audit
+from pl_normkit.errors import NormkitWarning
 from pl_normkit.findings import Finding
-from pl_normkit.methods.weight_decay import build_optimizer, param_groups
+from pl_normkit.methods.weight_decay import param_groups
+from pl_normkit.methods.weight_decay.optimizer_text import build_optimizer
 from tests.methods.weight_decay.models import build
 from tests.methods.weight_decay.test_groups import Block, X
 
-FAMILY = ("NK201", "NK202", "NK203", "NK204", "NK205")
+FAMILY = ("NK201", "NK203", "NK204", "NK205", "NK207", "NK208")
 
 
 def findings(model: nn.Module, inputs: Any, *optimizers: torch.optim.Optimizer, select: tuple[str, ...] = FAMILY) -> list[Finding]:
@@ -37,25 +40,104 @@ def test_plain_adamw_on_resnet50_gives_three_findings_at_most() -> None:
     model, inputs = build("tv:resnet50")
     found = findings(model, inputs, build_optimizer("torch.optim.AdamW(lr=1e-3, weight_decay=0.05)", model))
 
-    assert places(found) == {"NK201 gamma_shortcut": 4, "NK201 gamma_trunk": 1, "NK203": 54}
-    by_code = {f"{finding.code} {finding.cause}": finding for finding in found}
-    shortcuts = by_code["NK201 gamma_shortcut"]
-    assert shortcuts.places[0].module == "layer1.0.downsample.1.weight"
-    assert [(evidence.value, evidence.expected) for evidence in shortcuts.evidence] == [(0.05, "0")]
-    assert by_code["NK203 "].severity == "note"
+    assert places(found) == {"NK201": 5, "NK203": 54, "NK207": 48}
+    by_code = {finding.code: finding for finding in found}
+    assert {"bn1.weight", "layer1.0.downsample.1.weight"} < {place.module for place in by_code["NK201"].places}
+    assert [(evidence.value, evidence.expected) for evidence in by_code["NK201"].evidence] == [(0.05, "0")]
+    assert {finding.severity for finding in found} == {"note"}
 
 
-@pytest.mark.parametrize("policy", ["gamma_roles", "gamma_roles_extended"])
+@pytest.mark.parametrize("policy", ["no_norm", "gamma_roles", "gamma_roles_extended"])
 def test_groups_by_role_give_none(block: Block, policy: str) -> None:
     optimizer = torch.optim.AdamW(param_groups(block, 0.05, X, policy=policy))
 
-    assert findings(block, X, optimizer, select=(*FAMILY, "NK206")) == []
+    assert findings(block, X, optimizer) == []
 
 
-def test_excluding_every_norm_is_noted(block: Block) -> None:
-    optimizer = torch.optim.AdamW(param_groups(block, 0.05, X, policy="no_norm"))
+@pytest.mark.parametrize(("blocks", "expected"), [(5, {}), (6, {"NK202": 6})])
+def test_undecayed_last_scales_are_a_preview_for_networks_of_many_blocks(blocks: int, expected: dict[str, int]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), *(Plain() for _ in range(blocks)))
+    optimizer = torch.optim.AdamW(param_groups(model, 0.05, X))
 
-    assert places(findings(block, X, optimizer)) == {"NK202": 1}
+    assert findings(model, X, optimizer) == []
+    assert places(findings(model, X, optimizer, select=("NK202",))) == expected
+    by_role = torch.optim.AdamW(param_groups(model, 0.05, X, policy="gamma_roles"))
+    assert findings(model, X, by_role, select=(*FAMILY, "NK202", "NK206")) == []
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x + self.branch(x))
+
+
+class Mixed(nn.Module):
+    """A weight, a norm, a token, a slope, a gain, a shift and a parameter of unknown role."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.gain, self.field = (nn.Parameter(torch.ones(shape)) for shape in ((1, 1, 8), (8,), (7, 8)))
+        self.norm, self.layer, self.slope, self.head = nn.LayerNorm(8), nn.Linear(8, 8), nn.PReLU(), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1)) * self.field
+        return self.head(self.slope(self.layer(x) * self.gain))
+
+
+AGREEING = {
+    "block": lambda: (Block(), X),
+    "mixed": lambda: (Mixed(), torch.zeros(2, 6, 8)),
+    "encoder": lambda: (nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), torch.zeros(2, 5, 8)),
+    **{spec: lambda spec=spec: build(spec) for spec in ("tv:resnet18", "timm:convnext_atto", "hf:t5", "hf:llama")},
+}
+
+
+@pytest.mark.parametrize("name", AGREEING)
+def test_what_the_remedy_takes_out_of_decay_the_audit_names_and_nothing_else(name: str) -> None:
+    model, inputs = AGREEING[name]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NormkitWarning)
+        groups = param_groups(model, 0.05, inputs)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    taken_out = {names[id(parameter)] for group in groups if not group["weight_decay"] for parameter in group["params"]}
+    found = findings(model, inputs, torch.optim.AdamW(model.parameters(), weight_decay=0.05))
+
+    assert taken_out == {place.module for finding in found for place in finding.places}
+    assert len([place for finding in found for place in finding.places]) == len(taken_out)
+    assert [f.code for f in findings(model, inputs, torch.optim.AdamW(groups))] == (["NK208"] if name == "mixed" else [])
+
+
+def test_a_pattern_of_names_that_misses_the_norms_is_noted() -> None:
+    layer = AGREEING["encoder"]()[0]
+    skipped = ("bias", "LayerNorm.weight")
+    groups = [
+        {"params": [p for n, p in layer.named_parameters() if n.endswith(skipped) is out], "weight_decay": 0.0 if out else 0.05}
+        for out in (False, True)
+    ]
+    found = findings(layer, torch.zeros(2, 5, 8), torch.optim.AdamW(groups))
+
+    assert places(found) == {"NK207": 2}
+
+
+def test_a_parameter_of_unknown_role_is_named_decayed_or_not() -> None:
+    model, inputs = AGREEING["mixed"]()
+    everything = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
+    spared = torch.optim.AdamW(param_groups(model, 0.05, inputs, overrides={"field": 0.0}))
+
+    assert places(findings(model, inputs, everything, select=("NK208",))) == {"NK208 get weight decay": 1}
+    assert places(findings(model, inputs, spared, select=("NK208",))) == {"NK208 get no weight decay": 1}
+    assert findings(model, inputs, torch.optim.SGD(model.parameters(), 0.1), select=("NK208",)) == []
+
+
+def test_a_parameter_that_one_group_lists_twice(block: Block) -> None:
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        optimizer = torch.optim.SGD([*block.parameters(), block.stem[0].weight], lr=0.1)
+    found = findings(block, X, optimizer, select=("NK204",))
+
+    assert {finding.cause: [place.module for place in finding.places] for finding in found} == {"one group twice": ["stem.0.weight"]}
 
 
 def test_each_rule_alone_finds_what_it_finds_among_the_others() -> None:
@@ -86,7 +168,7 @@ def test_low_confidence_verdicts_only_when_selected() -> None:
     x = torch.zeros(2, 5, 8)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
 
-    assert places(findings(model, x, optimizer)) == {"NK203": 7}
+    assert places(findings(model, x, optimizer)) == {"NK203": 7, "NK207": 3}
     assert places(findings(model, x, optimizer, select=("NK206",))) == {"NK206 gamma_trunk": 1}
     by_practice = torch.optim.AdamW(param_groups(model, 0.05, x, policy="no_norm"))
     assert places(findings(model, x, by_practice, select=("NK206",))) == {"NK206 gamma_branch": 2}
@@ -112,7 +194,7 @@ def test_frozen_parameters_are_nobodys_business(block: Block) -> None:
     with_frozen = findings(block, X, torch.optim.AdamW(block.parameters(), weight_decay=0.05))
     block.shortcut.requires_grad_(True)
 
-    assert places(found) == places(with_frozen) == {"NK201 gamma_trunk": 1, "NK203": 4}
+    assert places(found) == places(with_frozen) == {"NK201": 1, "NK203": 4, "NK207": 2}
 
 
 COUPLED = [
