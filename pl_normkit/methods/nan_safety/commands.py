@@ -5,23 +5,26 @@ from __future__ import annotations
 __all__: list[str] = []
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from pl_normkit.commands import command, lint_part
-from pl_normkit.methods.nan_safety.lint import audit_loss
+from pl_normkit.methods.nan_safety.loss_call import read_loss_call
 from pl_normkit.methods.nan_safety.replay import replay
 
 
 @lint_part(
     {
-        "--loss": {"metavar": "MODULE:NAME", "help": "a loss function or class, called once on example arguments"},
+        "--loss": {"metavar": "MODULE:NAME", "help": "a loss function or class: searched for arguments at which it is not finite"},
         "--example": {"metavar": "MODULE:NAME", "help": "a function without arguments that returns the arguments of --loss"},
     }
 )
 def _fill_loss(options: argparse.Namespace, _: nn.Module | None) -> dict[str, Any]:
-    return {"loss": audit_loss(options.loss, options.example)}
+    """The loss and how it is called; a script for each witness goes to the working directory."""
+    call = read_loss_call(options.loss, options.example, folder=Path.cwd())
+    return {"loss": call.recorded(), "loss_call": call}
 
 
 @command("replay", "run the operation of a NaNGuard file again", {"file": {"help": "a .pt file from a nan_guard folder"}})
