@@ -6,6 +6,7 @@ __all__ = ["Move", "batch_moves", "pairs", "single_moves"]
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations, product
 
 import torch
@@ -63,7 +64,7 @@ def _move(arguments: Arguments, position: int, words: str, make: Make, *, arguab
 
 def single_moves(arguments: Arguments, ignored: Sequence[tuple[int, bool]]) -> list[Move]:
     """One argument at a time; what stays within the values seen first. `ignored` are label values with whether they are arguable."""
-    makers = {Role.FREE: _free, Role.VALUES: _values, Role.MASK: _mask, Role.LABELS: lambda a, p: _labels(a, p, ignored)}
+    makers = {Role.FREE: _free, Role.VALUES: _values, Role.MASK: _mask, Role.LABELS: partial(_labels, ignored=ignored)}
     moves = [move for position in arguments.tensors for move in makers[arguments.roles[position]](arguments, position)]
     return sorted([*moves, *batch_moves(arguments)], key=lambda move: move.arguable)
 

@@ -203,7 +203,8 @@ def division_by_zero(subject: Subject) -> Iterator[Observation]:
         ```
 
         `F.normalize(x)`, `torch.log(x.clamp_min(1e-6))`, `1 + torch.exp(-z)`. What cannot reach 0 (clamped, where- or
-        epsilon-guarded) stays quiet, and so does everything whose sign is not known, unless it was 0 in this step or the search drives it there.
+        epsilon-guarded) stays quiet, and so does everything whose sign is not known, unless it was 0 in this step or the search
+        drives it there.
 
     Fix and its safety
         Advice only.
