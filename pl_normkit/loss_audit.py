@@ -59,7 +59,7 @@ def audit_loss(
     Raises:
         ModelSpecError: the loss or the example cannot be found or called, or has no gradient.
         ConfigError: `domain` or `fixed` name no argument, or an unknown rule.
-        DataError: a witness cannot be written.
+        DataError: there is no such folder.
 
     >>> import torch
     >>> from pl_normkit import audit_loss

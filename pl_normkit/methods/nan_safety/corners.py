@@ -64,7 +64,12 @@ def _move(arguments: Arguments, position: int, words: str, make: Make, *, arguab
 
 def single_moves(arguments: Arguments, ignored: Sequence[tuple[int, bool]]) -> list[Move]:
     """One argument at a time; what stays within the values seen first. `ignored` are label values with whether they are arguable."""
-    makers = {Role.FREE: _free, Role.VALUES: _values, Role.MASK: _mask, Role.LABELS: partial(_labels, ignored=ignored)}
+    makers: dict[Role, Callable[[Arguments, int], Iterator[Move]]] = {
+        Role.FREE: _free,
+        Role.VALUES: _values,
+        Role.MASK: _mask,
+        Role.LABELS: partial(_labels, ignored=ignored),
+    }
     moves = [move for position in arguments.tensors for move in makers[arguments.roles[position]](arguments, position)]
     return sorted([*moves, *batch_moves(arguments)], key=lambda move: move.arguable)
 

@@ -31,6 +31,7 @@ class Explanation:
 _EPSILON = "add an epsilon, clamp, or select the valid elements before the operation, not after it"
 _EMPTY = "divide a sum by the count clamped to at least 1, or skip the term where nothing is selected (prediction.sum() * 0)"
 _CLAMP = "clamp its argument inside the open interval (by 1e-6 in float32), which a clamp to the border itself does not do"
+_LEAVE_OUT = "keep the arguments of this operation away from the witness, or leave such samples out"
 _FLOAT32 = "cast to float32 before it (.float()), or leave the cast to autocast"
 _SIGMOIDS = (
     "use the fused form: torch.sigmoid(z) for 1 / (1 + exp(-z)), F.softplus(z) for log(1 + exp(z)), F.log_softmax or torch.logsumexp for "
@@ -75,49 +76,73 @@ SAME: Mapping[str, str] = {
     "atan2_": "atan2", "arctan2": "atan2", "nuclear_norm": "svd",
 }  # fmt: skip
 POWERS = ("pow", "__pow__", "float_power", "__rpow__")
-MEANS = ("mean", "nanmean", "cross_entropy", "median", "quantile", "std", "var", "nll_loss")
+MEANS = ("mean", "nanmean", "median", "quantile", "var")
 GROWING = ("mul", "__mul__", "__rmul__", "add", "__add__", "sub", "__sub__", "sum", "square", "matmul", "__matmul__", "bmm", "mm", "einsum",
            "norm", "cumsum", "prod", "linear", "dot", "half", "to", "type")  # fmt: skip
 
 
-def explain(diagnosis: Diagnosis, record: Record | None) -> Explanation:
-    """The rule whose claim the diagnosis bears out, by the operation that was first not finite and by what it was given."""
-    if record is not None and (origin := _origin(record)) is not record:
-        record, diagnosis = origin, Diagnosis("forward", origin.module, origin.name, origin.source)
-    full = diagnosis.op.rsplit(".", 1)[-1]
-    name = full if full.startswith("__") else full.rstrip("_").lower()
-    key = SAME.get(name, name)
-    operands = [value for value in (record.args if record is not None else ()) if isinstance(value, Tensor)]
-    found = _by_operands(key, name, operands, record.args if record is not None else (), diagnosis.kind)
-    code, advice = found or ENTRIES.get(
-        key, (OTHER, "keep the arguments of this operation away from the witness, or leave such samples out")
-    )
-    return Explanation(code, key.strip("_") or "a sum of gradients", advice)
+def explain(diagnosis: Diagnosis, record: Record | None, autocast: torch.dtype | None = None) -> Explanation:
+    """The rule whose claim the diagnosis bears out, by the operation that was first not finite and by what it was given.
+
+    Under autocast an operation on float32 may have run in half precision.
+    """
+    operation = _Operation.read(diagnosis, record, autocast)
+    code, advice = _by_operands(operation) or ENTRIES.get(operation.key, (OTHER, _LEAVE_OUT))
+    return Explanation(code, operation.key.strip("_") or "a sum of gradients", advice)
 
 
-def _origin(record: Record) -> Record:
-    """The operation that made what is not finite among the record's inputs: a value hidden later still spoils the gradient."""
-    while record.bad_inputs and isinstance(record.bad_inputs[0], Record):
-        record = record.bad_inputs[0]
-    return record
+@dataclass(frozen=True)
+class _Operation:
+    """What was first not finite: its name as called and as listed, whether its value or its gradient, and its operands."""
+
+    name: str
+    key: str
+    is_value: bool
+    args: tuple[Any, ...]
+    is_half: bool
+
+    @classmethod
+    def read(cls, diagnosis: Diagnosis, record: Record | None, autocast: torch.dtype | None) -> _Operation:
+        full, is_value = diagnosis.op, diagnosis.kind == "forward"
+        while record is not None and record.bad_inputs and isinstance(record.bad_inputs[0], Record):
+            record = record.bad_inputs[0]  # what was not finite before and hidden later spoils the gradient all the same
+            full, is_value = record.name, True
+        last = full.rsplit(".", 1)[-1]
+        name = last if last.startswith("__") else last.rstrip("_").lower()
+        args = record.args if record is not None else ()
+        is_half = autocast is not None or any(isinstance(arg, Tensor) and arg.dtype in HALVES for arg in args)
+        return cls(name, SAME.get(name, name), is_value, args, is_half)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [arg for arg in self.args if isinstance(arg, Tensor)]
+
+    @property
+    def overflow(self) -> tuple[str, str]:
+        return (HALF, _FLOAT32) if self.is_half else (OVERFLOW, "keep the argument bounded (clamp it, or normalize)")
+
+    @property
+    def is_reduction(self) -> bool:
+        return self.is_value and (self.key in MEANS or "loss" in self.key or "entropy" in self.key or self.key.startswith("kl_"))
 
 
-def _by_operands(key: str, name: str, operands: list[Tensor], args: tuple[Any, ...], kind: str) -> tuple[str, str] | None:
-    if not operands:
+def _by_operands(operation: _Operation) -> tuple[str, str] | None:
+    """What the name alone does not tell; None where it does."""
+    key, tensors = operation.key, operation.tensors
+    if not tensors:
         return None
-    if key in ("log", "sqrt", "rsqrt", "div", "reciprocal", *POWERS) and _epsilon_is_lost(operands[-1]):
+    if key in ("log", "sqrt", "rsqrt", "div", "reciprocal", *POWERS) and _epsilon_is_lost(tensors[-1]):
         return LOST_EPSILON, "compute it in float32 (.float() before it), or use an epsilon that float16 can hold (1e-4)"
-    if key == "log" and operands[0].grad_fn is not None and saturating_source(operands[0].grad_fn) is not None:
+    if key == "log" and tensors[0].grad_fn is not None and saturating_source(tensors[0].grad_fn) is not None:
         return LOG_OF_SIGMOID, "use F.logsigmoid(z), F.logsigmoid(-z) or F.log_softmax(z, dim) on the logits"
     if key in POWERS:
-        return _power(args, operands)
-    if key == "div" and kind == "forward" and not _has_small(operands[-1] if name != "__rtruediv__" else operands[0]):
-        return _overflow(operands)
-    if kind == "forward" and (key in MEANS or name in MEANS or "loss" in key or "entropy" in key or key.startswith("kl_")):
-        return _reduction(key, name, operands)
-    if key in GROWING or (key == "exp" and _is_half(operands)):
-        return _overflow(operands) if key != "exp" else (HALF, _FLOAT32)
-    return None
+        return _power(operation)
+    divisor = tensors[0] if operation.name == "__rtruediv__" else tensors[-1]
+    if key == "div" and operation.is_value and not _has_small(divisor):
+        return operation.overflow
+    if operation.is_reduction:
+        return _reduction(operation)
+    return operation.overflow if key in GROWING or (key == "exp" and operation.is_half) else None
 
 
 def _epsilon_is_lost(argument: Tensor) -> bool:
@@ -125,38 +150,28 @@ def _epsilon_is_lost(argument: Tensor) -> bool:
     return node is not None and argument.dtype in HALVES and adds_constant(node) and bool((argument.detach() == 0).any())
 
 
-def _power(args: tuple[Any, ...], operands: list[Tensor]) -> tuple[str, str]:
-    exponent = next((value for value in args[1:2] if isinstance(value, (int, float))), None)
+def _power(operation: _Operation) -> tuple[str, str]:
+    exponent = next((value for value in operation.args[1:2] if isinstance(value, (int, float))), None)
     if exponent is None:
         return DIVISION, "clamp the base of a power whose exponent is a tensor away from 0"
     if 0 < exponent < 1:
         return ENTRIES["sqrt"]
-    return (DIVISION, _EPSILON) if exponent < 0 else _overflow(operands)
+    return (DIVISION, _EPSILON) if exponent < 0 else operation.overflow
 
 
-def _has_small(denominator: Tensor) -> bool:
-    values = denominator.detach()
+def _has_small(divisor: Tensor) -> bool:
+    values = divisor.detach()
     return (
         bool((values.abs() < math.sqrt(torch.finfo(values.dtype).tiny)).any()) if values.is_floating_point() else bool((values == 0).any())
     )
 
 
-def _reduction(key: str, name: str, operands: list[Tensor]) -> tuple[str, str] | None:
-    is_variance = key == "var"
-    if operands[0].numel() == 0 and not is_variance:
-        return NOTHING, _EMPTY
-    if is_variance:
+def _reduction(operation: _Operation) -> tuple[str, str]:
+    if operation.key == "var":
         return ENTRIES["var"]
-    if any(not operand.is_floating_point() for operand in operands[1:]) or "cross_entropy" in name or name == "nll_loss":
-        return NOTHING, f"every label is ignored or weighs 0: {_EMPTY}; for cross entropy use reduction='sum' over the count"
-    return _overflow(operands)
-
-
-def _is_half(operands: list[Tensor]) -> bool:
-    return any(operand.dtype in HALVES for operand in operands)
-
-
-def _overflow(operands: list[Tensor]) -> tuple[str, str]:
-    if _is_half(operands):
-        return HALF, _FLOAT32
-    return OVERFLOW, "keep the argument bounded (clamp it, or normalize), or compute in float64"
+    first, *others = operation.tensors
+    if first.numel() == 0:
+        return NOTHING, _EMPTY
+    if "nll" in operation.key or "cross_entropy" in operation.key or any(not other.is_floating_point() for other in others):
+        return NOTHING, f"{_EMPTY}; every label is ignored or weighs 0: for cross entropy that is reduction='sum' over the count"
+    return operation.overflow

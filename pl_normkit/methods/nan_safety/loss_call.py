@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pl_normkit.errors import ModelSpecError
+from pl_normkit.errors import DataError, ModelSpecError
 from pl_normkit.importing import import_object
 from pl_normkit.methods.nan_safety.arguments import Arguments, Domain
 from pl_normkit.methods.nan_safety.sources import SourceRecorder, tensors_in
@@ -102,7 +102,10 @@ def read_loss_call(
     Raises:
         ModelSpecError: the loss or the example cannot be found or called.
         ConfigError: `domain` or `fixed` name no argument.
+        DataError: there is no such folder.
     """
+    if folder is not None and not folder.is_dir():
+        raise DataError("there is no folder for the witnesses", where=str(folder), mend="make it, or name another")
     function, module, name = _function(loss)
     provider = _resolve(example) if isinstance(example, str) else _neighbour(loss) if example is None else example
     given = example_arguments(function) if provider is None else provider() if callable(provider) else provider

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from pl_normkit.errors import DataError
 from pl_normkit.findings import Place, Severity, Witness
 from pl_normkit.methods.nan_safety.explain import Explanation, explain
 from pl_normkit.methods.nan_safety.loss_call import SEED, LossCall
@@ -63,7 +62,7 @@ def witnesses(subject: Subject) -> Witnesses | None:
         return None
     call = subject.loss_call
     found = search(call)
-    shown = [_shown(call, hit, number) for number, hit in enumerate(_one_per_explanation(found.hits), 1)]
+    shown = [_shown(call, hit, number) for number, hit in enumerate(_one_per_explanation(call, found.hits), 1)]
     return Witnesses(shown, _otherwise(found))
 
 
@@ -73,11 +72,11 @@ def _otherwise(found: Search) -> str:
     return "not triggered within the search" + ("" if found.is_complete else ", which ran out of time")
 
 
-def _one_per_explanation(hits: Sequence[Hit]) -> Iterator[Hit]:
+def _one_per_explanation(call: LossCall, hits: Sequence[Hit]) -> Iterator[Hit]:
     """The first hit of each rule and line: value and gradient of one operation are one cause."""
     seen: set[tuple[str, str, str]] = set()
     for hit in hits:
-        explanation = explain(hit.diagnosis, hit.record)
+        explanation = explain(hit.diagnosis, hit.record, call.autocast)
         key = (explanation.code, explanation.operation, hit.diagnosis.source)
         if key not in seen:
             seen.add(key)
@@ -85,7 +84,7 @@ def _one_per_explanation(hits: Sequence[Hit]) -> Iterator[Hit]:
 
 
 def _shown(call: LossCall, hit: Hit, number: int) -> Shown:
-    explanation = explain(hit.diagnosis, hit.record)
+    explanation = explain(hit.diagnosis, hit.record, call.autocast)
     place = Place(hit.diagnosis.module or "loss", hit.diagnosis.source)
     source = f" at {place.source}" if place.source else ""
     outcome = f"{OUTCOMES[hit.outcome]} ({explanation.operation}{source})"
@@ -104,15 +103,12 @@ def _short(path: Path) -> str:
 
 
 def _write(call: LossCall, hit: Hit, shown: Shown, path: Path) -> None:
-    """The arguments beside a script of about ten lines. Raises DataError where they cannot be written."""
+    """The arguments beside a script of about ten lines."""
     positional, keywords, _ = hit.arguments.fresh()
     called = "value = loss(*positional, **keywords).sum()"
     if call.autocast is not None:
         called = f'with torch.autocast("cpu", dtype={call.autocast}):\n    {called}'
     words = shown.message.replace("\\", "/").replace('"', "'")
     text = SCRIPT.format(words=words, imports=call.import_lines, seed=SEED, called=called)
-    try:
-        torch.save((positional, keywords), path.with_suffix(".pt"))
-        path.write_text(text)
-    except Exception as error:
-        raise DataError("the witness cannot be written", where=str(path), evidence=f"{type(error).__name__}: {error}") from error
+    torch.save((positional, keywords), path.with_suffix(".pt"))
+    path.write_text(text)

@@ -81,8 +81,12 @@ add("wing", lambda p, t: torch.log1p((p - t).abs() / 0.5).mean(), pair, *TWO)
 add("huber", F.huber_loss, pair, *TWO)
 add("smooth l1", F.smooth_l1_loss, pair, *TWO)
 add("log error", lambda p, t: (p.log() - t.abs().log()).abs().mean(), lambda: (rand(4, 6, low=0.1), pair()[1]), pair)
-add("msle", lambda p, t: (torch.log1p(p) - torch.log1p(t.abs())).square().mean(), lambda: (rand(4, 6, low=0.1), pair()[1]),
-    lambda: (full(-1, 4, 6), pair()[1]))  # fmt: skip
+add(
+    "msle",
+    lambda p, t: (torch.log1p(p) - torch.log1p(t.abs())).square().mean(),
+    lambda: (rand(4, 6, low=0.1), pair()[1]),
+    lambda: (full(-1, 4, 6), pair()[1]),
+)
 add(
     "msle of relu",
     lambda p, t: (torch.log1p(F.relu(p)) - torch.log1p(t.abs())).square().mean(),
@@ -179,11 +183,19 @@ add(
     vectors,
     *EMBED,
 )
-add("angle by asin of half the chord", lambda a, b: torch.asin((F.normalize(a, dim=1) - F.normalize(b, dim=1)).norm(dim=1) / 2).mean(), vectors,
-    lambda: (rand(6, 8), -rand(6, 8)))  # fmt: skip
+add(
+    "angle by asin of half the chord",
+    lambda a, b: torch.asin((F.normalize(a, dim=1) - F.normalize(b, dim=1)).norm(dim=1) / 2).mean(),
+    vectors,
+    lambda: (rand(6, 8), -rand(6, 8)),
+)
 add("sine from the cosine", lambda a, b: torch.sqrt(1 - F.cosine_similarity(a, b) ** 2).mean(), vectors, *EMBED)
-add("poincare", lambda a, b: torch.acosh(1 + 2 * (a - b).square().sum(1) / ((1 - a.square().sum(1)) * (1 - b.square().sum(1)))).mean(),
-    lambda: (rand(6, 8) / 5, rand(6, 8, high=0.8) / 5), lambda: (rand(6, 8) / 5, rand(6, 8) / 5))  # fmt: skip
+add(
+    "poincare",
+    lambda a, b: torch.acosh(1 + 2 * (a - b).square().sum(1) / ((1 - a.square().sum(1)) * (1 - b.square().sum(1)))).mean(),
+    lambda: (rand(6, 8) / 5, rand(6, 8, high=0.8) / 5),
+    lambda: (rand(6, 8) / 5, rand(6, 8) / 5),
+)
 add("covariance log determinant", lambda a, b: -torch.logdet(a.T @ a), lambda: (rand(12, 4), rand(12, 4)), lambda: (Z(12, 4), Z(12, 4)))
 add(
     "covariance log determinant, shifted",
@@ -213,8 +225,13 @@ def classed() -> tuple[Tensor, ...]:
     return rand(6, 8), torch.tensor([0, 0, 1, 1, 2, 2])
 
 
-add("supervised contrastive", lambda a, y: supervised_contrastive(a, y, 0), classed, lambda: (rand(6, 8), torch.arange(6)),
-    lambda: (rand(1, 8), torch.tensor([0])))  # fmt: skip
+add(
+    "supervised contrastive",
+    lambda a, y: supervised_contrastive(a, y, 0),
+    classed,
+    lambda: (rand(6, 8), torch.arange(6)),
+    lambda: (rand(1, 8), torch.tensor([0])),
+)
 add("supervised contrastive, guarded", lambda a, y: supervised_contrastive(a, y, 1), classed, lambda: (rand(6, 8), torch.arange(6)))
 
 # Logits.
@@ -275,26 +292,56 @@ add("margin by relu", lambda z, y: F.relu(1 - picked(z, y)[:, None] + z).mean(),
 add("multi margin", F.multi_margin_loss, logits, *SURE)
 add("odds", lambda z, y: (picked(z.softmax(1), y) / (1 - picked(z.softmax(1), y))).log().mean(), logits, *SURE)
 add("inverse probability weights", lambda z, y: (1 / picked(z.softmax(1), y)).mean(), logits, *SURE)
-add("weights from counts", lambda z, y: F.cross_entropy(z, y, weight=len(y) / torch.bincount(y, minlength=5)), lambda: (rand(5, 5), torch.arange(5)),
-    lambda: (rand(5, 5), torch.zeros(5, dtype=torch.long)))  # fmt: skip
-add("weights from counts plus one", lambda z, y: F.cross_entropy(z, y, weight=len(y) / (1.0 + torch.bincount(y, minlength=5)), reduction="sum"),
-    lambda: (rand(5, 5), torch.arange(5)), lambda: (rand(5, 5), torch.zeros(5, dtype=torch.long)))  # fmt: skip
+add(
+    "weights from counts",
+    lambda z, y: F.cross_entropy(z, y, weight=len(y) / torch.bincount(y, minlength=5)),
+    lambda: (rand(5, 5), torch.arange(5)),
+    lambda: (rand(5, 5), torch.zeros(5, dtype=torch.long)),
+)
+add(
+    "weights from counts plus one",
+    lambda z, y: F.cross_entropy(z, y, weight=len(y) / (1.0 + torch.bincount(y, minlength=5)), reduction="sum"),
+    lambda: (rand(5, 5), torch.arange(5)),
+    lambda: (rand(5, 5), torch.zeros(5, dtype=torch.long)),
+)
 add(
     "loss of one class by selection",
     lambda z, y: F.cross_entropy(z[y == 1], y[y == 1]),
     logits,
     lambda: (rand(4, 5), torch.zeros(4, dtype=torch.long)),
 )
-add("ignored labels by hand", lambda z, y: (F.cross_entropy(z, y.clamp_min(0), reduction="none") * (y >= 0)).sum() / (y >= 0).sum(),
-    lambda: (rand(4, 5), torch.tensor([0, 1, -1, 2])), lambda: (rand(4, 5), torch.full((4,), -1)))  # fmt: skip
-add("ignored labels by hand, guarded", lambda z, y: (F.cross_entropy(z, y.clamp_min(0), reduction="none") * (y >= 0)).sum() / (y >= 0).sum().clamp_min(1),
-    lambda: (rand(4, 5), torch.tensor([0, 1, -1, 2])), lambda: (rand(4, 5), torch.full((4,), -1)))  # fmt: skip
-add("void pixels", lambda z, y: F.cross_entropy(z, y, ignore_index=255), lambda: (rand(2, 5, 4, 4), torch.arange(32).view(2, 4, 4) % 5),
-    lambda: (rand(2, 5, 4, 4), torch.full((2, 4, 4), 255)))  # fmt: skip
-add("kl of softmaxes by hand", lambda a, b: (a.softmax(1) * (a.softmax(1) / b.softmax(1)).log()).sum(), lambda: (rand(4, 5), rand(4, 5, high=3)),
-    lambda: (500 * rand(4, 5), 500 * rand(4, 5, high=3)), free=(0, 1))  # fmt: skip
-add("kl by log_softmax", lambda a, b: F.kl_div(a.log_softmax(1), b.log_softmax(1), log_target=True, reduction="batchmean"),
-    lambda: (rand(4, 5), rand(4, 5, high=3)), lambda: (500 * rand(4, 5), 500 * rand(4, 5, high=3)), free=(0, 1))  # fmt: skip
+add(
+    "ignored labels by hand",
+    lambda z, y: (F.cross_entropy(z, y.clamp_min(0), reduction="none") * (y >= 0)).sum() / (y >= 0).sum(),
+    lambda: (rand(4, 5), torch.tensor([0, 1, -1, 2])),
+    lambda: (rand(4, 5), torch.full((4,), -1)),
+)
+add(
+    "ignored labels by hand, guarded",
+    lambda z, y: (F.cross_entropy(z, y.clamp_min(0), reduction="none") * (y >= 0)).sum() / (y >= 0).sum().clamp_min(1),
+    lambda: (rand(4, 5), torch.tensor([0, 1, -1, 2])),
+    lambda: (rand(4, 5), torch.full((4,), -1)),
+)
+add(
+    "void pixels",
+    lambda z, y: F.cross_entropy(z, y, ignore_index=255),
+    lambda: (rand(2, 5, 4, 4), torch.arange(32).view(2, 4, 4) % 5),
+    lambda: (rand(2, 5, 4, 4), torch.full((2, 4, 4), 255)),
+)
+add(
+    "kl of softmaxes by hand",
+    lambda a, b: (a.softmax(1) * (a.softmax(1) / b.softmax(1)).log()).sum(),
+    lambda: (rand(4, 5), rand(4, 5, high=3)),
+    lambda: (500 * rand(4, 5), 500 * rand(4, 5, high=3)),
+    free=(0, 1),
+)
+add(
+    "kl by log_softmax",
+    lambda a, b: F.kl_div(a.log_softmax(1), b.log_softmax(1), log_target=True, reduction="batchmean"),
+    lambda: (rand(4, 5), rand(4, 5, high=3)),
+    lambda: (500 * rand(4, 5), 500 * rand(4, 5, high=3)),
+    free=(0, 1),
+)
 
 
 def jensen_shannon(a: Tensor, b: Tensor, epsilon: float) -> Tensor:
@@ -319,14 +366,26 @@ add(
     lambda: (rand(4, 5), rand(4, 5, high=3)),
     *LOGITS,
 )
-add("masked attention entropy", lambda s, m: -(s.masked_fill(~m, -math.inf).softmax(-1) + 1e-9).log().mean(), lambda: (rand(3, 4), rand(3, 4) > -0.5),
-    lambda: (rand(3, 4), torch.zeros(3, 4, dtype=torch.bool)))  # fmt: skip
-add("attention masked by a large number", lambda s, m: s.masked_fill(~m, -1e9).softmax(-1).square().sum(), lambda: (rand(3, 4), rand(3, 4) > -0.5),
-    lambda: (rand(3, 4), torch.zeros(3, 4, dtype=torch.bool)))  # fmt: skip
+add(
+    "masked attention entropy",
+    lambda s, m: -(s.masked_fill(~m, -math.inf).softmax(-1) + 1e-9).log().mean(),
+    lambda: (rand(3, 4), rand(3, 4) > -0.5),
+    lambda: (rand(3, 4), torch.zeros(3, 4, dtype=torch.bool)),
+)
+add(
+    "attention masked by a large number",
+    lambda s, m: s.masked_fill(~m, -1e9).softmax(-1).square().sum(),
+    lambda: (rand(3, 4), rand(3, 4) > -0.5),
+    lambda: (rand(3, 4), torch.zeros(3, 4, dtype=torch.bool)),
+)
 
 # One logit a pixel.
-PIXELS = (lambda: (full(-300, 2, 1, 4, 4), Z(2, 1, 4, 4)), lambda: (full(300, 2, 1, 4, 4), O(2, 1, 4, 4)), lambda: (full(-300, 2, 1, 4, 4), O(2, 1, 4, 4)),
-          lambda: (500 * rand(2, 1, 4, 4), (rand(2, 1, 4, 4) > 0).float()))  # fmt: skip
+PIXELS = (
+    lambda: (full(-300, 2, 1, 4, 4), Z(2, 1, 4, 4)),
+    lambda: (full(300, 2, 1, 4, 4), O(2, 1, 4, 4)),
+    lambda: (full(-300, 2, 1, 4, 4), O(2, 1, 4, 4)),
+    lambda: (500 * rand(2, 1, 4, 4), (rand(2, 1, 4, 4) > 0).float()),
+)
 
 
 def binary() -> tuple[Tensor, ...]:

@@ -54,12 +54,13 @@ def test_each_loss(name: str) -> None:
 
 
 STABLE = [
-    "rmse with epsilon", "charbonnier", "huber", "F.normalize", "F.cosine_similarity", "triplet margin", "log cosh, stable", "eigenvalues",
-    "supervised contrastive, guarded", "nll of log_softmax", "focal by log_softmax", "exp over sum, shifted", "logsumexp",
+    "rmse with epsilon", "charbonnier", "huber", "F.normalize", "F.cosine_similarity", "triplet margin", "log cosh, stable",
+    "eigenvalues", "supervised contrastive, guarded", "nll of log_softmax", "focal by log_softmax", "exp over sum, shifted", "logsumexp",
     "entropy by Categorical", "bce by hand, clamped", "bce on logits", "bce on the sigmoid", "binary focal by logsigmoid",
-    "dice with smoothing", "tversky", "logit of the sigmoid, clamped", "gaussian nll with a floor", "squashed gaussian log probability, stable",
-    "where before a log", "elu by hand, clamped", "iou of boxes, guarded", "silog of zero or more", "masked l1 by where",
-    "half errors squared in float", "half epsilon that holds", "half exp below 0", "attention masked by a large number", "kl by log_softmax",
+    "dice with smoothing", "tversky", "logit of the sigmoid, clamped", "gaussian nll with a floor",
+    "squashed gaussian log probability, stable", "where before a log", "elu by hand, clamped", "iou of boxes, guarded",
+    "silog of zero or more", "masked l1 by where", "half errors squared in float", "half epsilon that holds", "half exp below 0",
+    "attention masked by a large number", "kl by log_softmax",
 ]  # fmt: skip
 
 
@@ -124,7 +125,10 @@ def test_a_mask_that_is_never_empty() -> None:
 def test_the_ends_of_a_domain_are_tried() -> None:
     (finding,) = audit_loss(lambda pred: (1 / (3 - pred)).sum(), (torch.rand(4, requires_grad=True),), domain={"pred": (0, 3)}).findings
     assert finding.witness.changed == ("pred := 3 in one element",)
-    assert audit_loss(lambda pred: (1 / (3 - pred)).sum(), (torch.rand(4, requires_grad=True),), domain={"pred": (0, 2)}).findings == []
+    assert (
+        audit_loss(lambda pred: (1 / (3 - pred)).sum(), (torch.rand(4, requires_grad=True),), domain={"pred": (0, 2)}).at_least("warning")
+        == []
+    )
 
 
 def test_an_operation_is_steered_through_a_network() -> None:
@@ -175,9 +179,9 @@ class Centered(nn.Module):
 
 
 def test_a_loss_that_remembers_its_calls_is_no_witness() -> None:
-    loss = Centered()
+    loss, example = Centered(), (torch.rand(4, 6, requires_grad=True),)
     before = torch.get_rng_state()
-    assert audit_loss(loss, (torch.rand(4, 6, requires_grad=True),)).findings == []
+    assert audit_loss(loss, example).findings == []
     assert torch.equal(loss.centre, torch.zeros(6))
     assert torch.equal(before, torch.get_rng_state())
 
@@ -185,7 +189,7 @@ def test_a_loss_that_remembers_its_calls_is_no_witness() -> None:
 def test_the_callers_arguments_are_left_alone() -> None:
     pred, target = torch.rand(4), torch.rand(4)
     kept = pred.clone(), target.clone()
-    audit_loss(lambda pred, target: (pred.mul_(2) - target).square().mean(), lambda: (pred, target))
+    audit_loss(lambda pred, target: (pred - target.mul_(2)).square().mean(), lambda: (pred, target))
     assert torch.equal(pred, kept[0])
     assert torch.equal(target, kept[1])
     assert not pred.requires_grad
