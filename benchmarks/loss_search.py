@@ -53,7 +53,7 @@ def ssim(z: Tensor, y: Tensor) -> Tensor:
 
 
 LABELLED: dict[str, Callable[..., Tensor]] = {
-    "cross entropy": lambda z, y: F.cross_entropy(z, y),
+    "cross entropy": F.cross_entropy,
     "cross entropy, void 255": lambda z, y: F.cross_entropy(z, y, ignore_index=255),
     "nll of log of softmax": lambda z, y: F.nll_loss(z.softmax(1).log(), y),
     "cross entropy and entropy": lambda z, y: F.cross_entropy(z, y) - (z.softmax(1) * z.log_softmax(1)).sum(1).mean(),
@@ -101,7 +101,9 @@ def main() -> None:
             rows.append(row | {"witnesses": len(found.hits), "forward_backward_ms": round(once(call), 1)})
             print(rows[-1])
     middle = statistics.median(row["search_s"] for row in rows)
-    rows.append({"loss": "median", "search_s": middle, "forward_backward_ms": statistics.median(row["forward_backward_ms"] for row in rows)})
+    rows.append(
+        {"loss": "median", "search_s": middle, "forward_backward_ms": statistics.median(row["forward_backward_ms"] for row in rows)}
+    )
     print(f"median search {middle:.3f} s (target: below 1); {platform.machine()}, torch {torch.__version__}")
     with RESULTS.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))

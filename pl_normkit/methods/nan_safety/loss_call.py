@@ -165,7 +165,8 @@ def _function(loss: str | Callable[..., Any]) -> tuple[Callable[..., Any], nn.Mo
             ) from error
     if isinstance(found, nn.Module):
         module = found if all(tensor.device.type == "cpu" for tensor in (*found.parameters(), *found.buffers())) else _copy_on_cpu(found)
-        return module.forward, module, name
+        has_own_call = type(module).__call__ is not nn.Module.__call__  # as timm's JsdCrossEntropy has
+        return module if has_own_call else module.forward, module, name
     if not callable(found):
         raise ModelSpecError("the loss cannot be called", where=name, evidence=type(found).__name__)
     owner = getattr(found, "__self__", None)

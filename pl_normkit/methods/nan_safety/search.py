@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Hit", "Search", "search"]
+__all__ = ["Hit", "IgnoredIndices", "Search", "search"]
 
 import importlib
 import time
@@ -263,7 +263,7 @@ def _crops(arguments: Arguments) -> dict[int, Tensor]:
     return crops
 
 
-class _IgnoredIndices(TorchFunctionMode):
+class IgnoredIndices(TorchFunctionMode):
     """Label values that the loss ignores, with whether that may be only torch's default."""
 
     def __init__(self) -> None:
@@ -281,7 +281,7 @@ class _IgnoredIndices(TorchFunctionMode):
 
 
 def _ignored(call: LossCall) -> list[tuple[int, bool]]:
-    watch = _IgnoredIndices()
+    watch = IgnoredIndices()
     with watch:
         call.value(call.example)
     return list(watch.found.items())
