@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from pl_normkit.findings import Place, Severity, Witness
-from pl_normkit.methods.nan_safety.stable_forms import Explanation, explain
 from pl_normkit.methods.nan_safety.loss_call import SEED, LossCall
 from pl_normkit.methods.nan_safety.search import Hit, Search, search
+from pl_normkit.methods.nan_safety.stable_forms import Explanation, explain
 from pl_normkit.subject import Subject
 
 SCRIPT = '''"""{words}."""
