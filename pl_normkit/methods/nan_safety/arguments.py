@@ -44,7 +44,7 @@ def bounded(tensor: Tensor, low: float, high: float) -> Tensor:
     """
     if not low <= high:
         raise ConfigError("bounds are no interval", evidence=f"low={low}, high={high}")
-    setattr(tensor, BOUNDS, (float(low), float(high)))
+    vars(tensor)[BOUNDS] = (float(low), float(high))
     return tensor
 
 

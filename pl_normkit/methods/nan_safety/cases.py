@@ -21,7 +21,7 @@ from pl_normkit.methods.nan_safety.loss_graph import (
 )
 from pl_normkit.methods.nan_safety.ranges import base, output_dtype, saved
 from pl_normkit.methods.nan_safety.sources import place_of, scalar_of
-from pl_normkit.methods.nan_safety.witness import Shown, witnesses
+from pl_normkit.methods.nan_safety.witness import Shown, in_user_code, witnesses
 from pl_normkit.rules import Observation, Subject
 
 LOGS = ("Log", "Log2", "Log10")
@@ -69,7 +69,7 @@ def explained(subject: Subject, code: str, suspicions: Iterable[Observation] = (
         yield Observation(first.message, places, first.explanation.advice, severity=first.severity, cause=operation, witness=first.witness)
     lines = {shown.place.source for shown in found.of(code)}
     for suspicion in suspicions:
-        places = tuple(place for place in suspicion.places if place.source not in lines)
+        places = tuple(place for place in map(in_user_code, suspicion.places) if place.source not in lines)
         if places:
             yield replace(suspicion, message=f"{suspicion.message}: {found.otherwise}", places=places, severity=Severity.NOTE)
 

@@ -78,6 +78,15 @@ def replace_unsafe_losses(module: nn.Module, known: Mapping[type[nn.Module], Bui
 
     Raises:
         NothingMatchedError: there is no loss to swap and no stable one either.
+
+    >>> from torch import nn
+    >>> from pl_normkit import replace_unsafe_losses
+    >>> class RMSE(nn.Module):
+    ...     def forward(self, prediction, target):
+    ...         return nn.functional.mse_loss(prediction, target).sqrt()
+    >>> model = nn.ModuleDict({"head": nn.Linear(4, 1), "loss": RMSE()})
+    >>> replace_unsafe_losses(model).made[0].what
+    'RMSE -> RMSELoss()'
     """
     module = unwrapped(module)
     edits, skipped, stable = [], [], False

@@ -6,6 +6,7 @@ __all__ = ["LossCall", "example_arguments", "read_loss_call"]
 
 import copy
 import inspect
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -104,8 +105,8 @@ def read_loss_call(
         ConfigError: `domain` or `fixed` name no argument.
         DataError: there is no such folder.
     """
-    if folder is not None and not folder.is_dir():
-        raise DataError("there is no folder for the witnesses", where=str(folder), mend="make it, or name another")
+    if folder is not None and not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise DataError("there is no folder to write witnesses to", where=str(folder), mend="make it, or name another")
     function, module, name = _function(loss)
     provider = _resolve(example) if isinstance(example, str) else _neighbour(loss) if example is None else example
     given = example_arguments(function) if provider is None else provider() if callable(provider) else provider

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["Shown", "Witnesses", "witnesses"]
+__all__ = ["Shown", "Witnesses", "in_user_code", "witnesses"]
 
+import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,9 +63,21 @@ def witnesses(subject: Subject) -> Witnesses | None:
     if not isinstance(subject.loss_call, LossCall):
         return None
     call = subject.loss_call
-    found = search(call)
+    found = _searched(call)
     shown = [_shown(call, hit, number) for number, hit in enumerate(_one_per_explanation(call, found.hits), 1)]
     return Witnesses(shown, _otherwise(found))
+
+
+def _searched(call: LossCall) -> Search:
+    """The search, with a progress bar where it may take longer than a second and somebody looks."""
+    if call.seconds <= 1 or not sys.stderr.isatty():
+        return search(call)
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("searching", total=1.0)
+        return search(call, lambda share: bar.update(task, completed=share))
 
 
 def _otherwise(found: Search) -> str:
@@ -85,7 +99,7 @@ def _one_per_explanation(call: LossCall, hits: Sequence[Hit]) -> Iterator[Hit]:
 
 def _shown(call: LossCall, hit: Hit, number: int) -> Shown:
     explanation = explain(hit.diagnosis, hit.record, call.autocast)
-    place = Place(hit.diagnosis.module or "loss", hit.diagnosis.source)
+    place = in_user_code(Place(hit.diagnosis.module or "loss", hit.diagnosis.source))
     source = f" at {place.source}" if place.source else ""
     outcome = f"{OUTCOMES[hit.outcome]} ({explanation.operation}{source})"
     witness = Witness(hit.arguments.plain(), hit.changed, outcome)
@@ -96,6 +110,11 @@ def _shown(call: LossCall, hit: Hit, number: int) -> Shown:
     path = call.folder / f"{name}_witness{'' if number == 1 else f'_{number}'}.py"
     _write(call, hit, shown, path)
     return replace(shown, witness=replace(witness, script=_short(path)))
+
+
+def in_user_code(place: Place) -> Place:
+    """`place` without a line of this package, which is what a loss typed at a prompt seems to stand at."""
+    return replace(place, source="") if re.search(r"(^|/)pl_normkit/\w+\.py:\d+$", place.source) else place
 
 
 def _short(path: Path) -> str:
