@@ -132,17 +132,18 @@ def test_the_ends_of_a_domain_are_tried() -> None:
 
 
 def test_an_operation_is_steered_through_a_network() -> None:
-    """No border of the inputs gives 0.37 at the end of a linear layer; its gradient does."""
+    """Within [-1, 1] the layer passes 3 only where each input has the sign of its weight, which no border has and its gradient finds."""
     layer = nn.Linear(6, 1)
     with torch.no_grad():
         layer.weight.copy_(torch.linspace(-1, 1, 6))
         layer.bias.fill_(0.37)
 
     def loss(x: Tensor) -> Tensor:
-        return (layer(x) - 5).abs().sub(2).mul(0.5).add(11).sqrt().mean()
+        return (3 - layer(x)).log().mean()
 
-    (finding,) = audit_loss(loss, (torch.rand(4, 6, requires_grad=True),), domain={"x": (-50, 50)}).findings
-    assert finding.code == "NK401"
+    (finding,) = audit_loss(loss, (torch.rand(4, 6, requires_grad=True),), domain={"x": (-1, 1)}).findings
+    assert finding.code == "NK404"
+    assert "moved until the log" in finding.witness.changed[0]
 
 
 def test_labels_stay_among_the_values_seen() -> None:
@@ -174,8 +175,9 @@ class Centered(nn.Module):
         self.register_buffer("centre", torch.zeros(6))
 
     def forward(self, x: Tensor) -> Tensor:
-        self.centre = 0.9 * self.centre + 0.1 * x.detach().exp().mean(0)
-        return (x.tanh() - 0 * self.centre.clamp(max=1)).square().mean()
+        loss = (x.tanh() - 0 * self.centre).square().mean()
+        self.centre.mul_(0.9).add_(x.detach().exp().mean(0))
+        return loss
 
 
 def test_a_loss_that_remembers_its_calls_is_no_witness() -> None:
