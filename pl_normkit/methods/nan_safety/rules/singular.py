@@ -243,7 +243,7 @@ def border_of_domain(subject: Subject) -> Iterator[Observation]:
 
     Why it hurts
         The derivative of acos(c) is infinite at c = 1, which a cosine of equal vectors is, and beyond 1, where it may round to, the
-        value is NaN. A clamp to [-1, 1] mends the value and not the gradient.
+        value is NaN. A clamp to [-1, 1] fixes the value and not the gradient.
 
     Evidence
         Arguments of the loss at which its value or gradient is not finite.
