@@ -32,10 +32,11 @@ types: $(VENV)/.test
 
 zoo: $(VENV)/.test  ## one model of every timm family, every smp architecture: findings as CSV
 	$(BIN)/python benchmarks/zoo.py
+	$(BIN)/python benchmarks/loss_zoo.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m zoo
 
 bench: $(VENV)/.test  ## every benchmark that runs without a GPU
-	for script in benchmarks/[a-z]*.py; do case $$script in */zoo.py|*/gpu.py) ;; *) $(BIN)/python $$script || exit 1;; esac; done
+	for script in benchmarks/[a-z]*.py; do case $$script in *zoo.py|*/gpu.py) ;; *) $(BIN)/python $$script || exit 1;; esac; done
 
 gpu:  ## everything that needs a GPU, in 8 minutes, with the Python that has a torch for it (PYTHON=...); installs nothing
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py

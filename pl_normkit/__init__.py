@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # written by `make docs`
 
 _CORE = {
     "pl_normkit.auditing": ("audit", "fix_findings"),
+    "pl_normkit.loss_audit": ("audit_loss",),
     "pl_normkit.errors": ("NormkitError", "NormkitWarning"),
     "pl_normkit.findings": ("Evidence", "Finding", "FixSafety", "Note", "NoteKind", "Place", "Severity"),
     "pl_normkit.receptive_field": ("ReceptiveField", "effective_receptive_field"),

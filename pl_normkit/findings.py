@@ -10,6 +10,7 @@ __all__ = [
     "NoteKind",
     "Place",
     "Severity",
+    "Witness",
     "read_baseline",
     "subtract_baseline",
     "write_baseline",
@@ -18,9 +19,10 @@ __all__ = [
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from pl_normkit.errors import ConfigError
 
@@ -91,10 +93,32 @@ class Evidence:
 
 
 @dataclass(frozen=True)
+class Witness:
+    """A case in which what a finding says happens.
+
+    Attributes:
+        arguments: what to call the audited function with: a tuple (positional) or a dict (keywords) of values without a gradient.
+        changed: how they differ from the example, one line an argument; empty where the example itself is the case.
+        outcome: what happens then.
+        script: the file that shows it (`python SCRIPT`), "" where none was written.
+    """
+
+    arguments: Any = field(repr=False)
+    changed: tuple[str, ...]
+    outcome: str
+    script: str = ""
+
+    def __str__(self) -> str:
+        reproduce = f"; reproduce: python {self.script}" if self.script else ""
+        return f"{' and '.join(self.changed) or 'the example itself'}: {self.outcome}{reproduce}"
+
+
+@dataclass(frozen=True)
 class Finding:
     """One cause, with all the places it shows at.
 
-    `cause` tells two findings of one rule apart when they share their places; it enters the fingerprint.
+    `cause` tells two findings of one rule apart when they share their places; it enters the fingerprint. `witness` is a case in
+    which it happens, where one was looked for and found.
     """
 
     code: str
@@ -106,6 +130,7 @@ class Finding:
     advice: str
     fix_safety: FixSafety
     cause: str = ""
+    witness: Witness | None = field(default=None, compare=False)
 
     @property
     def fingerprint(self) -> str:

@@ -11,6 +11,7 @@ __all__ = [
     "GaussianAttentionBias",
     "JointFilter",
     "NoiseAwareLoss",
+    "PoweredLoss",
     "RMSELoss",
     "SILogLoss",
     "ScaleEqualizer",
@@ -21,6 +22,7 @@ __all__ = [
     "VarianceSafeErasing",
     "VarianceSafeMixup",
     "safe_log",
+    "safe_power",
     "safe_sqrt",
     "stable_variance",
 ]
@@ -29,8 +31,8 @@ from pl_normkit.methods.box_supervision import BackgroundAwarePool2d, CosineClas
 from pl_normkit.methods.fusion_scale import ScaleEqualizer
 from pl_normkit.methods.gaussian_bias import GaussianAttentionBias
 from pl_normkit.methods.guided_upsampling import DeformableKernelNetwork, JointFilter
-from pl_normkit.methods.nan_safety.modules import BinaryFocalLoss, BinaryLogLoss, RMSELoss, SILogLoss
-from pl_normkit.methods.nan_safety.ops import safe_log, safe_sqrt, stable_variance
+from pl_normkit.methods.nan_safety.modules import BinaryFocalLoss, BinaryLogLoss, PoweredLoss, RMSELoss, SILogLoss
+from pl_normkit.methods.nan_safety.ops import safe_log, safe_power, safe_sqrt, stable_variance
 from pl_normkit.methods.positional_variance.modules import VarianceSafeErasing, VarianceSafeMixup
 from pl_normkit.methods.stochastic_pooling import (
     StochasticAdaptiveAvgPool1d,

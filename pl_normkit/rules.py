@@ -29,7 +29,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pl_normkit.errors import ConfigError, NormkitWarning
-from pl_normkit.findings import Evidence, Finding, FixSafety, Place, Severity
+from pl_normkit.findings import Evidence, Finding, FixSafety, Place, Severity, Witness
 from pl_normkit.subject import Loaders, Needs, Subject
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ class Observation:
     severity: Severity | None = None
     fix_safety: FixSafety | None = None
     cause: str = ""
+    witness: Witness | None = None
 
 
 Check = Callable[[Subject], Iterable[Observation]]
@@ -135,6 +136,7 @@ class Rule:
                 advice=seen.advice,
                 fix_safety=seen.fix_safety or self.fix_safety,
                 cause=seen.cause,
+                witness=seen.witness,
             )
 
 

@@ -55,6 +55,7 @@ class Subject:
         example_inputs: what `model` is called with: a tensor, a tuple of positional or a dict of keyword arguments.
         optimizers: the optimizers of the run.
         loss: the scalar loss of a real step, with its autograd graph.
+        loss_call: how `loss` was called, so that rules may call it again with other arguments.
         loaders: the data of the run.
         measure: whether rules may run the model and draw batches to measure; never True for a model on the meta device.
         graph: the traced model; None where there was nothing to trace, where tracing failed, or before it was tried.
@@ -66,6 +67,7 @@ class Subject:
     example_inputs: Any = None
     optimizers: Sequence[Optimizer] = ()
     loss: Tensor | None = None
+    loss_call: Any = None
     loaders: Loaders | None = None
     measure: bool = True
     graph: ModelGraph | None = None

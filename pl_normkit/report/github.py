@@ -22,7 +22,8 @@ def _annotation(finding: Finding, place: Place) -> str:
     file, _, line = place.source.rpartition(":")
     position = f"file={_property(file)},line={line}," if file and line.isdigit() else ""
     title = _property(f"{finding.code} {finding.name}")
-    text = _data(f"{place.module or '(the model)'}: {finding.message}. {finding.advice}")
+    witness = f" Witness: {finding.witness}." if finding.witness is not None else ""
+    text = _data(f"{place.module or '(the model)'}: {finding.message}.{witness} {finding.advice}")
     return f"::{_COMMANDS[finding.severity]} {position}title={title}::{text}"
 
 

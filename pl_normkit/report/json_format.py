@@ -6,11 +6,11 @@ __all__ = ["from_json", "to_json"]
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from pl_normkit.errors import DataError
-from pl_normkit.findings import Evidence, Finding, FixSafety, Note, NoteKind, Place, Severity
+from pl_normkit.findings import Evidence, Finding, FixSafety, Note, NoteKind, Place, Severity, Witness
 from pl_normkit.report.landmarks import Landmark
 
 if TYPE_CHECKING:
@@ -53,7 +53,10 @@ def from_json(text: str) -> Report:
 
 
 def _finding(finding: Finding) -> dict[str, Any]:
-    fields = {name: value for name, value in asdict(finding).items() if name in _FIELDS}
+    plain = asdict(replace(finding, witness=None))  # its arguments stay out: tensors, and perhaps many
+    fields = {name: value for name, value in plain.items() if name in _FIELDS}
+    if finding.witness is not None:
+        fields["witness"] = {name: getattr(finding.witness, name) for name in ("changed", "outcome", "script")}
     for evidence in fields["evidence"]:
         if not math.isfinite(evidence["value"]):
             evidence["value"] = str(evidence["value"])
@@ -74,4 +77,9 @@ def _read_finding(fields: dict[str, Any]) -> Finding:
         advice=fields["advice"],
         fix_safety=FixSafety(fields["fix_safety"]),
         cause=fields["cause"],
+        witness=_read_witness(fields.get("witness")),
     )
+
+
+def _read_witness(fields: dict[str, Any] | None) -> Witness | None:
+    return None if fields is None else Witness(None, tuple(fields["changed"]), fields["outcome"], fields["script"])

@@ -57,11 +57,12 @@ def _rule(code: str) -> dict[str, Any]:
 def _result(finding: Finding, index: int) -> dict[str, Any]:
     evidence = "".join(f" {item}." for item in finding.evidence)
     libraries = [_physical(place.library) for place in finding.places if _physical(place.library)]
+    witness = f" Witness: {finding.witness}." if finding.witness is not None else ""
     return {
         "ruleId": finding.code,
         "ruleIndex": index,
         "level": finding.severity.value,
-        "message": {"text": f"{finding.message}.{evidence} {finding.advice}"},
+        "message": {"text": f"{finding.message}.{evidence}{witness} {finding.advice}"},
         "locations": [_location(place) for place in finding.places],
         **({"relatedLocations": [{"physicalLocation": location} for location in libraries]} if libraries else {}),
         "partialFingerprints": {"normkit/v1": finding.fingerprint},

@@ -48,6 +48,10 @@ def _body(finding: Finding) -> str:
     lines = [f"{escape(finding.message)}{count}."]
     origin = {True: "[green]measured[/green]", False: "[green]computed[/green]"}
     lines += [f"{origin[item.is_measured]} {escape(str(item))}" for item in finding.evidence]
+    if finding.witness is not None:
+        lines.append(f"[green]witness[/green] {escape(' and '.join(finding.witness.changed) or 'the example itself')}")
+        if finding.witness.script:
+            lines.append(f"[green]reproduce[/green] python {escape(finding.witness.script)}")
     lines.append(f"[bold]do[/bold] {escape(finding.advice)}")
     if finding.fix_safety is not FixSafety.DISPLAY:
         lines.append(f"[bold]fix[/bold] available ({finding.fix_safety.value})")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["Case", "can_divide", "denominator", "hazard", "is_root", "lost_epsilons", "observations"]
+__all__ = ["Case", "can_divide", "denominator", "explained", "hazard", "is_root", "lost_epsilons", "observations"]
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.autograd.graph import Node
@@ -21,7 +21,8 @@ from pl_normkit.methods.nan_safety.loss_graph import (
 )
 from pl_normkit.methods.nan_safety.ranges import base, output_dtype, saved
 from pl_normkit.methods.nan_safety.sources import place_of, scalar_of
-from pl_normkit.rules import Observation
+from pl_normkit.methods.nan_safety.witness import Shown, in_user_code, witnesses
+from pl_normkit.rules import Observation, Subject
 
 LOGS = ("Log", "Log2", "Log10")
 WORDS = {"Sqrt": "sqrt", "Rsqrt": "rsqrt", "Hypot": "hypot", "Pow": "power", "Div": "division", "Reciprocal": "reciprocal"}
@@ -34,7 +35,6 @@ class Case:
     node: Node
     what: str
     seen: float | None = None
-    certain: bool = False
 
 
 def observations(
@@ -48,17 +48,38 @@ def observations(
         numbers = [case.seen for case in group if case.seen is not None]
         evidence = [Evidence(measured, worst(numbers), expected)] if numbers else []
         places = dict.fromkeys(place_of(case.node) for case in group)
-        severity = Severity.ERROR if any(case.certain for case in group) else None
-        yield Observation(message.format(what=what), tuple(places), advice, evidence, severity, cause=what)
+        yield Observation(message.format(what=what), tuple(places), advice, evidence, cause=what)
+
+
+def explained(subject: Subject, code: str, suspicions: Iterable[Observation] = ()) -> Iterator[Observation]:
+    """What the search showed that rule `code` explains, and the suspicions from the graph: notes where the search did not bear them out.
+
+    A subject known only by the graph of one call (a training step) is not searched: its suspicions stay as they are.
+    """
+    found = subject.once(witnesses)
+    if found is None:
+        yield from suspicions
+        return
+    causes: dict[str, list[Shown]] = {}
+    for shown in found.of(code):
+        causes.setdefault(shown.explanation.operation, []).append(shown)
+    for operation, group in causes.items():
+        first = min(group, key=lambda shown: shown.severity is not Severity.ERROR)
+        places = tuple(dict.fromkeys(shown.place for shown in group))
+        yield Observation(first.message, places, first.explanation.advice, severity=first.severity, cause=operation, witness=first.witness)
+    lines = {shown.place.source for shown in found.of(code)}
+    for suspicion in suspicions:
+        places = tuple(place for place in map(in_user_code, suspicion.places) if place.source not in lines)
+        if places:
+            yield replace(suspicion, message=f"{suspicion.message}: {found.otherwise}", places=places, severity=Severity.NOTE)
 
 
 def hazard(graph: LossGraph, node: Node, position: int = 0) -> Case | None:
     """A case where the argument provably reaches 0, or was seen at or below 0 in this step."""
     seen = smallest(node)
-    certain = seen is not None and seen <= 0
-    if not certain and not graph.input_range(node, position).reaches_zero:
+    if not (seen is not None and seen <= 0) and not graph.input_range(node, position).reaches_zero:
         return None
-    return Case(node, WORDS.get(base(node), base(node).lower()), seen, certain)
+    return Case(node, WORDS.get(base(node), base(node).lower()), seen)
 
 
 def is_root(node: Node) -> bool:
@@ -105,7 +126,7 @@ def _lost_sum(node: Node) -> Case | None:
         lost = number != 0 and _rounds_to_zero(number, dtype)
     else:
         lost = smallest(node) == 0
-    return Case(node, WORDS.get(base(node), base(node).lower()), 0.0, certain=smallest(node) == 0) if lost else None
+    return Case(node, WORDS.get(base(node), base(node).lower()), 0.0) if lost else None
 
 
 def _is_transparent(node: Node) -> bool:

@@ -9,6 +9,7 @@ __all__ = [
     "is_square",
     "masked_origin",
     "read_loss_graph",
+    "saturating_source",
     "smallest",
     "through",
 ]
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from pl_normkit.methods.nan_safety.ranges import SHAPES, UNKNOWN, Edge, Range, base, behind, output_dtype, range_of, saved
+from pl_normkit.methods.nan_safety.ranges import SHAPES, UNKNOWN, Edge, Range, base, behind, range_of, saved
 from pl_normkit.rules import Subject
 
 REDUCTIONS = {"Mean", "Max", "Min", "Amax", "Amin", "Median", "Sort", "Topk"}
@@ -100,8 +101,13 @@ def fed_by_saturating(log: Node) -> tuple[Node, bool] | None:
 
     Returns the node and whether a constant was added (or a clamp made) on the way; None where nothing of the kind feeds it.
     """
+    return saturating_source(next(iter(behind(log)), None))
+
+
+def saturating_source(argument: Node | None) -> tuple[Node, bool] | None:
+    """As `fed_by_saturating`, for the node that makes the logarithm's argument."""
     guarded = False
-    current = next(iter(behind(log)), None)
+    current = argument
     while current is not None:
         if base(current) in ("Sigmoid", "Softmax"):
             return current, guarded
@@ -192,7 +198,3 @@ def _reduced(value: Any, reduce: Callable[[Tensor], Tensor], then: Callable[[flo
     if not isinstance(value, Tensor) or value.numel() == 0 or value.is_meta or value.is_complex():
         return None
     return then(float(reduce(value.detach())))
-
-
-def output_is_half(node: Node) -> bool:
-    return output_dtype(node) in (torch.float16, torch.bfloat16)

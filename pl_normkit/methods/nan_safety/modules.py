@@ -1,8 +1,8 @@
-"""Losses that cannot blow up on finite predictions: scale-invariant log, root mean square, binary and focal."""
+"""Losses that cannot blow up on finite predictions: scale-invariant log, root mean square, binary, focal, and a power of another."""
 
 from __future__ import annotations
 
-__all__ = ["BinaryFocalLoss", "BinaryLogLoss", "RMSELoss", "SILogLoss"]
+__all__ = ["BinaryFocalLoss", "BinaryLogLoss", "PoweredLoss", "RMSELoss", "SILogLoss"]
 
 import math
 from typing import Literal
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pl_normkit.errors import ConfigError
-from pl_normkit.methods.nan_safety.ops import at_least_float32, masked_moments, safe_log, safe_sqrt
+from pl_normkit.methods.nan_safety.ops import at_least_float32, masked_moments, safe_log, safe_power, safe_sqrt
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -95,7 +95,7 @@ class RMSELoss(nn.Module):
 
     Shape: input and target of one shape, any; returns a scalar, in float32 for half-precision input.
 
-    Source: derived here (sheet V1).
+    Source: derived here.
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:  # noqa: A002 (torch's own name)
@@ -116,7 +116,7 @@ class BinaryLogLoss(nn.Module):
 
     Shape: logits and target of one shape; target in [0, 1]. Returns a scalar, or that shape for "none"; float32 for half precision.
 
-    Source: derived here (sheet V2); equals `nn.BCEWithLogitsLoss`.
+    Source: derived here; equals `nn.BCEWithLogitsLoss`.
     """
 
     def __init__(self, reduction: Reduction = "mean") -> None:
@@ -164,6 +164,32 @@ class BinaryFocalLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"gamma={self.gamma}, alpha={self.alpha}, reduction={self.reduction!r}"
+
+
+class PoweredLoss(nn.Module):
+    """`loss(...) ** exponent` for an exponent in (0, 1] with a finite gradient where the loss is 0, as focal Tversky is at a perfect fit.
+
+    Args:
+        loss: returns a loss that is not negative.
+        exponent: in (0, 1].
+
+    Shape: takes what `loss` takes and returns its shape.
+
+    Source: derived here.
+    """
+
+    def __init__(self, loss: nn.Module, exponent: float) -> None:
+        super().__init__()
+        if not 0 < exponent <= 1:
+            raise ConfigError("exponent must lie in (0, 1]", evidence=str(exponent))
+        self.loss = loss
+        self.exponent = exponent
+
+    def forward(self, *args: Tensor) -> Tensor:
+        return safe_power(self.loss(*args), self.exponent)
+
+    def extra_repr(self) -> str:
+        return f"exponent={self.exponent}"
 
 
 def _known_reduction(reduction: Reduction) -> Reduction:

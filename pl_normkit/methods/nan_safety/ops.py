@@ -1,8 +1,8 @@
-"""Square root, logarithm and variance that stay finite, value and gradient, where the plain forms do not. All derived here."""
+"""Square root, power, logarithm and variance that stay finite, value and gradient, where the plain forms do not. All derived here."""
 
 from __future__ import annotations
 
-__all__ = ["at_least_float32", "safe_log", "safe_sqrt", "stable_variance"]
+__all__ = ["at_least_float32", "safe_log", "safe_power", "safe_sqrt", "stable_variance"]
 
 import math
 
@@ -29,7 +29,7 @@ def safe_sqrt(x: Tensor, eps: float | None = None) -> Tensor:
         x: any shape, floating; half precision is computed in float32 and returned in its own dtype.
         eps: where the line takes over; default 1e-12 (1e-8 in float16, 1e-24 in float64).
 
-    Source: derived here; the sheet's fix "sqrt(D + eps)" moves every value, this one moves none above eps.
+    Source: derived here; the usual fix "sqrt(D + eps)" moves every value, this one moves none above eps.
     """
     bound = SQRT_EPS[x.dtype] if eps is None else eps
     if not bound > 0:
@@ -39,6 +39,24 @@ def safe_sqrt(x: Tensor, eps: float | None = None) -> Tensor:
     root = torch.where(below, bound, wide).sqrt()
     line = torch.where(below, wide, 0.0).clamp_min(0.0) / math.sqrt(bound)
     return torch.where(below, line, root).to(x.dtype)
+
+
+def safe_power(x: Tensor, exponent: float, eps: float = 1e-12) -> Tensor:
+    """`x ** exponent` for an exponent in (0, 1], continued below `eps` by a straight line to 0, and 0 below 0: its gradient is finite.
+
+    Args:
+        x: any shape, floating; half precision is computed and returned in float32.
+        exponent: in (0, 1].
+        eps: smallest argument that is taken as it is.
+
+    Source: derived here.
+    """
+    if not 0 < exponent <= 1 or not eps > 0:
+        raise ValueError(f"exponent must lie in (0, 1] and eps be positive, got {exponent} and {eps}")
+    wide = at_least_float32(x)
+    below = wide <= eps
+    line = torch.where(below, wide, 0.0).clamp_min(0.0) * eps ** (exponent - 1)
+    return torch.where(below, line, torch.where(below, eps, wide) ** exponent)
 
 
 def safe_log(x: Tensor, eps: float) -> Tensor:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from pl_normkit.methods.nan_safety.sources import PLACE, notes_of, scalar_of
+
 Edge = tuple[Node | None, int]
 
 
@@ -87,18 +89,19 @@ SHAPES = {
     "Max", "Min", "Amax", "Amin", "Median", "Sort", "Topk", "Roll", "RepeatInterleave", "Mean", "Squeezed", "Movedim", "Diagonal",
 }  # fmt: skip
 SIGNED_OPS = {
-    "Addmm", "Mm", "Bmm", "Baddbmm", "Mv", "Dot", "Linear", "Convolution", "ConvolutionOverrideable", "MkldnnLinear", "NativeBatchNorm",
+    "Addmm", "Mm", "Bmm", "Baddbmm", "Linear", "Convolution", "ConvolutionOverrideable", "MkldnnLinear", "NativeBatchNorm",
     "CudnnBatchNorm", "NativeLayerNorm", "NativeGroupNorm", "FusedRmsNorm", "Sub", "Rsub", "Log", "Log2", "Log10", "Log1P", "Expm1", "Tan",
     "LeakyRelu", "Logsumexp", "Cumsum", "UpsampleBicubic2D", "Atan2",
 }  # fmt: skip
 FIXED = {
-    "Sigmoid": Range(0.0, 1.0, never_zero=True), "Softmax": Range(0.0, 1.0, never_zero=True), "Tanh": Range(-1.0, 1.0),
+    "Sigmoid": Range(0.0, 1.0), "Softmax": Range(0.0, 1.0), "Tanh": Range(-1.0, 1.0),
     "Sin": Range(-1.0, 1.0), "Cos": Range(-1.0, 1.0), "Erf": Range(-1.0, 1.0), "Relu": NOT_NEGATIVE, "Elu": Range(low=-1.0),
     "Gelu": Range(low=-0.17), "Silu": Range(low=-0.28), "Hardsigmoid": Range(0.0, 1.0), "LogSoftmax": Range(high=0.0),
-    "LogSigmoid": Range(high=0.0), "Exp": GUARDED, "Exp2": GUARDED, "Cosh": Range(low=1.0), "Softplus": GUARDED, "Var": NOT_NEGATIVE,
+    "LogSigmoid": Range(high=0.0), "Exp": NOT_NEGATIVE, "Exp2": NOT_NEGATIVE, "Cosh": Range(low=1.0), "Softplus": NOT_NEGATIVE,
+    "Var": NOT_NEGATIVE,
     "Std": NOT_NEGATIVE, "LinalgVectorNorm": NOT_NEGATIVE, "Norm": NOT_NEGATIVE, "Cdist": NOT_NEGATIVE, "MseLoss": NOT_NEGATIVE,
     "SmoothL1Loss": NOT_NEGATIVE, "HuberLoss": NOT_NEGATIVE, "BinaryCrossEntropy": NOT_NEGATIVE, "Hypot": NOT_NEGATIVE,
-    "BinaryCrossEntropyWithLogits": NOT_NEGATIVE, "MaskedFill": GUARDED,
+    "BinaryCrossEntropyWithLogits": NOT_NEGATIVE,
 }  # fmt: skip
 
 
@@ -118,12 +121,26 @@ def _range(node: Node, index: int, inputs: Sequence[Range]) -> Range:
 
 def _add(node: Node, inputs: Sequence[Range]) -> Range:
     if any(following is None for following, _ in node.next_functions) or len(inputs) < 2:
-        return GUARDED  # something without a gradient was added: taken for an epsilon
+        return _shifted(node, inputs)
     left, right = inputs
     if not (left.known and right.known):
         return UNKNOWN
     both = Range(left.low + right.low, left.high + right.high)
     return replace(both, never_zero=both.low >= 0 and (left.positive or right.positive))
+
+
+def _shifted(node: Node, inputs: Sequence[Range]) -> Range:
+    """The sum with something that needs no gradient: a number where it was recorded, else a tensor of unknown values.
+
+    In a graph without records (a training step) it is taken for an epsilon.
+    """
+    if PLACE not in notes_of(node):
+        return GUARDED
+    number = scalar_of(node)
+    known = next((value for value, (following, _) in zip(inputs, node.next_functions, strict=True) if following is not None), UNKNOWN)
+    if number is None:
+        return replace(NOT_NEGATIVE, known=known.known) if known.low >= 0 else UNKNOWN
+    return Range(known.low + number, known.high + number, never_zero=known.low + number > 0, known=known.known) if number else known
 
 
 def _subtract(node: Node, inputs: Sequence[Range]) -> Range:
@@ -154,7 +171,9 @@ def _multiply(node: Node, inputs: Sequence[Range]) -> Range:
 def _constant_range(node: Node) -> Range:
     for name in ("other", "self"):
         value = saved(node, name)
-        if isinstance(value, Tensor) and value.numel() and value.is_floating_point():
+        if isinstance(value, Tensor) and value.dtype == torch.bool:
+            return Range(0.0, 1.0)
+        if isinstance(value, Tensor) and value.numel() and not value.is_complex():
             low, high = (float(bound) for bound in value.detach().aminmax())
             return Range(low, high, never_zero=low > 0 or high < 0)
     return UNKNOWN
@@ -232,14 +251,40 @@ def _union(node: Node, inputs: Sequence[Range]) -> Range:
 
 
 def _where(node: Node, inputs: Sequence[Range]) -> Range:
-    constant = any(following is None for following, _ in node.next_functions)
-    return GUARDED if constant else _union(node, inputs)
+    constants = [following is None for following, _ in node.next_functions]
+    if not any(constants):
+        return _union(node, inputs)
+    values = [value for value, constant in zip(inputs, constants, strict=True) if not constant]
+    return _filled(values[0] if values else UNKNOWN, scalar_of(node))
+
+
+def _masked_fill(node: Node, inputs: Sequence[Range]) -> Range:
+    return _filled(inputs[0], scalar_of(node))
+
+
+def _filled(value: Range, number: float | None) -> Range:
+    """`value` with `number` in some places: a positive or unknown one is taken for the valid value that stands in for invalid ones."""
+    if number is None or number > 0:
+        return GUARDED
+    return Range(min(value.low, number), max(value.high, number), known=value.known or number == 0)
 
 
 def _sum(node: Node, inputs: Sequence[Range]) -> Range:
     value = inputs[0]
+    if _sums_shifted_exponentials(node):
+        return Range(low=1.0, never_zero=True)
     low, high = (0.0 if value.low >= 0 else -math.inf), (0.0 if value.high <= 0 else math.inf)
     return replace(value, low=low, high=high, never_zero=value.never_zero and (value.low >= 0 or value.high <= 0))
+
+
+def _sums_shifted_exponentials(node: Node) -> bool:
+    """Whether `node` sums exp(z - max z), of which one is 1."""
+    exponential = next(iter(behind(node)), None)
+    shift = next(iter(behind(exponential)), None) if exponential is not None and base(exponential) == "Exp" else None
+    if shift is None or base(shift) != "Sub" or len(behind(shift)) != 2:
+        return False
+    first, second = behind(shift)
+    return _is_maximum_of(second, first)
 
 
 def _pad(node: Node, inputs: Sequence[Range]) -> Range:
@@ -270,6 +315,7 @@ _TRANSFORMS: dict[str, Callable[[Node, Sequence[Range]], Range]] = {
     "Stack": _union,
     "Minimum": _union,
     "Where": _where,
+    "MaskedFill": _masked_fill,
     "Sum": _sum,
     "ConstantPadNd": _pad,
     "NativeDropout": _pad,

@@ -21,6 +21,9 @@ def bad(pred, target):
 def good(pred, target):
     return (pred - target).square().mean()
 
+def ratio(pred, target):
+    return (pred / target).mean()
+
 def pair():
     return torch.zeros(3), torch.zeros(3)
 """
@@ -40,6 +43,26 @@ def test_lint_loss(losses: str, words: list[str], code: int, capsys: pytest.Capt
     out = capsys.readouterr().out
     assert ("NK401" in out) == (code == 1)
     assert ("nan_commands_fixture.py:5" in out) == (code == 1)
+
+
+def test_the_witness_is_shown_and_its_script_written(losses: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["lint", "--loss", f"{losses}:bad"]) == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert "witness pred := target" in out
+    assert "python bad_witness.py" in out
+    assert {path.name for path in Path.cwd().glob("bad_witness*")} == {"bad_witness.py", "bad_witness.pt"}
+    assert main(["lint", "--loss", f"{losses}:good"]) == 0
+    assert not list(Path.cwd().glob("good_witness*"))
+
+
+def test_the_users_world_on_the_command_line(losses: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["lint", "--loss", f"{losses}:ratio", "--fail-on", "warning"]
+    assert main(words) == 1
+    assert main([*words, "--domain", "target=0.1:80"]) == 0
+    assert main([*words, "--fixed", "target", "--search-seconds", "0.5"]) == 0
+    capsys.readouterr()
+    assert main([*words, "--domain", "target=positive"]) == 2
+    assert "NAME=LOW:HIGH" in capsys.readouterr().err
 
 
 def test_replay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from pl_normkit import audit_loss
 from pl_normkit.errors import ConfigError, NothingMatchedError
 from pl_normkit.methods.nan_safety.fix import replace_unsafe_losses
-from pl_normkit.nn import BinaryFocalLoss, BinaryLogLoss, RMSELoss, SILogLoss, safe_log, safe_sqrt, stable_variance
+from pl_normkit.nn import BinaryFocalLoss, BinaryLogLoss, RMSELoss, SILogLoss, safe_log, safe_power, safe_sqrt, stable_variance
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -70,7 +71,7 @@ def test_silog_is_finite_on_few_valid_pixels(form: str, root: bool, dtype: torch
 
 @pytest.mark.filterwarnings("ignore:var.*degrees of freedom:UserWarning")
 @pytest.mark.parametrize("valid", [0, 1, 2])
-def test_the_naive_variance_fails_as_the_sheet_says(valid: int) -> None:
+def test_the_naive_variance_fails_on_few_elements(valid: int) -> None:
     g = torch.arange(valid, dtype=torch.float32)
     assert bool(g.var().isnan()) == (valid < 2)
     assert bool(g.var(correction=0).isnan()) == (valid < 1)
@@ -320,3 +321,46 @@ def test_replace_takes_your_own_classes() -> None:
 def test_replace_raises_when_there_is_nothing() -> None:
     with pytest.raises(NothingMatchedError):
         replace_unsafe_losses(Holder(fine=nn.L1Loss()))
+
+
+def library_losses() -> dict[str, tuple[nn.Module, tuple[Tensor, Tensor]]]:
+    smp = pytest.importorskip("segmentation_models_pytorch.losses")
+    pixels = (torch.rand(2, 1, 6, 6) * 4 - 2, (torch.rand(2, 1, 6, 6) > 0.5).float())
+    several = (torch.rand(2, 3, 6, 6) * 4 - 2, torch.randint(0, 3, (2, 6, 6)))
+    return {
+        "tversky": (smp.TverskyLoss("binary", gamma=0.75), pixels),
+        "tversky of classes": (smp.TverskyLoss("multiclass", gamma=0.5, smooth=1.0), several),
+        "focal": (smp.FocalLoss("binary", gamma=0.5), pixels),
+        "focal with alpha": (smp.FocalLoss("binary", gamma=0.5, alpha=0.25, reduction="sum"), pixels),
+        "focal of classes": (smp.FocalLoss("multiclass", gamma=0.5, ignore_index=255), several),
+    }
+
+
+@pytest.mark.parametrize("name", ["tversky", "tversky of classes", "focal", "focal with alpha", "focal of classes"])
+def test_library_losses_get_a_stable_form_of_the_same_values(name: str) -> None:
+    """The search breaks the library's own form, and not the one that replaces it."""
+    old, (logits, labels) = library_losses()[name]
+    model = Holder(loss=old)
+    assert [change.module for change in replace_unsafe_losses(model).made] == ["loss"]
+    new = model.get_submodule("loss")
+    torch.testing.assert_close(new(logits, labels), old(logits, labels), rtol=1e-6, atol=1e-6)
+    example = (logits.clone().requires_grad_(), labels)
+    assert "NK401" in {finding.code for finding in audit_loss(old, example).at_least("error")}
+    assert audit_loss(new, example).at_least("error") == []
+
+
+def test_library_losses_that_are_stable_are_left_alone() -> None:
+    smp = pytest.importorskip("segmentation_models_pytorch.losses")
+    with pytest.raises(NothingMatchedError):
+        replace_unsafe_losses(Holder(one=smp.TverskyLoss("binary"), two=smp.FocalLoss("binary"), three=smp.DiceLoss("binary")))
+
+
+@pytest.mark.parametrize("exponent", [0.25, 0.75, 1.0])
+def test_safe_power(exponent: float) -> None:
+    x = torch.tensor([-1.0, 0.0, 1e-30, 1e-6, 0.3, 2.0], requires_grad=True)
+    y = safe_power(x, exponent)
+    torch.testing.assert_close(y[3:], x[3:] ** exponent, rtol=1e-6, atol=0)
+    assert (y[:2] == 0).all()
+    assert all_finite(gradient(y.sum(), x)[0])
+    with pytest.raises(ValueError, match="exponent"):
+        safe_power(x, 1.5)

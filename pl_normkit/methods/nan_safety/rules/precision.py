@@ -1,4 +1,4 @@
-"""NK405 and NK406: what half precision does to a loss."""
+"""NK405, NK406 and NK409: numbers too large or too small for their type."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from pl_normkit.methods.nan_safety.cases import Case, lost_epsilons, observations
+from pl_normkit.methods.nan_safety.cases import Case, explained, lost_epsilons, observations
 from pl_normkit.methods.nan_safety.loss_graph import (
     LossGraph,
     is_square,
     read_loss_graph,
 )
 from pl_normkit.methods.nan_safety.ranges import base, output_dtype, saved
-from pl_normkit.rules import Mark, Needs, Observation, Subject, rule
+from pl_normkit.rules import Mark, Observation, rule
+from pl_normkit.subject import Needs, Subject
 
 
 @rule(
@@ -38,13 +39,21 @@ def float16_overflow(subject: Subject) -> Iterator[Observation]:
         exp(11.1), 256^2 and a sum over 65504 ones are infinite in float16; inf - inf and inf / inf are NaN.
 
     Evidence
-        The largest value seen in this step.
+        The largest value seen in this step; from `audit_loss` arguments at which it overflows.
 
     Example
-        `((pred.half() - target.half()) ** 2).sum()`.
+        ```python
+        def loss(prediction, target):
+            return ((prediction.half() - target.half()) ** 2).sum()
+        ```
 
     Use instead
-        `((pred.float() - target.float()) ** 2).sum()`, or autocast, which runs these operations in float32.
+        ```python
+        def stable_loss(prediction, target):
+            return ((prediction.float() - target.float()) ** 2).sum()
+        ```
+
+        Or autocast, which runs these operations in float32.
 
     Fix and its safety
         Advice only.
@@ -52,6 +61,10 @@ def float16_overflow(subject: Subject) -> Iterator[Observation]:
     Source
         Derived: float16 has 65504 as its largest number.
     """
+    yield from explained(subject, "NK405", _suspected_overflows(subject))
+
+
+def _suspected_overflows(subject: Subject) -> Iterator[Observation]:
     graph = subject.once(read_loss_graph)
     half = [node for node in graph.nodes if output_dtype(node) == torch.float16]
     yield from observations(
@@ -93,7 +106,7 @@ def _overflowing(node: Node, what: str, kept: Any, grow: Callable[[float], float
     if not isinstance(kept, Tensor) or kept.numel() == 0:
         return Case(node, what)
     seen = grow(float(kept.detach().abs().amax()))
-    return Case(node, what, seen, certain=not seen <= 65504)
+    return Case(node, what, seen)
 
 
 @rule(
@@ -115,10 +128,20 @@ def epsilon_lost(subject: Subject) -> Iterator[Observation]:
         The epsilon after rounding, or the 0 that reached the root, logarithm or division although something was added.
 
     Example
-        `torch.sqrt(x.half() + 1e-8)`, `x.half().clamp_min(1e-8).log()`.
+        ```python
+        import torch
+
+        def loss(x):
+            return torch.sqrt(x.half() + 1e-8).mean()
+        ```
 
     Use instead
-        `torch.sqrt(x.float() + 1e-8)`, or an epsilon of 1e-4 and more in float16.
+        ```python
+        def stable_loss(x):
+            return torch.sqrt(x.float() + 1e-8).mean()
+        ```
+
+        Or an epsilon of 1e-4 and more in float16.
 
     Fix and its safety
         Advice only.
@@ -127,11 +150,59 @@ def epsilon_lost(subject: Subject) -> Iterator[Observation]:
         Derived: the smallest positive float16 is 6e-8, half of it rounds to 0. Added numbers are known only from
         `pl-normkit lint --loss`; on a training step the rule goes by the 0 it sees.
     """
-    graph = subject.once(read_loss_graph)
-    yield from observations(
-        lost_epsilons(graph),
+    suspicions = observations(
+        lost_epsilons(subject.once(read_loss_graph)),
         "the epsilon of a {what} is 0 in the precision it is used in",
         "compute it in float32 (.float() before it), or use an epsilon that float16 can hold (1e-4)",
         "epsilon after rounding",
         "positive",
     )
+    yield from explained(subject, "NK406", suspicions)
+
+
+@rule(
+    "NK409",
+    "overflow",
+    mark=Mark.DERIVED,
+    source="tests/methods/nan_safety/test_witness.py",
+    needs=(Needs.LOSS,),
+)
+def overflow(subject: Subject) -> Iterator[Observation]:
+    """
+    What it does
+        Finds exponentials, powers and products in float32 that the search drives beyond the largest number.
+
+    Why it hurts
+        exp(88.8) is infinite in float32. Where the value is hidden afterwards (1 / (1 + exp(-z)), torch.where), the gradient is still
+        inf * 0 = NaN.
+
+    Evidence
+        Arguments of the loss at which its value or gradient is not finite.
+
+    Example
+        ```python
+        import torch
+
+        def loss(z):
+            return torch.log(torch.exp(z) + 1).mean()
+        ```
+
+    Use instead
+        ```python
+        import torch.nn.functional as F
+
+        def stable_loss(z):
+            return F.softplus(z).mean()
+        ```
+
+        `torch.sigmoid(z)` for `1 / (1 + torch.exp(-z))`, `F.log_softmax` for `(e / e.sum()).log()`, `torch.logsumexp` for a log of a
+        sum of exp,
+        `torch.where(x <= 0, torch.exp(x.clamp(max=0)), 1 + x)`.
+
+    Fix and its safety
+        Advice only.
+
+    Source
+        Derived: the largest float32 is 3.4e38 = exp(88.7).
+    """
+    yield from explained(subject, "NK409")
