@@ -42,7 +42,8 @@ def alone() -> Iterator[None]:
         "get_rank": lambda *args, rank=dist.get_rank(), **kwargs: rank,
         "all_gather": _fill,
         "all_gather_into_tensor": _fill_tensor,
-    } | {name: _nothing for name in ("all_reduce", "broadcast", "reduce", "barrier", "broadcast_object_list")}
+        **dict.fromkeys(("all_reduce", "broadcast", "reduce", "barrier", "broadcast_object_list"), _nothing),
+    }
     kept = {name: getattr(dist, name) for name in stand_ins}
     inner = distributed_c10d.is_initialized
     try:
@@ -75,7 +76,9 @@ def _fill(tensor_list: list[Tensor], tensor: Tensor, *args: Any, **kwargs: Any) 
 
 
 def _fill_tensor(output_tensor: Tensor, input_tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-    output_tensor.view(-1, *input_tensor.shape).copy_(input_tensor.expand(output_tensor.numel() // input_tensor.numel(), *input_tensor.shape))
+    output_tensor.view(-1, *input_tensor.shape).copy_(
+        input_tensor.expand(output_tensor.numel() // input_tensor.numel(), *input_tensor.shape)
+    )
     return _nothing(**kwargs)
 
 

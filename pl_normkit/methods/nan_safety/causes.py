@@ -30,7 +30,13 @@ def state_tensors(optimizer: Optimizer) -> Iterator[tuple[Tensor, str, Tensor]]:
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    return [value] if isinstance(value, Tensor) else [item for item in value if isinstance(item, Tensor)] if isinstance(value, (list, tuple)) else []
+    return (
+        [value]
+        if isinstance(value, Tensor)
+        else [item for item in value if isinstance(item, Tensor)]
+        if isinstance(value, (list, tuple))
+        else []
+    )
 
 
 def lasting_cause(module: nn.Module, optimizers: Sequence[Optimizer], excused: Collection[int]) -> Diagnosis | None:
@@ -46,7 +52,11 @@ def lasting_cause(module: nn.Module, optimizers: Sequence[Optimizer], excused: C
     for parameter in _all_parameters(module, optimizers):
         if id(parameter) not in excused and _is_bad(local(parameter)):
             name = names.get(id(parameter), "a parameter outside the module")
-            why = _why(optimizers, parameter) if id(parameter) in updated else "no optimizer holds it: other code wrote to it, or it was loaded so"
+            why = (
+                _why(optimizers, parameter)
+                if id(parameter) in updated
+                else "no optimizer holds it: other code wrote to it, or it was loaded so"
+            )
             return Diagnosis("parameter", name, detail=f"{name} is not finite; {why}", inputs=[statistics(local(parameter))])
     for optimizer in optimizers:
         for parameter, key, tensor in state_tensors(optimizer):
@@ -83,7 +93,11 @@ def unusable_settings(group: dict[str, Any]) -> str:
     """Settings of a parameter group that turn finite gradients into other weights: not finite, or `eps=0`; "" where there are none."""
     found = []
     for name, value in group.items():
-        numbers = [float(part) for part in (value if isinstance(value, (list, tuple)) else [value]) if _is_number(part)] if name != "params" else []
+        numbers = (
+            [float(part) for part in (value if isinstance(value, (list, tuple)) else [value]) if _is_number(part)]
+            if name != "params"
+            else []
+        )
         if any(not math.isfinite(number) for number in numbers) or (name in MEANT_POSITIVE and any(number == 0 for number in numbers)):
             found.append(f"{name}={_shown(value)}")
     return ", ".join(found)

@@ -24,6 +24,12 @@ class Verdict(NamedTuple):
     state: bool = False
     norm: float = 0.0
 
+    @classmethod
+    def of(cls, answers: Tensor) -> Verdict:
+        """From the vector that `measure` makes. Waits for the device."""
+        loss, gradient, buffer, parameter, state, norm = answers.tolist()
+        return cls(bool(loss), bool(gradient), bool(buffer), bool(parameter), bool(state), norm)
+
     @property
     def bad(self) -> bool:
         return self.loss or self.gradient or self.buffer or self.stays

@@ -145,7 +145,9 @@ class _Watcher(SourceRecorder):
         record.made_bad = bool(made) and not record.bad_inputs
         self.records.append(record)
         if made and not (record.samples or self.samples):
-            record.samples = self.samples = rows(made, self._batch_size) or (_rows_unreduced(record, self._batch_size) if record.made_bad else [])
+            record.samples = self.samples = rows(made, self._batch_size) or (
+                _rows_unreduced(record, self._batch_size) if record.made_bad else []
+            )
         for tensor in made:
             self.maker[id(tensor)] = record
         for tensor in changed:

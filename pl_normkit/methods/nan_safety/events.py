@@ -57,7 +57,7 @@ class EventLog:
         try:
             return diagnose_batches(module, batches, context, step)
         except Exception as error:
-            self.warn("diagnosis", "an event could not be diagnosed; its cause is \"unknown\"", error)
+            self.warn("diagnosis", 'an event could not be diagnosed; its cause is "unknown"', error)
             return Diagnosis("unknown", detail=f"the step could not be run again: {type(error).__name__}: {error}"[:300]), None, batches[0]
 
     def add(
@@ -97,7 +97,9 @@ class EventLog:
         known = {event["file"] for event in self.events}
         stem = f"step{facts['step']}_rank{facts['rank']}"
         path = next(
-            path for count in range(len(known) + 1) if str(path := folder / (stem + (f"_{count + 1}" if count else "") + ".pt")) not in known
+            path
+            for count in range(len(known) + 1)
+            if str(path := folder / (stem + (f"_{count + 1}" if count else "") + ".pt")) not in known
         )
         try:
             weights = module.state_dict() if self.save_weights else None

@@ -15,7 +15,7 @@ In a plain loop the optimizers' own hooks and `torch.autograd.backward` tell it 
 
 from __future__ import annotations
 
-__all__ = ["SkipStep", "StepGuard", "Surroundings"]
+__all__ = ["StepGuard"]
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -32,20 +32,20 @@ from pl_normkit.errors import ConfigError, NonFiniteError
 from pl_normkit.methods.nan_safety.budget import SkipBudget, SpikeWatch
 from pl_normkit.methods.nan_safety.causes import lasting_cause
 from pl_normkit.methods.nan_safety.decision import Verdict, gradients, measure, shared
+from pl_normkit.methods.nan_safety.device_flags import DeviceFlags
 from pl_normkit.methods.nan_safety.diagnosis import Diagnosis
 from pl_normkit.methods.nan_safety.events import EventLog
-from pl_normkit.methods.nan_safety.replay import RandomState
 from pl_normkit.methods.nan_safety.losses_seen import Seen
+from pl_normkit.methods.nan_safety.raw_steps import RawSteps
+from pl_normkit.methods.nan_safety.replay import RandomState
 from pl_normkit.methods.nan_safety.rerun import Batch
-from pl_normkit.methods.nan_safety.running import Flag, Run, SkipStep, Step, Surroundings
+from pl_normkit.methods.nan_safety.running import Run, SkipStep, Step, Surroundings, device_of, drop_gradients
 from pl_normkit.methods.nan_safety.undo import Snapshot, Transaction, accepts_device_flag, steps_once
 
 log = logging.getLogger(__name__)
 
 FORGIVEN_AFTER = 8
 """Skips in a row for a buffer alone (loss, gradients and weights finite) after which its values are taken for normal."""
-LAG = 2
-"""Steps after which ranks that decide on the device read their flags: the same number on all, so that they report together."""
 ROLLBACKS = 3
 """Returns to one snapshot for a cause that stays, before the run ends."""
 
@@ -93,12 +93,18 @@ class StepGuard:
         self._spike_watch = SpikeWatch(spike_factor)
         self._undo: list[Callable[[], Any]] = []
         self._run: Run | None = None
+        self._flags = DeviceFlags(self)
 
     # -- the loop
 
     @contextmanager
     def watching(
-        self, module: nn.Module, optimizers: Optimizer | Sequence[Optimizer], *, step: Callable[[Any], Tensor] | None = None, scaler: Any = None
+        self,
+        module: nn.Module,
+        optimizers: Optimizer | Sequence[Optimizer],
+        *,
+        step: Callable[[Any], Tensor] | None = None,
+        scaler: Any = None,
     ) -> Iterator[StepGuard]:
         """Guard the steps of a plain training loop while the block runs.
 
@@ -113,7 +119,7 @@ class StepGuard:
         rank = dist.get_rank() if distributed else 0
         self.start(module, found, Surroundings(distributed=distributed, rank=rank, manual=True, step=step))
         if scaler is not None:
-            self._watch_scaler(scaler)
+            self._undo.append(RawSteps(self).watch_scaler(scaler))
         try:
             yield self
             self.finish()
@@ -128,19 +134,20 @@ class StepGuard:
         self._undo += [at_end] if at_end is not None else []
         run = self._run = Run(module, list(optimizers), around)
         self._undo.append(run.shadow.close)
+        raw = RawSteps(self)
         for optimizer in optimizers:
-            self._undo.append(optimizer.register_step_pre_hook(self._before_raw_step).remove)
-            self._undo.append(optimizer.register_step_post_hook(self._after_raw_step).remove)
+            self._undo.append(optimizer.register_step_pre_hook(raw.before).remove)
+            self._undo.append(optimizer.register_step_post_hook(raw.after).remove)
         if around.manual:
             self._undo.append(run.losses.watch())
         self._take_snapshot()
 
     def begin(self, batch: Any = None, index: int | None = None) -> None:
         """A new batch: called before its forward."""
-        run = self._running
+        run = self.running
         if run.around.step is not None or run.around.where is None:  # a plain loop has no hook at the end of a batch
             self.end()
-        self._read_flags()
+        self._flags.read()
         if run.decided:
             self._report_buffers(run.shadow.accept_outside())
         run.decided = False
@@ -153,23 +160,23 @@ class StepGuard:
 
     def saw_loss(self, loss: Tensor) -> None:
         """Called before the backward of `loss`."""
-        self._running.losses.saw(loss)
+        self.running.losses.saw(loss)
 
     def end(self) -> None:
         """The batch is done."""
-        run = self._running
+        run = self.running
         if run.around.manual and run.batches:
             for optimizer in run.optimizers:
                 if id(optimizer) in run.transactions and run.transactions[id(optimizer)].moved():
                     step = Step()
-                    step.verdict = self._look_at(optimizer, step)
+                    step.verdict = self.look_at(optimizer, step)
                     step.spoiled = step.verdict.bad
-                    self._conclude(optimizer, step)
+                    self.conclude(optimizer, step)
             if run.last_bad:
                 run.shadow.restore()
             elif run.decided:
                 self._report_buffers(run.shadow.restore_bad())
-        if run.decided and self.budget.row == 0 and self._where()[0] % self.snapshot_every == 0:
+        if run.decided and self.budget.row == 0 and self.where()[0] % self.snapshot_every == 0:
             self._take_snapshot()
 
     def clean(self) -> None:
@@ -180,7 +187,7 @@ class StepGuard:
     def finish(self) -> None:
         """The last batch is done."""
         self.end()
-        self._read_flags(wait=True)
+        self._flags.read(wait=True)
         self.clean()
 
     def stop(self) -> None:
@@ -190,7 +197,8 @@ class StepGuard:
         self._run = None
 
     @property
-    def _running(self) -> Run:
+    def running(self) -> Run:
+        """What it remembers of the run it watches."""
         if self._run is None:
             raise ConfigError("the guard watches nothing", mend="call its methods inside `with guard.watching(model, optimizer):`")
         return self._run
@@ -198,8 +206,7 @@ class StepGuard:
     def state_dict(self) -> dict[str, Any]:
         """Counts, those of decisions that are still on the device among them."""
         if self._run is not None:
-            for flag in self._run.flags:
-                self._count_flag(flag)
+            self._flags.count_all()
         counts = {"budget": self.budget.state_dict(), "overflows": self.overflows, "files": self.log.files}
         return counts | {"spikes": self.spikes, "norms": self._spike_watch.state_dict()}
 
@@ -213,7 +220,7 @@ class StepGuard:
 
     def guarded(self, optimizer: Optimizer, make: Callable[[], Any]) -> Any:
         """Run `make`, which steps `optimizer` and calls `judge` before that; skip the step, or take it back, if it is bad."""
-        run, step, result = self._running, Step(), None
+        run, step, result = self.running, Step(), None
         run.step = step
         scaler = run.around.scaler
         scale = None if scaler is None else float(scaler.get_scale())
@@ -229,7 +236,7 @@ class StepGuard:
             scaler.update(scale)
         if step.evaluations:
             run.passes[id(optimizer)] = max(step.evaluations, run.passes.get(id(optimizer), 0))
-        self._conclude(optimizer, step)
+        self.conclude(optimizer, step)
         return result
 
     def judge(self, optimizer: Optimizer) -> None:
@@ -238,14 +245,14 @@ class StepGuard:
         Raises:
             SkipStep: the step must not be made.
         """
-        run = self._running
+        run = self.running
         step = run.step = run.step or Step()
         step.evaluations += 1
         if run.around.scaler is None and self._decides_on_device(optimizer):
-            self._offer_flag(optimizer, step)
+            self._flags.offer(optimizer, step)
             return
-        step.verdict = verdict = self._look_at(optimizer, step)
-        step.spike = step.evaluations == 1 and not verdict.bad and self._is_spike(optimizer, verdict)
+        step.verdict = verdict = self.look_at(optimizer, step)
+        step.spike = step.evaluations == 1 and not verdict.bad and self.is_spike(optimizer, verdict)
         step.spoiled = verdict.bad
         if not verdict.bad and not step.spike:
             self._open_transaction(optimizer, step)
@@ -258,24 +265,25 @@ class StepGuard:
         else:
             raise SkipStep
 
-    def _look_at(self, optimizer: Optimizer, step: Step) -> Verdict:
-        vector = self._measured(optimizer, step)
-        verdict = Verdict(*(bool(answer) for answer in vector[:5].tolist()), norm=float(vector[5]))
+    def look_at(self, optimizer: Optimizer, step: Step) -> Verdict:
+        """What of the step of `optimizer` is not finite, the same on every rank. Waits for the device."""
+        vector = self.measured(optimizer, step)
+        verdict = Verdict.of(vector)
         if not verdict.bad:
             return verdict
-        run = self._running
+        run = self.running
         transaction = run.transactions.get(id(optimizer))
         if transaction is not None and transaction.was_finite():  # will be undone, parameters and all
             return verdict._replace(gradient=True, parameter=False, state=False)
         if verdict.stays:
             return verdict
         stays = lasting_cause(run.module, run.optimizers, run.watched.excused) is not None
-        flag = torch.tensor(float(stays), device=_device_of(optimizer))
+        flag = torch.tensor(float(stays), device=device_of(optimizer))
         return verdict._replace(parameter=bool(shared(flag, distributed=run.around.distributed).item()))
 
-    def _measured(self, optimizer: Optimizer, step: Step) -> Tensor:
+    def measured(self, optimizer: Optimizer, step: Step) -> Tensor:
         """The answers about this step, the same on every rank; on the device, read by no one yet."""
-        run = self._running
+        run = self.running
         if run.buffer_row >= FORGIVEN_AFTER:
             for name in run.shadow.forgive():
                 log.warning("NaNGuard takes the non-finite values of buffer %s for normal: nothing else was wrong", name)
@@ -286,21 +294,22 @@ class StepGuard:
         run.spoiled = False
         losses = [found.loss for found in seen if found.loss is not None]
         parameters, states = run.watched.parameters(optimizer), run.watched.states(optimizer)
-        vector = measure(losses, gradients(optimizer), buffers_bad, parameters, states, _device_of(optimizer))
+        vector = measure(losses, gradients(optimizer), buffers_bad, parameters, states, device_of(optimizer))
         if run.around.sharded and run.around.distributed and self._spike_watch.factor is not None:
             square = vector[5].square()
             dist.all_reduce(square)
             vector[5] = square.sqrt()
         return shared(vector, distributed=run.around.distributed)
 
-    def _is_spike(self, optimizer: Optimizer, verdict: Verdict) -> bool:
-        scaler = self._running.around.scaler
+    def is_spike(self, optimizer: Optimizer, verdict: Verdict) -> bool:
+        """Whether its finite gradient norm is far above the running median; notes the norm."""
+        scaler = self.running.around.scaler
         scale = float(scaler.get_scale()) if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False) else 1.0
-        return self._spike_watch.is_spike(self._running.index(optimizer), verdict.norm / scale)
+        return self._spike_watch.is_spike(self.running.index(optimizer), verdict.norm / scale)
 
     def _judge_scaled(self, optimizer: Optimizer, step: Step) -> None:
         """Under a scaler, which has looked at the gradients already or will: an overflow of its own, or an event."""
-        run, scaler, verdict = self._running, self._running.around.scaler, step.verdict
+        run, scaler, verdict = self.running, self.running.around.scaler, step.verdict
         step.bad = not step.spike and (verdict.loss or verdict.buffer or verdict.stays or scaler.get_scale() <= 1.0)
         step.overflow = not step.bad and not step.spike
         step.spoiled = step.spoiled and not step.overflow
@@ -312,20 +321,20 @@ class StepGuard:
         if getattr(optimizer, "_step_supports_amp_scaling", False) and grads:
             grads[0].fill_(torch.nan)  # the scaler looks at these gradients later, and skips by itself
         else:
-            _drop_gradients(optimizer)
+            drop_gradients(optimizer)
 
     def _open_transaction(self, optimizer: Optimizer, step: Step) -> None:
-        run = self._running
+        run = self.running
         known = id(optimizer) in run.transactions
         if step.evaluations == 1 and not known and not steps_once(optimizer) and run.passes.get(id(optimizer)) != 1:
             run.transactions[id(optimizer)] = Transaction(optimizer)
 
-    def _conclude(self, optimizer: Optimizer, step: Step) -> None:
+    def conclude(self, optimizer: Optimizer, step: Step) -> None:
         """The step is over: undo one that ended badly, count, report, and do what the policy says."""
-        run = self._running
+        run = self.running
         transaction = run.transactions.pop(id(optimizer), None)
         if transaction is not None and not step.deferred:
-            lost = torch.tensor(float(step.spoiled or step.bad or step.spike or not transaction.holds()), device=_device_of(optimizer))
+            lost = torch.tensor(float(step.spoiled or step.bad or step.spike or not transaction.holds()), device=device_of(optimizer))
             if bool(shared(lost, distributed=run.around.distributed).item()):
                 transaction.take_back()
                 step.bad = not step.spike
@@ -337,130 +346,32 @@ class StepGuard:
             self.budget.count(skipped=step.bad)
         if step.bad or step.spike:
             run.shadow.restore()
-            _drop_gradients(optimizer)
-            self._report(step.verdict, step.seen, self._where(), optimizer if step.spike else None)
+            drop_gradients(optimizer)
+            self.report(step.verdict, step.seen, self.where(), optimizer if step.spike else None)
         elif not step.deferred:
             run.buffer_row = 0
-
-    # -- steps that do not pass through `guarded`
-
-    def _before_raw_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        """`optimizer.step()` itself: judged here, or after each call of its closure."""
-        run = self._running
-        if run.step is not None:
-            return None
-        step = run.raw[id(optimizer)] = Step()
-        if not steps_once(optimizer) and id(optimizer) not in run.transactions:
-            run.transactions[id(optimizer)] = Transaction(optimizer)
-        closure = kwargs.get("closure") or next((argument for argument in args[1:] if callable(argument)), None)
-        if closure is None:
-            self._judge_raw(optimizer, step)
-            return None
-
-        def judged() -> Any:
-            loss = closure()
-            self._judge_raw(optimizer, step)
-            return loss
-
-        if kwargs.get("closure") is not None:
-            return args, {**kwargs, "closure": judged}
-        return tuple(judged if argument is closure else argument for argument in args), kwargs
-
-    def _judge_raw(self, optimizer: Optimizer, step: Step) -> None:
-        step.evaluations += 1
-        step.verdict = verdict = self._look_at(optimizer, step)
-        step.spoiled = verdict.bad
-        step.spike = step.spike or (step.evaluations == 1 and not verdict.bad and self._is_spike(optimizer, verdict))
-        if step.spike or (verdict.bad and step.evaluations == 1):
-            step.bad = not step.spike
-        if step.bad or step.spike or verdict.bad:
-            _drop_gradients(optimizer)  # torch's optimizers leave alone what has no gradient; others are taken back
-        elif id(optimizer) not in self._running.transactions:
-            self._running.accept()
-
-    def _after_raw_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        step = self._running.raw.pop(id(optimizer), None)
-        if step is not None:
-            self._conclude(optimizer, step)
-
-    def _watch_scaler(self, scaler: Any) -> None:
-        """A `GradScaler` that skips a step does not call the optimizer: the losses of that step are not those of the next one."""
-        run, original = self._running, scaler.step
-
-        def scaled_step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-            before = run.decisions
-            result = original(optimizer, *args, **kwargs)
-            if run.decisions == before and any(found is optimizer for found in run.optimizers):
-                seen = run.losses.of(optimizer)
-                bad = torch.tensor(float(any(found.is_bad() for found in seen) or bool(run.shadow.bad())), device=_device_of(optimizer))
-                step = Step(seen=seen, verdict=Verdict(loss=True))
-                step.bad = bool(shared(bad, distributed=run.around.distributed).item())
-                step.overflow = not step.bad
-                self.overflows += int(step.overflow)
-                self._conclude(optimizer, step)
-            return result
-
-        scaler.step = scaled_step
-        self._undo.append(lambda: vars(scaler).pop("step", None))
-
-    # -- decision on the device
 
     def _decides_on_device(self, optimizer: Optimizer) -> bool:
         if self.device_side is False or self.policy != "skip" or self._spike_watch.factor is not None or not accepts_device_flag(optimizer):
             return False
-        return bool(self.device_side) or _device_of(optimizer).type == "cuda"
-
-    def _offer_flag(self, optimizer: Optimizer, step: Step) -> None:
-        """Hand `found_inf` to the fused optimizer; its value is read when it has arrived here."""
-        run = self._running
-        answers = self._measured(optimizer, step)
-        bad = (answers[:5].sum() > 0).float()
-        optimizer.found_inf = bad  # type: ignore[attr-defined]
-        run.shadow.settle(bad)
-        arrived = torch.cuda.Event() if answers.is_cuda else None  # type: ignore[no-untyped-call]
-        run.flags.append(Flag(answers.to("cpu", non_blocking=True), arrived, step.seen, self._where()))
-        if arrived is not None:
-            arrived.record()
-        step.deferred = True
-
-    def _read_flags(self, *, wait: bool = False) -> None:
-        """Report the flags that have arrived; waits for none unless asked to, or where ranks have to report together."""
-        run = self._running
-        while run.flags:
-            flag = run.flags[0]
-            if run.around.distributed:
-                if len(run.flags) <= LAG and not wait:
-                    return
-            elif not wait and flag.arrived is not None and not flag.arrived.query():
-                return
-            run.flags.popleft()
-            verdict = self._count_flag(flag)
-            if verdict.bad:
-                self._report(verdict, flag.seen, flag.where)
-            else:
-                run.buffer_row = 0
-
-    def _count_flag(self, flag: Flag) -> Verdict:
-        if flag.arrived is not None:
-            flag.arrived.synchronize()
-        verdict = Verdict(*(bool(answer) for answer in flag.answers[:5].tolist()), norm=float(flag.answers[5]))
-        if not flag.counted:
-            flag.counted = True
-            self.budget.count(skipped=verdict.bad)
-        return verdict
+        return bool(self.device_side) or device_of(optimizer).type == "cuda"
 
     # -- after an event
 
-    def _report(self, verdict: Verdict, seen: Sequence[Seen], where: tuple[int, int], spiked: Optimizer | None = None) -> None:
+    def report(self, verdict: Verdict, seen: Sequence[Seen], where: tuple[int, int], spiked: Optimizer | None = None) -> None:
         """Name the first producer, save the replay file, keep the event, and do what the policy says."""
-        run = self._running
+        run = self.running
         run.buffer_row = run.buffer_row + 1 if verdict == Verdict(buffer=True, norm=verdict.norm) else 0
         batch = seen[-1].batch if seen else None
         cause = lasting_cause(run.module, run.optimizers, run.watched.excused) if verdict.stays else None
         if spiked is not None:
             self.spikes += 1
             median = self._spike_watch.median(run.index(spiked))
-            found: Any = (Diagnosis("spike", detail=f"the gradient norm is {verdict.norm:.4g}, its running median {median:.4g}"), None, batch)
+            found: Any = (
+                Diagnosis("spike", detail=f"the gradient norm is {verdict.norm:.4g}, its running median {median:.4g}"),
+                None,
+                batch,
+            )
         elif verdict.stays:
             found = (cause or Diagnosis("unknown", detail="the parameter that is not finite is on another rank"), None, batch)
         elif run.around.sharded:
@@ -478,7 +389,7 @@ class StepGuard:
             self._act(event, stays=verdict.stays)
 
     def _add_event(self, found: Any, where: tuple[int, int], *, gather: bool, skipped: bool = True) -> dict[str, Any]:
-        run = self._running
+        run = self.running
         facts = {"step": where[0], "epoch": where[1], "rank": run.around.rank}
         return self.log.add(found, facts, folder=Path(self.folder or "nan_guard"), module=run.module, gather=gather, skipped=skipped)
 
@@ -486,11 +397,11 @@ class StepGuard:
         """Buffers that went bad outside of any step that could be skipped; put back already. Of this rank alone: others may have none."""
         for name in names:
             diagnosis = Diagnosis("buffer", name, detail=f"{name} was not finite after the optimizer step; its last good value is back")
-            self._add_event((diagnosis, None, None), self._where(), gather=False, skipped=False)
+            self._add_event((diagnosis, None, None), self.where(), gather=False, skipped=False)
             log.warning("NaNGuard: %s", diagnosis)
 
     def _act(self, event: dict[str, Any], *, stays: bool) -> None:
-        run, exceeded = self._running, self.budget.exceeded()
+        run, exceeded = self.running, self.budget.exceeded()
         can_go_back = self.policy == "rollback" and run.snapshot is not None
         if can_go_back and stays and run.snapshot is not None:
             run.snapshot.uses_for_cause += 1
@@ -509,21 +420,11 @@ class StepGuard:
             run.shadow.accept()
 
     def _take_snapshot(self) -> None:
-        run = self._running
+        run = self.running
         if self.policy == "rollback" and lasting_cause(run.module, run.optimizers, run.watched.excused) is None:
-            run.snapshot = Snapshot(run.module, run.optimizers, run.around.schedulers, self._where()[0])
+            run.snapshot = Snapshot(run.module, run.optimizers, run.around.schedulers, self.where()[0])
 
-    def _where(self) -> tuple[int, int]:
-        where = self._running.around.where
+    def where(self) -> tuple[int, int]:
+        """Step and epoch now."""
+        where = self.running.around.where
         return (self.budget.steps, 0) if where is None else where()
-
-
-def _device_of(optimizer: Optimizer) -> torch.device:
-    device: torch.device = optimizer.param_groups[0]["params"][0].device
-    return device
-
-
-def _drop_gradients(optimizer: Optimizer) -> None:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = None

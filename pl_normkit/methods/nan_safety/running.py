@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Flag", "Run", "SkipStep", "Step", "Surroundings"]
+__all__ = ["Flag", "Run", "SkipStep", "Step", "Surroundings", "device_of", "drop_gradients"]
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -57,7 +58,7 @@ class Step:
 
     evaluations: int = 0
     seen: list[Seen] = field(default_factory=list)
-    verdict: Verdict = Verdict()
+    verdict: Verdict = field(default_factory=Verdict)
     bad: bool = False
     spike: bool = False
     spoiled: bool = False
@@ -94,7 +95,6 @@ class Run:
         self.losses = LossRecorder(optimizers, every_batch=not around.manual)
         self.watched = Watched(module, optimizers)
         self.transactions: dict[int, Transaction] = {}
-        self.raw: dict[int, Step] = {}
         self.passes: dict[int, int] = {}
         self.flags: deque[Flag] = deque()
         self.step: Step | None = None
@@ -109,3 +109,16 @@ class Run:
         """The step is good. Returns how many parameters were not finite from the start and do no harm."""
         self.shadow.accept()
         return self.watched.healthy()
+
+
+def device_of(optimizer: Optimizer) -> torch.device:
+    """Where its parameters are, and so the device of the collectives that go with its steps."""
+    device: torch.device = optimizer.param_groups[0]["params"][0].device
+    return device
+
+
+def drop_gradients(optimizer: Optimizer) -> None:
+    """Leave the optimizer nothing to move its parameters by."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
