@@ -35,11 +35,12 @@ def alone() -> Iterator[None]:
         return
     from torch.distributed import distributed_c10d
 
-    _size.append(dist.get_world_size())
+    size, rank = dist.get_world_size(), dist.get_rank()
+    _size.append(size)
     stand_ins: dict[str, Callable[..., Any]] = {
         "is_initialized": lambda: False,
-        "get_world_size": lambda *args, size=dist.get_world_size(), **kwargs: size,
-        "get_rank": lambda *args, rank=dist.get_rank(), **kwargs: rank,
+        "get_world_size": lambda *args, **kwargs: size,
+        "get_rank": lambda *args, **kwargs: rank,
         "all_gather": _fill,
         "all_gather_into_tensor": _fill_tensor,
         **dict.fromkeys(("all_reduce", "broadcast", "reduce", "barrier", "broadcast_object_list"), _nothing),

@@ -1,4 +1,4 @@
-"""The last good values of a module's buffers, whatever happens to them: written to, assigned anew, added, resized, deleted. Derived here."""
+"""The last good values of all buffers, whatever happens to them: written to, assigned anew, added, resized or deleted. Derived here."""
 
 from __future__ import annotations
 
@@ -268,7 +268,8 @@ class BufferShadow:
             self.restore() if bool(bad) else self.accept()
             return
         for key, slot, module, name, buffer in look.changed:
-            assert slot is not None and slot.tensor is not None and buffer is not None  # as `_can_settle` says
+            if slot is None or slot.tensor is None or buffer is None:
+                continue  # not so: `_can_settle` has looked
             kept = self._kept[id(slot.tensor)]
             current = local(buffer)
             kept.value.copy_(torch.where(bad.to(current.device) > 0, kept.value, current))

@@ -222,7 +222,8 @@ def diagnose(run: Callable[[], Tensor | None], model: nn.Module | None = None, b
 
     Args:
         run: computes the loss of the step, from `batch`, without stepping an optimizer.
-        model: the module whose paths are reported; none for a plain function. Its buffers, gradients, attributes, and every RNG are put back.
+        model: the module whose paths are reported; None for a plain function. Its buffers, gradients, attributes, and every RNG are put
+            back.
         batch: the batch, for naming its entries.
 
     Returns:

@@ -74,7 +74,7 @@ class LossRecorder:
         original = torch.autograd.backward
 
         def backward(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
-            if grad_tensors is None and not args and kwargs.get("grad_variables") is None:
+            if grad_tensors is None and kwargs.get("grad_variables") is None and len(args) < 3:
                 for tensor in [tensors] if isinstance(tensors, Tensor) else tensors:
                     if tensor is not self._announced and tensor.numel() == 1:
                         self.saw(tensor)
