@@ -227,7 +227,7 @@ class StepGuard:
         try:
             result = make()
         except SkipStep:
-            step.bad = True
+            step.bad = not step.spike
         finally:
             run.step = None
             if hasattr(optimizer, "found_inf"):
@@ -377,7 +377,8 @@ class StepGuard:
         elif run.around.sharded:
             found = (Diagnosis("unknown", detail="not diagnosed: the parameters are sharded"), None, batch)
         else:
-            found = self.log.find(run.module, seen, run.around.context, run.around.step)
+            with run.losses.paused():
+                found = self.log.find(run.module, seen, run.around.context, run.around.step)
             if found[0].kind == "unknown" and verdict.loss:
                 found[0].detail += "; the loss is not finite"
         event = self._add_event(found, where, gather=run.around.distributed)

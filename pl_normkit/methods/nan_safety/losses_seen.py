@@ -4,7 +4,8 @@ from __future__ import annotations
 
 __all__ = ["LossRecorder", "Seen"]
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,16 @@ class LossRecorder:
         self._every_batch = every_batch
         self._batch: Batch | None = None
         self._announced: Tensor | None = None
+        self._listens = True
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What runs in the block (a step run again) is not what is trained."""
+        self._listens = False
+        try:
+            yield
+        finally:
+            self._listens = True
 
     def begin(self, batch: Batch | None) -> None:
         """A new batch, whose losses are to come."""
@@ -54,6 +65,8 @@ class LossRecorder:
 
     def saw(self, loss: Tensor) -> None:
         """Called before the backward of `loss`."""
+        if not self._listens:
+            return
         self._announced = loss
         seen = Seen(loss.detach(), self._batch)
         for optimizer in self._reached(loss):

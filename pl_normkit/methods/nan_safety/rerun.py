@@ -8,11 +8,12 @@ from __future__ import annotations
 __all__ = ["Batch", "diagnose_batches"]
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -93,7 +94,7 @@ def _diagnose_one(
 
     def run() -> Tensor | None:
         batch.random_state.use()
-        with context():
+        with context(), _backwards_into(losses):
             outcome = _call_training_step(module, batch) if step is None else step(batch.values)
         if losses:
             return next((loss for loss in losses if is_bad(loss)), losses[0] if len(losses) == 1 else sum(losses[1:], losses[0]))
@@ -111,6 +112,21 @@ def _call_training_step(module: nn.Module, batch: Batch) -> Any:
     parameters = inspect.signature(step).parameters
     takes_index = "batch_idx" in parameters or len(parameters) > 1
     return step(batch.values, batch.index) if takes_index else step(batch.values)
+
+
+@contextmanager
+def _backwards_into(losses: list[Tensor]) -> Iterator[None]:
+    """A backward that the step runs by hand only tells its loss: the diagnosis runs it, watched."""
+    original = torch.autograd.backward
+
+    def backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
+        losses.extend(tensor for tensor in ([tensors] if isinstance(tensors, Tensor) else tensors) if tensor.numel() == 1)
+
+    torch.autograd.backward = backward
+    try:
+        yield
+    finally:
+        torch.autograd.backward = original
 
 
 def _silence(module: nn.Module, losses: list[Tensor]) -> None:
