@@ -22,7 +22,19 @@ from pl_normkit.methods.nan_safety.sources import SourceRecorder, notes_of, plac
 from pl_normkit.preserve import preserved
 
 RECORD = "pl_normkit.record"
-FILLS = {"masked_fill", "masked_fill_", "full", "full_like", "where", "fill_"}
+FILLS = {
+    "masked_fill",
+    "masked_fill_",
+    "full",
+    "full_like",
+    "where",
+    "fill_",
+    "tensor",
+    "as_tensor",
+    "scalar_tensor",
+    "new_full",
+    "new_tensor",
+}
 
 
 @dataclass
@@ -334,7 +346,7 @@ def _watch_backward(loss: Tensor, model: nn.Module, watcher: _Watcher) -> tuple[
     watcher.seen_in_backward = watch
     try:
         with watcher.watching():
-            torch.autograd.backward(total)
+            _run_backward(total)
     finally:
         watcher.seen_in_backward = None
         for handle in handles:
@@ -356,6 +368,12 @@ def _watch_backward(loss: Tensor, model: nn.Module, watcher: _Watcher) -> tuple[
                 "overflow", name, detail=f"the norm of the gradient of {name} overflows", inputs=[statistics(parameter.grad)]
             ), None
     return None
+
+
+def _run_backward(total: Tensor) -> None:
+    """`total.backward()` past torch's own function, which would take the watcher away for as long as it runs."""
+    engine = torch.autograd.Variable._execution_engine
+    engine.run_backward((total,), (torch.ones_like(total),), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 def _nodes(root: Node | None, seen: set[Node]) -> list[Node]:

@@ -109,7 +109,10 @@ def test_hooks_and_functions_are_given_back() -> None:
 def test_a_parameter_that_is_not_finite_ends_a_plain_loop() -> None:
     net = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(net.parameters(), lr=math.nan)
-    with pytest.raises(NonFiniteError, match="weight is not finite; SGD updates it with lr=nan"), StepGuard().watching(net, optimizer) as guard:
+    with (
+        pytest.raises(NonFiniteError, match="weight is not finite; SGD updates it with lr=nan"),
+        StepGuard().watching(net, optimizer) as guard,
+    ):
         for _ in range(3):
             guard.begin()
             net(torch.ones(1, 2)).sum().backward()
