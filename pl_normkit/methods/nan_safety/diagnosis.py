@@ -22,7 +22,7 @@ from pl_normkit.methods.nan_safety.sources import SourceRecorder, notes_of, plac
 from pl_normkit.preserve import preserved
 
 RECORD = "pl_normkit.record"
-FILLS = {
+FILLS = {"masked_fill", "masked_fill_", "full", "full_like", "where", "fill_", "new_full"} | {"tensor", "as_tensor", "scalar_tensor", "new_tensor"}
     "masked_fill",
     "masked_fill_",
     "full",
@@ -121,6 +121,7 @@ class _Watcher(SourceRecorder):
         self._deliberate: set[int] = set()
         self._batch_size = size_of(batch)
         self.samples: list[int] = []
+        self.fills: list[Record] = []
         self.seen_in_backward: Callable[[Node], None] | None = None
         for name, tensor in named_tensors(batch):
             self.maker[id(tensor)] = ("batch", name)
@@ -153,6 +154,7 @@ class _Watcher(SourceRecorder):
         made = [tensor for tensor in changed if is_bad(tensor)]
         if made and not arrived_bad and (record.name.rsplit(".", 1)[-1] in FILLS or deliberate):
             self._deliberate |= {id(tensor) for tensor in made if not _has_nan_or_plus_inf(tensor)}
+            self.fills.append(record)
             made = [tensor for tensor in made if id(tensor) not in self._deliberate]
         record.made_bad = bool(made) and not record.bad_inputs
         self.records.append(record)
@@ -294,7 +296,7 @@ def _trace_back(watcher: _Watcher, loss: Tensor, batch: Any) -> tuple[Diagnosis,
         facts = [_leaf_statistics(watcher, name, kind)]
         samples = watcher.rows(tensor for key, tensor in named_tensors(batch) if key == name) if kind == "batch" else []
         return Diagnosis(kind, name, detail=f"{name} is not finite", inputs=facts, samples=samples), None
-    births = births or [record for record in watcher.records if record.made_bad]
+    births = births or [record for record in watcher.records if record.made_bad] or watcher.fills
     if not births:
         return Diagnosis("unknown", detail="the loss is not finite; no watched operation made it so"), None
     first = min(births, key=lambda record: record.order)

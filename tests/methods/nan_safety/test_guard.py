@@ -79,13 +79,10 @@ OPTIMIZERS: dict[str, Callable[..., Any]] = {
 def test_a_plain_loop_ends_as_without_the_bad_batches(optimizer: str, closure: bool, scaled: bool) -> None:
     ends = []
     for drop in (True, False):
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, backoff_factor=0.999) if scaled else None
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10) if scaled else None
         ends.append(train(OPTIMIZERS[optimizer], closure=closure, drop=drop, scaler=scaler))
     (expected, _), (actual, guard) = ends
-    if scaled:  # the scale that a NaN cost is the scaler's own affair in a plain loop; it is a factor of the gradients
-        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(expected, actual, strict=True))
-    else:
-        assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
     assert [event["batch_index"] for event in guard.log.events] == list(BAD)
     assert [event["first"].kind for event in guard.log.events] == ["batch", "forward", "batch"]
     assert [event["samples"] for event in guard.log.events] == [[3], [], [3]]
@@ -96,9 +93,15 @@ def test_hooks_and_functions_are_given_back() -> None:
     net = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     original = torch.autograd.backward
-    with pytest.raises(RuntimeError, match="mine"), StepGuard().watching(net, optimizer) as guard:
-        assert torch.autograd.backward is not original
-        raise RuntimeError("mine")
+    guard = StepGuard()
+
+    def fail() -> None:
+        with guard.watching(net, optimizer):
+            assert torch.autograd.backward is not original
+            raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        fail()
     assert torch.autograd.backward is original
     assert not optimizer._optimizer_step_pre_hooks
     assert not optimizer._optimizer_step_post_hooks
@@ -109,21 +112,24 @@ def test_hooks_and_functions_are_given_back() -> None:
 def test_a_parameter_that_is_not_finite_ends_a_plain_loop() -> None:
     net = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(net.parameters(), lr=math.nan)
-    with (
-        pytest.raises(NonFiniteError, match="weight is not finite; SGD updates it with lr=nan"),
-        StepGuard().watching(net, optimizer) as guard,
-    ):
-        for _ in range(3):
-            guard.begin()
-            net(torch.ones(1, 2)).sum().backward()
-            optimizer.step()
+    guard = StepGuard()
+
+    def loop() -> None:
+        with guard.watching(net, optimizer):
+            for _ in range(3):
+                guard.begin()
+                net(torch.ones(1, 2)).sum().backward()
+                optimizer.step()
+
+    with pytest.raises(NonFiniteError, match="weight is not finite; SGD updates it with lr=nan"):
+        loop()
     assert guard.budget.steps == 2
 
 
 def test_the_example_of_the_docs_runs(tmp_path: Path) -> None:
     section = DOCS.read_text().split("### Without Lightning")[1]
     code = section.split("```python\n")[1].split("```")[0]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines()[-1] == "2 of 20 steps skipped"
     files = sorted((tmp_path / "nan_guard").iterdir())
