@@ -22,19 +22,8 @@ from pl_normkit.methods.nan_safety.sources import SourceRecorder, notes_of, plac
 from pl_normkit.preserve import preserved
 
 RECORD = "pl_normkit.record"
-FILLS = {"masked_fill", "masked_fill_", "full", "full_like", "where", "fill_", "new_full"} | {"tensor", "as_tensor", "scalar_tensor", "new_tensor"}
-    "masked_fill",
-    "masked_fill_",
-    "full",
-    "full_like",
-    "where",
-    "fill_",
-    "tensor",
-    "as_tensor",
-    "scalar_tensor",
-    "new_full",
-    "new_tensor",
-}
+FILLS = {"masked_fill", "masked_fill_", "full", "full_like", "where", "fill_", "new_full"}
+FILLS |= {"tensor", "as_tensor", "scalar_tensor", "new_tensor"}
 
 
 @dataclass
