@@ -9,6 +9,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,13 +49,11 @@ def alone() -> Iterator[None]:
     kept = {name: getattr(dist, name) for name in stand_ins}
     inner = distributed_c10d.is_initialized
     try:
-        for name, stand_in in stand_ins.items():
-            setattr(dist, name, stand_in)
+        vars(dist).update(stand_ins)
         distributed_c10d.is_initialized = stand_ins["is_initialized"]
         yield
     finally:
-        for name, function in kept.items():
-            setattr(dist, name, function)
+        vars(dist).update(kept)
         distributed_c10d.is_initialized = inner
         _size.pop()
 
@@ -104,8 +103,12 @@ def _restorer(value: Any) -> Callable[[], Any] | None:
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, numpy.random.Generator):
         bits = copy.deepcopy(value.bit_generator.state)
-        return lambda: setattr(value.bit_generator, "state", bits)
+        return partial(_set_bits, value.bit_generator, bits)
     if numpy is not None and isinstance(value, numpy.random.RandomState):
         old = value.get_state()
         return lambda: value.set_state(old)
     return None
+
+
+def _set_bits(generator: Any, bits: Any) -> None:
+    generator.state = bits
