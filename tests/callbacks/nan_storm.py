@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.callbacks.spike import SpikeDetection
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -23,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from pl_normkit.callbacks.nan_guard import NaNGuard
 
-SITES = ("input", "activation", "loss", "gradient", "statistics", "overflow")
+SITES = ("input", "activation", "loss", "gradient", "statistics", "overflow", "selection", "average")
 VALUES = (float("nan"), float("inf"), float("-inf"))
 
 
@@ -56,7 +57,8 @@ class Stream:
         self.position = 0
 
     def batch(self, step: int) -> dict[str, Any]:
-        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(2 * step + self.rank))
+        size = 2 + (step + self.rank) % 3  # uneven over ranks
+        x = torch.randn(size, 6, generator=torch.Generator().manual_seed(2 * step + self.rank))
         harm = self.harm.get(step, {"site": "", "value": 0.0, "rank": -1})
         struck = harm["rank"] in (-1, self.rank)
         if struck and harm["site"] == "input":
@@ -90,14 +92,18 @@ class Net(nn.Module):
         self.first = nn.Linear(6, 12)
         self.norm = nn.BatchNorm1d(12)
         self.last = nn.Linear(12, 1)
+        self.register_buffer("average", torch.zeros(12))
 
     def forward(self, x: Tensor, site: str, value: float) -> Tensor:
         hidden = self.first(x)
         if site == "activation":
             hidden[0, 0] = value
         if site == "overflow":
-            hidden = hidden * torch.tensor([1e20, 1.0, 1.0, 1e25]).view(4, 1)
+            hidden = hidden * torch.tensor([1e20, 1e25, 1.0, 1.0]).view(4, 1)[: len(hidden)]
         hidden = self.norm(hidden).relu()
+        self.average = (
+            0.9 * self.average + 0.1 * hidden.detach().mean(0) + (value if site == "average" else 0.0)
+        )  # another tensor each time
         if site == "statistics":
             self.norm(hidden.detach() * value)
         weight = SpoilEntry.apply(self.last.weight, value) if site == "gradient" else self.last.weight
@@ -117,7 +123,8 @@ class Module(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         out = self.net(batch["x"], batch["site"], batch["value"])
-        loss = F.mse_loss(out, batch["y"])
+        kept = 0 if batch["site"] == "selection" else len(out)
+        loss = F.mse_loss(out[:kept], batch["y"][:kept])  # with nothing selected NaN, and its gradients are zeros
         if batch["site"] == "loss":
             loss = loss + batch["value"]
         if self.logs:
@@ -129,13 +136,15 @@ class Module(pl.LightningModule):
 
 
 class Watch(pl.Callback):
-    """After every batch: is anything not finite? And, for the run that dies, the moment of its death."""
+    """After every optimizer step: is anything not finite? And, for the run that dies, the moment of its death."""
 
     def __init__(self, die_at: int) -> None:
         self.first_bad: int | None = None
         self.die_at = die_at
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return  # the window is open: its buffers are judged with its step
         tensors = [*pl_module.parameters(), *pl_module.buffers()]
         tensors += [value for entry in trainer.optimizers[0].state.values() for value in entry.values()]
         tensors = [part for tensor in tensors if (part := part_here(tensor)).numel()]
@@ -172,7 +181,7 @@ def main(options: dict[str, Any]) -> None:
     module = Module(logs=options["guard"] == "early", sharded=options.get("sharded", False))
     watch = Watch(options.get("die_at", -1))
     callbacks: list[pl.Callback] = [watch]
-    guard = NaNGuard(folder=folder / "replay", max_files=3)
+    guard = NaNGuard(**options.get("arguments", {}))
     if options["guard"] == "nan_guard":
         callbacks.append(guard)
     elif options["guard"] == "spike":
@@ -182,8 +191,9 @@ def main(options: dict[str, Any]) -> None:
     if options.get("checkpoint_every"):
         callbacks.append(ModelCheckpoint(folder, "step{step}", every_n_train_steps=options["checkpoint_every"], save_top_k=-1))
     trainer = pl.Trainer(
-        max_epochs=1, accelerator="cpu", devices=world, strategy=strategy_for(options), logger=False, callbacks=callbacks,
-        use_distributed_sampler=False,
+        max_epochs=1, accelerator="cpu", devices=world, strategy=strategy_for(options), callbacks=callbacks,
+        logger=CSVLogger(folder, name=options["name"]) if options.get("logger") else False,
+        accumulate_grad_batches=options.get("accumulate", 1), use_distributed_sampler=False,
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=bool(options.get("checkpoint_every")),
         default_root_dir=folder,
     )  # fmt: skip
@@ -214,6 +224,7 @@ def main(options: dict[str, Any]) -> None:
         "error": error,
         "global_step": trainer.global_step,
         "skips": guard.budget.skips,
+        "files": [event["file"] for event in guard.events if event["file"]],
     }
     (folder / f"{options['name']}{rank}.json").write_text(json.dumps(facts))
 

@@ -534,7 +534,7 @@ def test_a_strategy_is_given_back(tmp_path: Path) -> None:
     assert "optimizer_step" not in vars(trainer.strategy)
     with pytest.raises(NonFiniteError):
         fit(make(), Batches(3, {1: "loss"}), tmp_path, guard := NaNGuard("raise"))
-    assert guard._undo == []
+    assert guard._guard._undo == []
 
 
 @pytest.mark.parametrize("options", [{"policy": "ignore"}, {"snapshot_every": 0}, {"lr_factor": 0.0}, {"lr_factor": 1.5}])

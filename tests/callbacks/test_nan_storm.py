@@ -1,4 +1,7 @@
-"""2,000 steps in 2 processes; NaN, infinities and overflow strike inputs, activations, losses, gradients, statistics, single ranks."""
+"""Steps in 2 processes; NaN, infinities and overflow strike inputs, activations, losses, gradients, buffers, selections, single ranks.
+
+python -m tests.callbacks.test_nan_storm     the long storms: more than 500 faults, in a few minutes
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import random
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,8 @@ from tests.callbacks import nan_storm
 from tests.callbacks.nan_storm import plan
 
 SCRIPT = Path(__file__).with_name("nan_storm.py")
-STEPS = 2000
+STEPS = 200
+SHARE = 0.25
 
 
 def free_port() -> int:
@@ -29,7 +34,8 @@ def free_port() -> int:
 
 def run(folder: Path, name: str, *, world: int = 2, expect: int = 0, **options: Any) -> list[dict[str, Any]]:
     """Run the storm in `world` processes; the facts each rank wrote."""
-    shared = {"folder": str(folder), "name": name, "world": world, "port": free_port(), "steps": STEPS, "planned": STEPS} | options
+    shared = {"folder": str(folder), "name": name, "world": world, "port": free_port(), "steps": STEPS, "planned": STEPS, "share": SHARE}
+    shared |= options
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     processes = [
         subprocess.Popen(
@@ -37,14 +43,14 @@ def run(folder: Path, name: str, *, world: int = 2, expect: int = 0, **options: 
         )
         for rank in range(world)
     ]
-    messages = [process.communicate(timeout=240)[1] for process in processes]
+    messages = [process.communicate(timeout=600)[1] for process in processes]
     assert [process.returncode for process in processes] == [expect] * world, messages[0][-3000:]
     return [] if expect else [json.loads((folder / f"{name}{rank}.json").read_text()) for rank in range(world)]
 
 
 def run_here(folder: Path, name: str, **options: Any) -> dict[str, Any]:
     """The storm in this process, on one rank."""
-    nan_storm.main({"folder": str(folder), "name": name, "world": 1, "rank": 0, "steps": 300, "planned": STEPS} | options)
+    nan_storm.main({"folder": str(folder), "name": name, "world": 1, "rank": 0, "steps": 300, "planned": STEPS, "share": SHARE} | options)
     facts: dict[str, Any] = json.loads((folder / f"{name}0.json").read_text())
     return facts
 
@@ -60,7 +66,7 @@ def assert_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], 
     assert [name for name in left if not torch.equal(left[name], right[name]) and name not in without] == []
 
 
-STATISTICS = ("net.norm.running_mean", "net.norm.running_var")
+STATISTICS = ("net.norm.running_mean", "net.norm.running_var", "net.average")
 EXPECTED = {  # site -> kind and place of the first producer
     "input": ("batch", "batch['x']"),
     "activation": ("forward", "net"),
@@ -68,17 +74,19 @@ EXPECTED = {  # site -> kind and place of the first producer
     "gradient": ("backward", "net"),
     "statistics": ("buffer", "net.norm.running_mean"),
     "overflow": ("buffer", "net.norm.running_var"),
+    "selection": ("forward", ""),
+    "average": ("buffer", "net.average"),
 }
 
 
 @pytest.fixture(scope="module")
 def storm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("storm")
-    return folder, run(folder, "guarded", guard="nan_guard", drop=False)
+    return folder, run(folder, "guarded", guard="nan_guard", drop=False, logger=True)
 
 
 def test_nothing_is_ever_non_finite_and_every_event_is_reported(storm: tuple[Path, list[dict[str, Any]]]) -> None:
-    harm = plan(STEPS, 2)
+    harm = plan(STEPS, 2, SHARE)
     assert {entry["site"] for entry in harm.values()} == set(EXPECTED)
     for facts in storm[1]:
         assert facts["first_bad"] is None
@@ -88,6 +96,8 @@ def test_nothing_is_ever_non_finite_and_every_event_is_reported(storm: tuple[Pat
         for event, wanted in zip(facts["events"], harm.values(), strict=True):
             assert (event["kind"], event["module"]) == EXPECTED[wanted["site"]], (event, wanted)
             assert event["ranks"] == ([0, 1] if wanted["rank"] == -1 else [wanted["rank"]])
+        assert len(facts["files"]) == 10
+        assert {Path(file).parent for file in facts["files"]} == {storm[0] / "guarded" / "version_0" / "nan_guard"}
 
 
 def test_ranks_stay_bit_equal(storm: tuple[Path, list[dict[str, Any]]]) -> None:
@@ -115,11 +125,27 @@ def test_sharded_parameters_stay_finite_and_follow_the_run_without_those_batches
     assert state(tmp_path, "guarded", 0)["net.first.weight"].shape == (6, 6)  # half of the rows
 
 
+def check_windows(folder: Path, name: str, share: float, **options: Any) -> int:
+    """Windows of three micro-batches: each that holds a fault is skipped on both ranks. Returns the number of faults."""
+    facts = run(folder, name, guard="nan_guard", drop=False, accumulate=3, share=share, **options)
+    steps = options.get("steps", STEPS) // 3 * 3
+    harm = [step for step in plan(options.get("planned", STEPS), 2, share) if step < steps]
+    for rank in (0, 1):
+        assert (facts[rank]["first_bad"], facts[rank]["error"]) == (None, "")
+        assert facts[rank]["skips"] == len({step // 3 for step in harm})
+    assert_equal(state(folder, name, 0), state(folder, name, 1), without=STATISTICS)
+    return len(harm)
+
+
+def test_faults_in_micro_batches_without_a_logger(tmp_path: Path) -> None:
+    assert check_windows(tmp_path, "windows", 0.1, steps=150) > 5
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(("guard", "error"), [("spike", "TrainingSpikeException"), ("early", "")])
 def test_lightnings_own_checks_act_after_the_weights_are_nan(guard: str, error: str, tmp_path: Path) -> None:
     facts = run_here(tmp_path, guard, guard=guard, drop=False)
-    assert facts["first_bad"] == min(plan(STEPS, 1))
+    assert facts["first_bad"] == min(plan(STEPS, 1, SHARE))
     assert facts["error"] == error
 
 
@@ -132,4 +158,28 @@ def test_a_killed_run_resumes_bit_equal(tmp_path: Path) -> None:
     run(tmp_path, "killed", world=1, expect=-9, guard="nan_guard", drop=False, steps=300, die_at=die_at, checkpoint_every=50)
     resumed = run_here(tmp_path, "resumed", guard="nan_guard", drop=False, checkpoint_every=50, resume=str(last))
     assert_equal(state(tmp_path, "whole", 0), state(tmp_path, "resumed", 0))
-    assert whole["skips"] == resumed["skips"] == sum(step < 300 for step in plan(STEPS, 1))
+    assert whole["skips"] == resumed["skips"] == sum(step < 300 for step in plan(STEPS, 1, SHARE))
+
+
+def long_storms() -> None:
+    """Print how many faults there were in all; any that slips through fails an assertion."""
+    total = 0
+    for index, (share, logger) in enumerate([(0.4, True), (0.6, False)]):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            size: dict[str, Any] = {"steps": 500, "planned": 500, "share": share}
+            facts = run(folder, "guarded", guard="nan_guard", drop=False, logger=logger, **size)
+            run(folder, "clean", guard="none", drop=True, **size)
+            harm = plan(500, 2, share)
+            for rank in (0, 1):
+                assert (facts[rank]["first_bad"], facts[rank]["error"], facts[rank]["skips"]) == (None, "", len(harm))
+                assert [event["batch"] for event in facts[rank]["events"]] == list(harm)
+                assert_equal(state(folder, "clean", rank), state(folder, "guarded", rank))
+            windows = check_windows(folder, "windows", share / 3, steps=300, planned=300)
+            print(f"storm {index}: {len(harm)} faults in 500 steps, {windows} in 300 micro-batches; weights as in the run without them")
+            total += len(harm) + windows
+    print(f"{total} faults, none slipped through, no rank waited for another")
+
+
+if __name__ == "__main__":
+    long_storms()

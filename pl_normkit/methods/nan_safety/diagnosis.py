@@ -5,22 +5,25 @@ from __future__ import annotations
 __all__ = ["Diagnosis", "diagnose"]
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
-from torch.overrides import resolve_name
+from torch.overrides import get_overridable_functions, resolve_name
 
+from pl_normkit.methods.nan_safety.explanations import explanation
 from pl_normkit.methods.nan_safety.ranges import base
 from pl_normkit.methods.nan_safety.sources import SourceRecorder, notes_of, place_of, source_line, tensors_in
 from pl_normkit.preserve import preserved
 
 RECORD = "pl_normkit.record"
-FILLS = {"masked_fill", "masked_fill_", "full", "full_like", "where", "fill_"}
+FILLS = {"masked_fill", "masked_fill_", "full", "full_like", "where", "fill_", "new_full"}
+FILLS |= {"tensor", "as_tensor", "scalar_tensor", "new_tensor"}
 
 
 @dataclass
@@ -28,13 +31,14 @@ class Diagnosis:
     """Where the first non-finite tensor of a step came from.
 
     Attributes:
-        kind: "batch", "parameter", "forward", "backward", "gradient", "overflow" (a gradient whose norm overflows), "buffer",
-            or "unknown" (the re-run was finite).
+        kind: "batch", "parameter", "state" (of an optimizer), "forward", "backward", "gradient", "overflow" (a gradient whose norm
+            overflows), "buffer", "spike" (a finite gradient far above the median), or "unknown" (the re-run was finite, or impossible).
         module: path of the module that was running, or name of the batch entry, parameter or buffer.
         op: the operation, "" where there is none.
         source: `file.py:line`.
         detail: one line in words.
         inputs: statistics of the operation's input tensors.
+        samples: indices in the batch whose rows of that tensor are not finite; empty where it has no row for each sample.
     """
 
     kind: str
@@ -43,15 +47,21 @@ class Diagnosis:
     source: str = ""
     detail: str = ""
     inputs: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[int] = field(default_factory=list)
 
     def __str__(self) -> str:
         op = f" {self.op}" if self.op else ""
         source = f" at {self.source}" if self.source else ""
         detail = f": {self.detail}" if self.detail else ""
-        return f"{self.kind}{op} in {self.module or '(the model)'}{source}{detail}"
+        samples = f"; samples {_shortened(self.samples)} of the batch" if self.samples else ""
+        return f"{self.kind}{op} in {self.module or '(the model)'}{source}{detail}{samples}"
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def _shortened(samples: list[int], most: int = 8) -> str:
+    return ", ".join(map(str, samples[:most])) + (f" and {len(samples) - most} more" if len(samples) > most else "")
 
 
 @dataclass
@@ -66,13 +76,14 @@ class Record:
     kwargs: dict[str, Any]
     bad_inputs: list[Maker]
     made_bad: bool
+    samples: list[int] = field(default_factory=list)
 
 
 Maker = Record | tuple[str, str]
 
 
 def is_bad(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor.detach()).all())
+    return (tensor.is_floating_point() or tensor.is_complex()) and not tensor.is_meta and not bool(torch.isfinite(tensor.detach()).all())
 
 
 def statistics(tensor: Tensor) -> dict[str, Any]:
@@ -97,6 +108,10 @@ class _Watcher(SourceRecorder):
         self.maker: dict[int, Maker] = {}
         self._alive: list[Any] = []
         self._deliberate: set[int] = set()
+        self._batch_size = size_of(batch)
+        self.samples: list[int] = []
+        self.fills: list[Record] = []
+        self.seen_in_backward: Callable[[Node], None] | None = None
         for name, tensor in named_tensors(batch):
             self.maker[id(tensor)] = ("batch", name)
         for name, parameter in model.named_parameters():
@@ -128,14 +143,25 @@ class _Watcher(SourceRecorder):
         made = [tensor for tensor in changed if is_bad(tensor)]
         if made and not arrived_bad and (record.name.rsplit(".", 1)[-1] in FILLS or deliberate):
             self._deliberate |= {id(tensor) for tensor in made if not _has_nan_or_plus_inf(tensor)}
+            self.fills.append(record)
             made = [tensor for tensor in made if id(tensor) not in self._deliberate]
         record.made_bad = bool(made) and not record.bad_inputs
         self.records.append(record)
+        if made and not (record.samples or self.samples):
+            record.samples = self.samples = rows(made, self._batch_size) or (
+                _rows_unreduced(record, self._batch_size) if record.made_bad else []
+            )
         for tensor in made:
             self.maker[id(tensor)] = record
         for tensor in changed:
             if tensor.grad_fn is not None:
                 notes_of(tensor.grad_fn).setdefault(RECORD, record)
+                if self.seen_in_backward is not None:
+                    self.seen_in_backward(tensor.grad_fn)
+
+    def rows(self, tensors: Iterable[Tensor | None]) -> list[int]:
+        """Samples whose rows of `tensors` are not finite."""
+        return rows([tensor for tensor in tensors if tensor is not None], self._batch_size)
 
 
 def _has_nan_or_plus_inf(tensor: Tensor) -> bool:
@@ -149,11 +175,44 @@ def _in_place(name: str) -> bool:
     )
 
 
+def size_of(batch: Any) -> int:
+    """The number of samples: the most frequent first size among the tensors of `batch`; 0 where it has none."""
+    sizes = [tensor.shape[0] for _, tensor in named_tensors(batch) if tensor.dim()]
+    return max(sizes, key=sizes.count, default=0)
+
+
+def rows(tensors: list[Tensor], batch_size: int) -> list[int]:
+    """Indices of the rows that are not finite in one of `tensors`, as far as they have one row for each sample."""
+    found: set[int] = set()
+    for tensor in tensors:
+        if batch_size and tensor.dim() and tensor.shape[0] == batch_size and is_bad(tensor):
+            bad = ~torch.isfinite(tensor.detach()).reshape(batch_size, -1).all(1)
+            found |= set(torch.nonzero(bad).flatten().tolist())
+    return sorted(found)
+
+
+def _rows_unreduced(record: Record, batch_size: int) -> list[int]:
+    """The samples behind the one number of a torch loss: what it gives with `reduction="none"`."""
+    if record.kwargs.get("reduction") not in ("mean", "sum", "batchmean"):
+        return []
+    function = _functions().get(record.name)
+    output = None if function is None else function(*record.args, **{**record.kwargs, "reduction": "none"})
+    return rows([output], batch_size) if isinstance(output, Tensor) else []
+
+
+@cache
+def _functions() -> dict[str, Callable[..., Any]]:
+    return {str(resolve_name(function)): function for functions in get_overridable_functions().values() for function in functions}
+
+
 def named_tensors(value: Any, name: str = "batch") -> Iterable[tuple[str, Tensor]]:
     """Tensors of a batch with their keys: `batch[0]["image"]`."""
     if isinstance(value, Tensor):
         yield name, value
-    elif isinstance(value, dict):
+    elif is_dataclass(value) and not isinstance(value, type):
+        for part in fields(value):
+            yield from named_tensors(getattr(value, part.name, None), f"{name}.{part.name}")
+    elif isinstance(value, Mapping):
         for key, item in value.items():
             yield from named_tensors(item, f"{name}[{key!r}]")
     elif isinstance(value, (list, tuple)):
@@ -161,26 +220,28 @@ def named_tensors(value: Any, name: str = "batch") -> Iterable[tuple[str, Tensor
             yield from named_tensors(item, f"{name}[{position}]")
 
 
-def diagnose(run: Callable[[], Tensor | None], model: nn.Module, batch: Any) -> tuple[Diagnosis, Record | None]:
+def diagnose(run: Callable[[], Tensor | None], model: nn.Module | None = None, batch: Any = None) -> tuple[Diagnosis, Record | None]:
     """Run one step again and name the first tensor that was not finite.
 
     Args:
         run: computes the loss of the step, from `batch`, without stepping an optimizer.
-        model: the module whose paths are reported. Its buffers, gradients, attributes, and every RNG are put back.
+        model: the module whose paths are reported; None for a plain function. Its buffers, gradients, attributes, and every RNG are put
+            back.
         batch: the batch, for naming its entries.
 
     Returns:
         The diagnosis and the operation's record (None where no single operation is to blame).
     """
+    model = model if model is not None else nn.Module()
     buffers_before = {name: is_bad(buffer) for name, buffer in model.named_buffers()}
     with preserved(model, buffers=True), _gradients_aside(model), torch.compiler.set_stance("force_eager"), torch.enable_grad():
         watcher = _Watcher(model, batch)
         with watcher.watching():
             loss = run()
         if loss is not None and is_bad(loss):
-            return _trace_back(watcher, loss)
+            return _trace_back(watcher, loss, batch)
         if loss is not None and loss.requires_grad:
-            found = _watch_backward(loss, model)
+            found = _watch_backward(loss, model, watcher)
             if found is not None:
                 return found
         polluted = [name for name, buffer in model.named_buffers() if is_bad(buffer) and not buffers_before[name]]
@@ -201,7 +262,7 @@ def _gradients_aside(model: nn.Module) -> Any:
             parameter.grad = gradient
 
 
-def _trace_back(watcher: _Watcher, loss: Tensor) -> tuple[Diagnosis, Record | None]:
+def _trace_back(watcher: _Watcher, loss: Tensor, batch: Any) -> tuple[Diagnosis, Record | None]:
     """From the loss back along tensors that are not finite, to the earliest operation whose inputs were finite."""
     start = watcher.maker.get(id(loss))
     waiting: list[Maker] = [] if start is None else [start]
@@ -221,14 +282,14 @@ def _trace_back(watcher: _Watcher, loss: Tensor) -> tuple[Diagnosis, Record | No
             waiting += maker.bad_inputs
     if leaves:
         kind, name = leaves[0]
-        return Diagnosis(kind, name, detail=f"{name} is not finite", inputs=[_leaf_statistics(watcher, name, kind)]), None
-    births = births or [record for record in watcher.records if record.made_bad]
+        facts = [_leaf_statistics(watcher, name, kind)]
+        samples = watcher.rows(tensor for key, tensor in named_tensors(batch) if key == name) if kind == "batch" else []
+        return Diagnosis(kind, name, detail=f"{name} is not finite", inputs=facts, samples=samples), None
+    births = births or [record for record in watcher.records if record.made_bad] or watcher.fills
     if not births:
         return Diagnosis("unknown", detail="the loss is not finite; no watched operation made it so"), None
     first = min(births, key=lambda record: record.order)
-    arrived = any(is_bad(tensor) for tensor in tensors_in([first.args, first.kwargs]))
-    detail = "an input arrived non-finite from code that cannot be watched" if arrived else "its inputs are finite, its output is not"
-    return _blame("forward", first, detail)
+    return _blame("forward", first, explanation(first), first.samples or watcher.samples)
 
 
 def _leaf_statistics(watcher: _Watcher, name: str, kind: str) -> dict[str, Any]:
@@ -239,9 +300,9 @@ def _leaf_statistics(watcher: _Watcher, name: str, kind: str) -> dict[str, Any]:
     return {}
 
 
-def _blame(kind: str, record: Record, detail: str) -> tuple[Diagnosis, Record]:
+def _blame(kind: str, record: Record, detail: str, samples: list[int]) -> tuple[Diagnosis, Record]:
     inputs = [statistics(tensor) for tensor in tensors_in([record.args, record.kwargs])]
-    return Diagnosis(kind, record.module, record.name, record.source, detail, inputs), record
+    return Diagnosis(kind, record.module, record.name, record.source, detail, inputs, samples), record
 
 
 def _blame_buffer(watcher: _Watcher, name: str) -> tuple[Diagnosis, Record | None]:
@@ -253,27 +314,42 @@ def _blame_buffer(watcher: _Watcher, name: str) -> tuple[Diagnosis, Record | Non
     return Diagnosis("buffer", name, detail=f"{name} is no longer finite"), None
 
 
-def _watch_backward(loss: Tensor, model: nn.Module) -> tuple[Diagnosis, Record | None] | None:
-    """Run the backward; the first node that turns finite gradients into others, else the first parameter whose gradient is bad."""
-    blamed: list[Node] = []
+def _watch_backward(loss: Tensor, model: nn.Module, watcher: _Watcher) -> tuple[Diagnosis, Record | None] | None:
+    """Run the backward; the first node that turns finite gradients into others, else the first parameter whose gradient is bad.
+
+    The nodes that a reentrant checkpoint makes while it runs its part again are watched, too.
+    """
+    blamed: list[tuple[Node, list[int]]] = []
+    watched: set[Node] = set()
     handles = []
-    for node in _nodes(loss.grad_fn):
 
-        def check(grad_inputs: Any, grad_outputs: Any, node: Node = node) -> None:
-            if any(is_bad(g) for g in grad_inputs if g is not None) and not any(is_bad(g) for g in grad_outputs if g is not None):
-                blamed.append(node)
+    def watch(root: Node | None) -> None:
+        for node in _nodes(root, watched):
 
-        handles.append(node.register_hook(check))
-    loss.sum().backward()  # type: ignore[no-untyped-call]
-    for handle in handles:
-        handle.remove()
+            def check(grad_inputs: Any, grad_outputs: Any, node: Node = node) -> None:
+                if any(is_bad(g) for g in grad_inputs if g is not None) and not any(is_bad(g) for g in grad_outputs if g is not None):
+                    blamed.append((node, watcher.rows(grad_inputs)))
+
+            handles.append(node.register_hook(check))
+
+    total = loss.sum()
+    watch(total.grad_fn)
+    watcher.seen_in_backward = watch
+    try:
+        with watcher.watching():
+            _run_backward(total)
+    finally:
+        watcher.seen_in_backward = None
+        for handle in handles:
+            handle.remove()
     if blamed:
-        record = notes_of(blamed[0]).get(RECORD)
-        detail = f"{base(blamed[0])}'s backward turns finite gradients into non-finite ones"
+        node, samples = blamed[0]
+        record = notes_of(node).get(RECORD)
+        detail = f"{base(node)}'s backward turns finite gradients into non-finite ones"
         if record is None:
-            place = place_of(blamed[0])
-            return Diagnosis("backward", place.module, base(blamed[0]), place.source, detail), None
-        return _blame("backward", record, detail)
+            place = place_of(node)
+            return Diagnosis("backward", place.module, base(node), place.source, detail, samples=samples), None
+        return _blame("backward", record, detail, samples)
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and is_bad(parameter.grad):
             return Diagnosis("gradient", name, detail=f"the gradient of {name} is not finite", inputs=[statistics(parameter.grad)]), None
@@ -285,12 +361,20 @@ def _watch_backward(loss: Tensor, model: nn.Module) -> tuple[Diagnosis, Record |
     return None
 
 
-def _nodes(root: Node | None) -> list[Node]:
-    seen: set[Node] = set()
+def _run_backward(total: Tensor) -> None:
+    """`total.backward()` past torch's own function, which would take the watcher away for as long as it runs."""
+    engine = torch.autograd.Variable._execution_engine
+    engine.run_backward((total,), (torch.ones_like(total),), False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+
+def _nodes(root: Node | None, seen: set[Node]) -> list[Node]:
+    """The nodes behind `root` that are not in `seen`, which they join."""
+    found: list[Node] = []
     waiting = [root] if root is not None else []
     while waiting:
         node = waiting.pop()
         if node not in seen:
             seen.add(node)
+            found.append(node)
             waiting += [following for following, _ in node.next_functions if following is not None]
-    return list(seen)
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["RandomState", "ReplayReport", "replay", "save_replay"]
 
+import os
 import random
 import sys
 from collections.abc import Callable, Mapping
@@ -98,7 +99,10 @@ def save_replay(
     event: Mapping[str, Any],
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write the event to `path` as plain data: the guilty operation with its inputs, the batch, the RNG, and the weights if given."""
+    """Write the event to `path` as plain data: the guilty operation with its inputs, the batch, the RNG, and the weights if given.
+
+    The file appears whole or not at all.
+    """
     operation = None if record is None else {"name": record.name, "args": _plain(record.args), "kwargs": _plain(record.kwargs)}
     path.parent.mkdir(parents=True, exist_ok=True)
     document = {
@@ -110,7 +114,12 @@ def save_replay(
         "random_state": random_state.as_dict(),
         "weights": None if weights is None else {name: value.detach().cpu() for name, value in weights.items()},
     }
-    torch.save(document, path)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        torch.save(document, unfinished)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def replay(path: str | Path, module: nn.Module | None = None, step: Callable[[Any], Tensor] | None = None) -> ReplayReport:

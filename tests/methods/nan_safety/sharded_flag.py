@@ -1,4 +1,4 @@
-"""Started twice by test_guard.py: FSDP gradients (DTensor shards) and the one flag that makes both ranks agree."""
+"""Started twice by test_decision.py: FSDP gradients (DTensor shards) and the one flag that makes both ranks agree."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from pl_normkit.methods.nan_safety.guard import gradients, gradients_are_finite
+from pl_normkit.methods.nan_safety.decision import Verdict, gradients, measure, shared
 
 
 def main(rank: int, port: str) -> None:
@@ -23,10 +23,15 @@ def main(rank: int, port: str) -> None:
     fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     net(torch.ones(2, 4)).square().mean().backward()
-    answers = [gradients_are_finite(gradients(optimizer), sharded=True)]
+
+    def finite(distributed: bool) -> bool:
+        vector = measure([], gradients(optimizer), torch.zeros((), dtype=torch.bool), [], [])
+        return not Verdict.of(shared(vector, distributed=distributed)).bad
+
+    answers = [finite(True)]
     if rank == 1:
         gradients(optimizer)[0].view(-1)[0] = math.nan
-    answers += [gradients_are_finite(gradients(optimizer)), gradients_are_finite(gradients(optimizer), sharded=True)]
+    answers += [finite(False), finite(True)]
     print(answers)
     dist.destroy_process_group()
 

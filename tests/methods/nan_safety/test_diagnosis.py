@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pl_normkit.errors import DataError
 from pl_normkit.methods.nan_safety.diagnosis import Diagnosis, diagnose
@@ -178,3 +180,99 @@ def test_a_broken_file_is_refused(content: bytes, tmp_path: Path) -> None:
         replay(path)
     with pytest.raises(DataError):
         replay(tmp_path / "missing.pt")
+
+
+def attend(h: Tensor, **masks: Any) -> Tensor:
+    torch.manual_seed(0)
+    return nn.MultiheadAttention(4, 2, batch_first=True)(h[None], h[None], h[None], need_weights=True, **masks)[0][0]
+
+
+MASKED_ROW = torch.tensor([[True, True], [False, False]])
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda h: F.softmax(h.masked_fill(torch.ones(2, 4, dtype=torch.bool), -math.inf), dim=1),
+        lambda h: h.masked_fill(MASKED_ROW.repeat(1, 2), -math.inf).softmax(-1),
+        lambda h: torch.log_softmax(h + torch.full((2, 1), -math.inf), 1),
+        lambda h: F.log_softmax(h.where(~MASKED_ROW.repeat(1, 2), torch.tensor(-math.inf)), dim=-1),
+        lambda h: attend(h, key_padding_mask=torch.ones(1, 2, dtype=torch.bool)),
+        lambda h: attend(h, attn_mask=MASKED_ROW),
+        lambda h: attend(h, attn_mask=torch.zeros(2, 2).masked_fill(MASKED_ROW, -math.inf)),
+    ],
+)
+def test_a_fully_masked_softmax_is_named_as_such(act: Callable[[Tensor], Tensor]) -> None:
+    diagnosis = found(act)
+    assert diagnosis.kind == "forward"
+    assert "fully masked" in diagnosis.detail
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (lambda out: F.mse_loss(out[:0], out[:0]), "nothing was selected"),
+        (lambda out: out[out.isnan()].mean(), "nothing was selected"),
+        (lambda out: F.cross_entropy(out.repeat(1, 3), torch.full((2,), 255), ignore_index=255), "every target is ignored"),
+        (lambda out: F.nll_loss(out.repeat(1, 3), torch.full((2,), -100)), "every target is ignored"),
+    ],
+)
+def test_losses_over_nothing_are_named(loss: Callable[[Tensor], Tensor], words: str) -> None:
+    diagnosis = found(torch.tanh, loss=loss)
+    assert words in diagnosis.detail
+    assert "test_diagnosis.py:" in diagnosis.source
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize(
+    ("inside", "kind", "op"), [(lambda h: (h * 0).log(), "forward", "log"), (lambda h: (h * 0).sqrt(), "backward", "sqrt")]
+)
+def test_the_inside_of_a_checkpoint_is_named(inside: Callable[[Tensor], Tensor], kind: str, op: str, reentrant: bool) -> None:
+    diagnosis = found(lambda h: checkpoint(inside, h, use_reentrant=reentrant))
+    assert (diagnosis.kind, diagnosis.op) == (kind, f"torch.Tensor.{op}")
+    assert "test_diagnosis.py:" in diagnosis.source
+
+
+@dataclass
+class Sample:
+    image: Tensor
+    label: Tensor
+
+
+def _poisoned(rows: list[int]) -> Tensor:
+    x = torch.ones(5, 4)
+    x[rows] = math.nan
+    return x
+
+
+@pytest.mark.parametrize("rows", [[0], [1, 4], [0, 1, 2, 3, 4]])
+@pytest.mark.parametrize("form", ["dict", "dataclass", "list"])
+def test_the_guilty_samples_of_a_batch(form: str, rows: list[int]) -> None:
+    x, label = _poisoned(rows), torch.ones(5)
+    batch: Any = {"dict": {"image": x, "label": label}, "dataclass": Sample(x, label), "list": [x, [label]]}[form]
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    assert diagnose(lambda: net(x).mean(), net, batch)[0].samples == rows
+
+
+@pytest.mark.parametrize(
+    ("loss", "kind"),
+    [
+        (lambda out, factor: (out.squeeze(1) * factor).log().sum(), "forward"),
+        (lambda out, factor: (out.squeeze(1) * factor).sqrt().sum(), "backward"),
+        (lambda out, factor: F.mse_loss(out.squeeze(1), 1e30 * (1 - factor), reduction="mean"), "forward"),
+    ],
+)
+def test_the_guilty_samples_of_an_operation(loss: Callable[[Tensor, Tensor], Tensor], kind: str) -> None:
+    net = nn.Linear(4, 1)
+    nn.init.constant_(net.weight, 1.0)
+    factor = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0])
+    diagnosis, _ = diagnose(lambda: loss(net(torch.ones(5, 4)).abs(), factor), net, torch.ones(5, 4))
+    assert (diagnosis.kind, diagnosis.samples) == (kind, [1, 4])
+    assert str(diagnosis).endswith("samples 1, 4 of the batch")
+
+
+def test_a_loss_function_needs_no_module() -> None:
+    diagnosis, record = diagnose(lambda: torch.zeros(3, requires_grad=True).sqrt().sum())
+    assert (diagnosis.kind, diagnosis.op) == ("backward", "torch.Tensor.sqrt")
+    assert record is not None
+    assert "test_diagnosis.py:" in diagnosis.source
