@@ -5,6 +5,9 @@ from __future__ import annotations
 __all__ = ["build_model", "parse_inputs"]
 
 import ast
+import math
+import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import parse_qsl
@@ -13,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pl_normkit.errors import ModelSpecError, nearest
-from pl_normkit.importing import import_library, import_object
+from pl_normkit.importing import import_library, import_object, users_code
 
 BATCH = 2
 """Samples in the made-up batch: batch norm needs two where it sees one value per channel."""
@@ -39,16 +42,8 @@ def build_model(spec: str, *, device: str = "meta") -> nn.Module:
     arguments = {key: _literal(value) for key, value in parse_qsl(query, keep_blank_values=True)}
     build = _LIBRARIES.get(source, _from_import)
     construct = build(source, name, arguments)
-    try:
+    with users_code(f"{spec!r} cannot be built", mend="check the arguments"):
         model = _construct(construct, device)
-    except ModelSpecError:
-        raise
-    except Exception as error:
-        raise ModelSpecError(
-            f"{spec!r} cannot be built",
-            evidence=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-            mend="check the arguments; --debug shows the traceback",
-        ) from error
     if not isinstance(model, nn.Module):
         raise ModelSpecError(
             f"{spec!r} gives no torch.nn.Module", evidence=f"a {type(model).__name__}", mend="name a builder that returns a module"
@@ -70,7 +65,7 @@ def _construct(construct: Callable[[], Any], device: str) -> Any:
 def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # all that literal_eval documents
         return text
 
 
@@ -136,7 +131,8 @@ def parse_inputs(texts: Sequence[str], model: nn.Module, *, device: str = "meta"
     """
     if texts:
         return tuple(_parse_input(text, device) for text in texts)
-    own = getattr(model, "example_input_array", None)
+    with users_code("the model's example_input_array cannot be read", mend="give the input's shape: --input 3,224,224"):
+        own = getattr(model, "example_input_array", None)
     if own is not None:
         return own
     config = getattr(model, "pretrained_cfg", None) or getattr(getattr(model, "encoder", None), "pretrained_cfg", None) or {}
@@ -153,15 +149,35 @@ def _parse_input(text: str, device: str) -> Tensor:
         shape = [int(size) for size in sizes.split(",")]
     except ValueError:
         shape = []
-    if not shape or min(shape) < 1 or not isinstance(dtype, torch.dtype):
+    if not shape or min(shape) < 1 or not isinstance(dtype, torch.dtype) or not _holds_numbers(dtype):
         raise ModelSpecError(
             f"--input {text!r} is no shape", mend="write sizes without the batch, and a dtype if not float32: 3,224,224 or 128:int64"
         )
     return _made_up(shape, dtype, device)
 
 
+def _holds_numbers(dtype: torch.dtype) -> bool:
+    """Not a quantized or a bit-field type, which no operation takes."""
+    return dtype.is_floating_point or dtype.is_complex or str(dtype).removeprefix("torch.").lstrip("u").startswith(("int", "bool"))
+
+
 def _made_up(shape: Sequence[int], dtype: torch.dtype, device: str) -> Tensor:
     """A batch of noise, the same in every run, so that what is measured on it means something; zeros where noise has no dtype."""
-    if device == "meta" or not dtype.is_floating_point:
-        return torch.zeros(BATCH, *shape, dtype=dtype, device=device)
-    return torch.randn(BATCH, *shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    text = ",".join(map(str, shape))
+    with users_code(f"--input {text} cannot be made", mend="give another dtype"):
+        size = BATCH * math.prod(shape) * dtype.itemsize
+    if device != "meta" and size > memory_size():
+        raise ModelSpecError(
+            f"--input {text} is larger than the memory of this machine",
+            evidence=f"{size / 2**30:.3g} GiB",
+            mend="give smaller sizes, or leave out --real",
+        )
+    with users_code(f"--input {text} cannot be made", mend="give other sizes or another dtype"):
+        if device == "meta" or not dtype.is_floating_point:
+            return torch.zeros(BATCH, *shape, dtype=dtype, device=device)
+        return torch.randn(BATCH, *shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+
+
+def memory_size() -> int:
+    """Bytes of the machine's memory; asking for more may end the process before Python can say why."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else sys.maxsize

@@ -12,6 +12,7 @@ from torch import nn
 
 from pl_normkit.commands import command, lint_part
 from pl_normkit.errors import ConfigError
+from pl_normkit.importing import users_code
 from pl_normkit.methods.weight_decay.measure import HISTORY_FILE, plot_gamma_norms, read_history
 from pl_normkit.methods.weight_decay.optimizer_text import build_optimizer
 
@@ -34,7 +35,8 @@ def _fill_optimizer(options: argparse.Namespace, model: nn.Module | None) -> dic
 def _report(options: argparse.Namespace) -> int:
     out = options.out or options.folder / "gamma_norms.png"
     history = read_history(options.folder / HISTORY_FILE)
-    plot_gamma_norms(history, out)
+    with users_code("the history cannot be drawn", where=str(out), mend="name a file in a folder that exists", kind=ConfigError):
+        plot_gamma_norms(history, out)
     for role, points in history.items():
         print(f"{role}: {points[0][1]:.4g} at step {points[0][0]} -> {points[-1][1]:.4g} at step {points[-1][0]}")  # noqa: T201
     print(out)  # noqa: T201
