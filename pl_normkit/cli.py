@@ -161,9 +161,15 @@ def _of_rooms(words: Sequence[str]) -> tuple[list[Any], dict[str, tuple[str, Any
 
 
 def _add_lint_options(lint: _Parser) -> None:
-    forms = "timm:NAME, smp:ARCHITECTURE, torchvision:NAME or package.module:builder, each with ?argument=value&...; runs the code it names"
+    forms = (
+        "timm:NAME, smp:ARCHITECTURE, torchvision:NAME, transformers:CLASS, diffusers:CLASS, hf:PATH/config.json or "
+        "package.module:builder, each with ?argument=value&...; the code it names is run"
+    )
     lint.add_argument("model", nargs="?", help=forms)
-    sizes = "sizes without the batch, once for each input: 3,224,224 or 128:int64 (default: the model's own)"
+    sizes = (
+        "sizes without the batch, once for each input: 3,224,224 or 128:int64; ids:16 for tokens, NAME=16:bool for a keyword argument, "
+        "NAME.KEY=3,8,8 for an entry of a dict (default: the model's own)"
+    )
     lint.add_argument("--input", action="append", default=[], metavar="SIZES", help=sizes)
     lint.add_argument("--real", action="store_true", help="build in memory, so that findings carry measurements on noise")
     lint.add_argument("--format", choices=_FORMATS, default="text", help="form of the report")

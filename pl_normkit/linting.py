@@ -21,10 +21,11 @@ from pl_normkit.errors import ConfigError, NormkitWarning
 from pl_normkit.findings import read_baseline, subtract_baseline, write_baseline
 from pl_normkit.graph import ModelGraph
 from pl_normkit.importing import users_code
+from pl_normkit.inputs import parse_inputs
 from pl_normkit.output import CalmStream, calm, say
 from pl_normkit.report import Report
 from pl_normkit.selection import Selection
-from pl_normkit.specs import build_model, parse_inputs
+from pl_normkit.specs import build_model
 from pl_normkit.subject import Subject
 
 
@@ -73,7 +74,7 @@ def _subject(options: argparse.Namespace) -> Subject:
         return Subject(**_filled(parts, options, None), measure=options.real)
     device = "cpu" if options.real else "meta"
     model = build_model(options.model, device=device)
-    inputs = parse_inputs(options.input, model, device=device)
+    inputs = parse_inputs(options.input, model, spec=options.model, device=device)
     graph = ModelGraph.from_model(model, inputs) if options.debug else None  # a model that cannot be traced then shows its traceback
     return Subject(model=model, example_inputs=inputs, graph=graph, measure=options.real, **_filled(parts, options, model))
 

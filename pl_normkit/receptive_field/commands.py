@@ -14,9 +14,10 @@ from torch.utils._pytree import tree_leaves
 from pl_normkit.commands import command
 from pl_normkit.errors import ConfigError
 from pl_normkit.importing import users_code
+from pl_normkit.inputs import parse_inputs
 from pl_normkit.receptive_field.images import image_files, read_images, transform_of
 from pl_normkit.receptive_field.probe import effective_receptive_field
-from pl_normkit.specs import build_model, parse_inputs
+from pl_normkit.specs import build_model
 
 _FORMS = "timm:NAME?pretrained=True, smp:ARCHITECTURE, torchvision:NAME or package.module:builder (which may load weights)"
 
@@ -44,7 +45,7 @@ def _erf(options: argparse.Namespace) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = build_model(options.model, device="cpu")
-    inputs = parse_inputs([options.input] if options.input else [], model, device="cpu")
+    inputs = parse_inputs([options.input] if options.input else [], model, spec=options.model, device="cpu")
     example = next((leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim() == 4), None)
     if example is None:
         raise ConfigError("the model takes no images (C, H, W)", evidence=f"--input {options.input}", mend="write --input 3,224,224")
