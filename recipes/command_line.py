@@ -4,6 +4,8 @@ from __future__ import annotations
 
 __all__ = ["SUBCOMMANDS", "LastCheckpoint", "Recipe", "RecipeCLI", "name_configs", "run_recipe"]
 
+import inspect
+import re
 import signal
 import traceback
 import warnings
@@ -22,7 +24,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from pl_normkit.errors import ConfigError, NormkitError, nearest
-from pl_normkit.importing import summary_of
+from pl_normkit.importing import import_object, summary_of
 from pl_normkit.recipes.callback_words import parse_callbacks
 from pl_normkit.recipes.editing import add_callbacks
 from pl_normkit.recipes.field import FieldRecorder
@@ -251,6 +253,9 @@ def _read_keys(path: Path) -> set[str]:
     return set(content) if isinstance(content, dict) else set()
 
 
+_REFUSED_OPTION = r"class_path '(?P<kind>[\w.]+)'.*Option '(?P<option>\w+)' is not accepted"  # as jsonargparse says it
+
+
 def _origin(error: BaseException) -> str:
     """The top-level package of the code that raised it."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
@@ -267,6 +272,11 @@ def _explained(error: Exception, command: str) -> Exception:
         if isinstance(cause, NormkitError):
             return cause
         cause = cause.__cause__
+    if isinstance(error, ArgumentError) and (refused := re.search(_REFUSED_OPTION, str(error), re.DOTALL)):
+        kind = import_object(":".join(refused["kind"].rsplit(".", 1)))
+        names = [name for name in inspect.signature(kind).parameters if name != "self"]
+        what = f"{kind.__name__} has no option {refused['option']!r}"
+        return ConfigError(what, where=command, mend=nearest(refused["option"], names) or f"it has {', '.join(names)}")
     if isinstance(error, ArgumentError):
         return ConfigError("the options cannot be used", where=command, evidence=str(error), mend=f"see {command} --help")
     if any(_reads_checkpoint(frame) for frame, _ in traceback.walk_tb(error.__traceback__)):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import pytest
 
 from pl_normkit import __version__
+from pl_normkit.cli import _build_parser
 from pl_normkit.rules import SECTIONS, load_rules
 
 LINT = ("lint", "userpkg.models:build", "--input", "3,8,8")
@@ -65,3 +67,58 @@ def test_the_installed_command_lints_a_module_of_the_working_directory(working_d
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=working_directory)
     assert (result.returncode, result.stderr) == (1, "")
     assert [line.partition(" ")[0] for line in result.stdout.splitlines()] == ["::warning", "::warning"]
+
+
+def test_help_rules_and_explain_load_no_torch() -> None:
+    code = (
+        "import sys\n"
+        "from pl_normkit.cli import main\n"
+        "for words in (['--help'], ['lint', '--help'], ['run', '--help'], ['rules'], ['explain', 'NK101']):\n"
+        "    try:\n        main(words)\n    except SystemExit:\n        pass\n"
+        "print('torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (("rulse",), "did you mean 'rules'?"),
+        (("lint", "x", "--fromat", "json"), "did you mean '--format'?"),
+        (("lint", "x", "--format", "jsn"), "did you mean 'json'?"),
+        (("explain", "NK101", "--debgu"), "did you mean '--debug'?"),
+    ],
+)
+def test_a_misspelt_word_gets_the_nearest(run: Run, words: tuple[str, ...], hint: str) -> None:
+    result = run(*words)
+    assert (result.code, result.err.strip().endswith(hint)) == (2, True), result.err
+
+
+def parsers() -> dict[str, argparse.ArgumentParser]:
+    (commands,) = [action for action in _build_parser([])._actions if isinstance(action, argparse._SubParsersAction)]
+    return dict(commands.choices)
+
+
+@pytest.mark.parametrize("name", parsers())
+def test_every_option_says_what_it_does_and_its_default(name: str) -> None:
+    parser = parsers()[name]
+    for action in parser._actions:
+        assert action.help, action
+        if action.option_strings and not action.required and action.nargs != 0:
+            assert "default" in (parser._get_formatter()._get_help_string(action) or ""), action.option_strings  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("command", ["run", "compare"])
+def test_help_of_recipes_lists_them(run: Run, command: str) -> None:
+    result = run(command, "--help")
+    assert (result.code, "segmentation: Semantic" in result.out, "vit: Image" in result.out) == (0, True, True)
+
+
+def test_roles_lists_every_parameter(run: Run) -> None:
+    result = run("roles", "userpkg.models:build", "--input", "3,8,8")
+    assert (result.code, result.err) == (0, "")
+    rows = {line.split()[0]: line.split()[1:4] for line in result.out.splitlines()[1:]}
+    assert rows["0.weight"] == ["4x3x3x3", "weight", "yes"]
+    assert rows["1.bn1.bias"] == ["4", "beta", "no"]
+    assert len(rows) == 18

@@ -111,7 +111,7 @@ def test_raw_pixels_are_far_from_the_sound_pipeline() -> None:
 
 
 def test_a_loader_that_fails_is_judged_by_its_settings() -> None:
-    broken = loader(v2.ToImage(), v2.ToDtype({tv_tensors.Image: FLOAT}), v2.Normalize(MEAN, STD))  # raises: names nothing for labels
+    broken = loader(v2.ToImage(), v2.ToDtype({torch.Tensor: FLOAT}), v2.Normalize(MEAN, STD))  # raises: names nothing for labels
     (finding,) = found(broken)
     assert (finding.code, finding.evidence) == ("NK706", ())
 
