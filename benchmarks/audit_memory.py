@@ -32,7 +32,8 @@ def audit_here(spec: str) -> dict[str, object]:
     import torch
 
     from pl_normkit import audit
-    from pl_normkit.specs import build_model, parse_inputs
+    from pl_normkit.inputs import parse_inputs
+    from pl_normkit.specs import build_model
 
     model = build_model(spec)
     before = peak_mb()

@@ -1,16 +1,18 @@
-"""Writes what follows from the code: docs/rules/ (a page a rule and an index), the tables of README.md, and the rooms' lines of
-`pl_normkit/__init__.py`. The test-suite compares each with what is committed."""
+"""Writes what follows from the code: docs/rules/ (a page a rule and an index), the tables of README.md, the rooms' lines of
+`pl_normkit/__init__.py`, and the catalog that the command line's help reads. The test-suite compares each with what is committed."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import pkgutil
 import re
 from collections import defaultdict
 from pathlib import Path
 
 import pl_normkit.methods
+from pl_normkit.catalog import CATALOG, catalog_of_code
 from pl_normkit.rules import Rule, load_rules
 
 ROOT = Path(__file__).parents[1]
@@ -102,7 +104,8 @@ def documents() -> dict[Path, str]:
     exports = between(
         door.read_text(), "    # from here to the next comment: one line a room, written by `make docs`", "    # end of rooms", front_door()
     )
-    return pages | {ROOT / "docs/rules/README.md": index(rules), ROOT / "README.md": readme, door: exports}
+    catalog = json.dumps(catalog_of_code(), indent=1) + "\n"
+    return pages | {ROOT / "docs/rules/README.md": index(rules), ROOT / "README.md": readme, door: exports, CATALOG: catalog}
 
 
 def main() -> None:

@@ -143,7 +143,7 @@ def _judge(rule: Rule, subject: Subject, notes: list[Note]) -> list[Finding]:
     """Findings of one rule; one that fails must not take the others, or a training run, down with it."""
     try:
         return list(rule.judge(subject))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         text = (
             f"rule {rule.code} ({rule.name}) failed with {type(error).__name__}: {error}; the other rules ran. "
             f'Please report it with the model; ignore=["{rule.code}"] silences this note'

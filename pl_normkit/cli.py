@@ -5,105 +5,186 @@ from __future__ import annotations
 __all__ = ["main"]
 
 import argparse
+import ast
 import importlib
 import os
 import pkgutil
+import re
 import sys
 import traceback
-import warnings
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NoReturn
 
-import pl_normkit.receptive_field.commands  # noqa: F401 - the probe is no room, so nothing else registers its command
 from pl_normkit import __version__
-from pl_normkit.commands import Arguments, LintPart, load_commands, load_lint_parts
-from pl_normkit.errors import ConfigError, NormkitError, NormkitWarning, nearest
-from pl_normkit.findings import Severity, read_baseline, subtract_baseline, write_baseline
-from pl_normkit.report import Report
-from pl_normkit.rules import Subject, load_rules
-from pl_normkit.selection import Selection
+from pl_normkit.catalog import CatalogRule, catalog_rules, read_catalog, rules_of_code
+from pl_normkit.errors import ConfigError, NormkitError, nearest
+from pl_normkit.output import CalmStream, say, tolerate_any_text
 
-if TYPE_CHECKING:
-    from torch import nn
-
-_OF_RECIPES = (["run"], ["compare"])
-
-FORMATS = ("text", "json", "sarif", "github", "html")
+_FORMATS = ("text", "json", "sarif", "github", "html")
+_OF_RECIPES = ("run", "compare")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code; errors are printed without a traceback unless --debug is given."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in words
+    tolerate_any_text()
+    options = _parse(words)
     try:
-        if words[:1] in _OF_RECIPES:
-            return _hand_over([word for word in words if word != "--debug"])
-        options = _parser().parse_args(words)
-        return int(options.command(options))
+        with _exit_code_is_ours():
+            return int(options.command(options))
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 2
     except NormkitError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        cause: Exception = error
-    except Exception as error:
-        if words[:1] in _OF_RECIPES:  # the user's own training code, which wants its traceback
-            raise
-        print(f"internal error: {type(error).__name__}: {error}\n  mend: please report it with the output of --debug", file=sys.stderr)  # noqa: T201
+        cause: BaseException = error
+        say(f"error: {error}")
+    except SystemExit as stop:
+        cause = stop
+        say(f"error: the code that was run called sys.exit({'' if stop.code is None else stop.code})\n  mend: --debug shows where")
+    except MemoryError as error:
         cause = error
-    if debug:
+        say(f"error: out of memory: {error}")
+    except Exception as error:
+        if words[:1] and words[0] in _OF_RECIPES:  # the user's own training code, which wants its traceback
+            raise
+        cause = error
+        say(f"internal error: {type(error).__name__}: {error}\n  mend: please report it with the output of --debug")
+    except BaseException as error:  # the interrupt key, or what a user's code raises in its place
+        cause = error
+        say(f"error: stopped by {type(error).__name__}")
+    if "--debug" in words:
         traceback.print_exception(cause)
     return 2
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="pl-normkit", description="A linter with a screwdriver for PyTorch training runs.")
+@contextmanager
+def _exit_code_is_ours() -> Iterator[None]:
+    """Let `os._exit` raise SystemExit in this process: code that is linted must not choose the exit code."""
+    leave, ours = os._exit, os.getpid()
+
+    def refuse(status: int = 0) -> NoReturn:
+        if os.getpid() != ours:
+            leave(status)
+        raise SystemExit(status)
+
+    os._exit = refuse
+    try:
+        yield
+    finally:
+        os._exit = leave
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argparse parser that names the nearest word, shows defaults, and breaks no word of its help."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"formatter_class": _Help, **options})
+
+    def error(self, message: str) -> NoReturn:
+        choice = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)$", message, re.DOTALL)
+        unknown = re.search(r"unrecognized arguments: (--?[\w-]+)", message)
+        hint = ""
+        if choice:
+            hint = nearest(choice[1], re.findall(r"[\w-]+", choice[2]))
+        elif unknown:
+            hint = nearest(unknown[1], self._option_string_actions)
+        super().error(f"{message}; {hint}" if hint else message)
+
+
+class _Help(argparse.HelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.help is None or "default" in action.help or not action.option_strings or action.required or action.nargs == 0:
+            return action.help
+        return f"{action.help} (default: {'none' if action.default in (None, []) else '%(default)s'})"
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        import textwrap
+
+        return textwrap.wrap(" ".join(text.split()), width, break_long_words=False, break_on_hyphens=False)
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    """Leaves by SystemExit for help and for words it does not know, as argparse does."""
+    parser = _build_parser(words)
+    options, unknown = parser.parse_known_args(words)
+    if unknown:
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return options
+
+
+def _build_parser(words: Sequence[str]) -> _Parser:
+    parser = _Parser(prog="pl-normkit", description="A linter with a screwdriver for PyTorch training runs.")
     parser.add_argument("--version", action="version", version=f"pl_normkit {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show tracebacks")
 
-    lint = commands.add_parser("lint", help="audit a model without training, weights or memory", parents=[common])
-    forms = "timm:NAME, smp:ARCHITECTURE, torchvision:NAME or package.module:builder, each with ?argument=value&..."
-    lint.add_argument("model", nargs="?", help=forms)
-    lint.add_argument("--input", action="append", default=[], metavar="SIZES", help="sizes without the batch: 3,224,224 or 128:int64")
-    lint.add_argument("--real", action="store_true", help="build in memory, so that findings carry measurements on noise")
-    lint.add_argument("--format", choices=FORMATS, default="text")
-    lint.add_argument("--output", type=Path, metavar="FILE", help="write the report there instead of to standard output")
-    lint.add_argument("--select", type=_words, metavar="RULES", help="comma-separated codes, prefixes or names; DEFAULT, ALL")
-    lint.add_argument("--ignore", type=_words, metavar="RULES")
-    lint.add_argument("--per-module-ignore", action="append", default=[], metavar="PATTERN:RULES", help="silence rules in matching modules")
-    lint.add_argument("--baseline", type=Path, metavar="FILE", help="leave out what this file accepts")
-    lint.add_argument("--write-baseline", type=Path, metavar="FILE", help="accept today's findings in this file")
-    lint.add_argument("--fail-on", choices=[*Severity, "never"], default=Severity.NOTE, help="lowest severity that makes the exit code 1")
-    for part in load_lint_parts():
-        _add_arguments(lint, part.arguments)
-    lint.set_defaults(command=_lint)
+    def add(name: str, about: str, run: Any) -> _Parser:
+        added: _Parser = commands.add_parser(name, help=about, description=f"{about[:1].upper()}{about[1:]}.", parents=[common])
+        added.set_defaults(command=run, parser=added)
+        return added
 
-    rules = commands.add_parser("rules", help="list all rules", parents=[common])
-    rules.set_defaults(command=_list_rules)
-
-    explain = commands.add_parser("explain", help="show the documentation of a rule", parents=[common])
-    explain.add_argument("rule", help="code or name")
-    explain.set_defaults(command=_explain)
-
-    for known in load_commands():
-        parser_of_room = commands.add_parser(known.name, help=known.help, parents=[common])
-        _add_arguments(parser_of_room, known.arguments)
-        parser_of_room.set_defaults(command=known.run)
-
-    run = commands.add_parser("run", help="run a recipe: pl-normkit run segmentation --help", add_help=False)
-    run.add_argument("recipe")
-    help_text = "train pairs of runs with and without callbacks: pl-normkit compare segmentation --help"
-    compare = commands.add_parser("compare", help=help_text, add_help=False)
-    compare.add_argument("recipe")
+    parts, of_rooms = _of_rooms(words)
+    lint = add("lint", "audit a model without training, weights or memory", _lint)
+    _add_lint_options(lint)
+    for arguments in parts:
+        _add_arguments(lint, arguments)
+    add("rules", "list all rules", _list_rules)
+    add("explain", "show the documentation of a rule", _explain).add_argument("rule", help="code or name, such as NK101")
+    for name, (about, arguments, run) in of_rooms.items():
+        _add_arguments(add(name, about, run), arguments)
+    for name, about in (
+        ("run", "train a recipe, test it, predict with it, export it"),
+        ("compare", "train pairs of runs with and without callbacks"),
+    ):
+        recipe = add(name, about, _hand_over)
+        recipe.formatter_class = argparse.RawDescriptionHelpFormatter
+        recipe.epilog = _recipes_help(name)
+        recipe.set_defaults(handed=name)
+        recipe.add_argument("recipe", nargs="?", default="", metavar="RECIPE", help="one of those below")
+        recipe.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="what the recipe takes")
     return parser
 
 
-def _add_arguments(parser: argparse.ArgumentParser, arguments: Arguments) -> None:
+def _of_rooms(words: Sequence[str]) -> tuple[list[Any], dict[str, tuple[str, Any, Any]]]:
+    """Options of `lint` and commands that rooms add. Help shows them from the catalog; to run one, its code is loaded."""
+    catalog = read_catalog()
+    first = next((word for word in words if not word.startswith("-")), "")
+    if not first or first in ("rules", "explain", *_OF_RECIPES) or {"-h", "--help"} & set(words):
+        return catalog["lint"], {name: (each["help"], each["arguments"], None) for name, each in catalog["commands"].items()}
+    importlib.import_module("pl_normkit.receptive_field.commands")  # the probe is no room, so nothing else registers its command
+    from pl_normkit.commands import load_commands, load_lint_parts
+
+    return [part.arguments for part in load_lint_parts()], {each.name: (each.help, each.arguments, each.run) for each in load_commands()}
+
+
+def _add_lint_options(lint: _Parser) -> None:
+    forms = (
+        "timm:NAME, smp:ARCHITECTURE, torchvision:NAME, transformers:CLASS, diffusers:CLASS, hf:PATH/config.json or "
+        "package.module:builder, each with ?argument=value&...; the code it names is run"
+    )
+    lint.add_argument("model", nargs="?", help=forms)
+    sizes = (
+        "sizes without the batch, once for each input: 3,224,224 or 128:int64; ids:16 for tokens, NAME=16:bool for a keyword argument, "
+        "NAME.KEY=3,8,8 for an entry of a dict (default: the model's own)"
+    )
+    lint.add_argument("--input", action="append", default=[], metavar="SIZES", help=sizes)
+    lint.add_argument("--real", action="store_true", help="build in memory, so that findings carry measurements on noise")
+    lint.add_argument("--format", choices=_FORMATS, default="text", help="form of the report")
+    lint.add_argument("--output", type=Path, metavar="FILE", help="where the report is written (default: standard output)")
+    chosen = "comma-separated codes, prefixes or names; DEFAULT, ALL (default: DEFAULT, or what pyproject.toml selects)"
+    lint.add_argument("--select", type=_words, metavar="RULES", help=chosen)
+    lint.add_argument("--ignore", type=_words, metavar="RULES", help="the same for rules that do not run, beside those of pyproject.toml")
+    lint.add_argument("--per-module-ignore", action="append", default=[], metavar="PATTERN:RULES", help="silence rules in matching modules")
+    lint.add_argument("--baseline", type=Path, metavar="FILE", help="leave out what this file accepts")
+    lint.add_argument("--write-baseline", type=Path, metavar="FILE", help="accept today's findings in this file")
+    levels = ("note", "warning", "error", "never")
+    lint.add_argument("--fail-on", choices=levels, default="note", help="lowest severity that makes the exit code 1")
+
+
+def _add_arguments(parser: argparse.ArgumentParser, arguments: Mapping[str, Mapping[str, Any]]) -> None:
     for name, settings in arguments.items():
         parser.add_argument(name, **settings)
 
@@ -113,89 +194,7 @@ def _words(text: str) -> list[str]:
 
 
 def _lint(options: argparse.Namespace) -> int:
-    from pl_normkit.auditing import audit_subject
-
-    selection = Selection.from_pyproject().override(options.select, options.ignore, _patterns(options.per_module_ignore))
-    accepted = read_baseline(options.baseline) if options.baseline else frozenset()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("default", NormkitWarning)
-        found = audit_subject(_subject(options), selection)
-    report = Report(subtract_baseline(found.findings, accepted), options.model or found.subject, found.notes)
-    try:
-        if options.write_baseline:
-            write_baseline(options.write_baseline, found.findings)
-        _show(report, options.format, options.output)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise ConfigError(
-            "the file cannot be written",
-            where=str(error.filename or ""),
-            evidence=error.strerror or str(error),
-            mend="name a file in a folder that exists",
-        ) from error
-    for note in report.notes:
-        print(f"{'error' if note in report.failures else 'note'}: {note}", file=sys.stderr)  # noqa: T201
-    if report.failures:
-        return 2
-    return int(options.fail_on != "never" and bool(report.at_least(options.fail_on)))
-
-
-def _subject(options: argparse.Namespace) -> Subject:
-    from pl_normkit.graph import ModelGraph
-    from pl_normkit.specs import build_model, parse_inputs
-
-    parts = [part for part in load_lint_parts() if _is_given(part, options)]
-    if options.model is None:
-        if not parts:
-            raise ConfigError("there is nothing to lint", mend="name a model: pl-normkit lint timm:resnet50")
-        return Subject(**_filled(parts, options, None), measure=options.real)
-    device = "cpu" if options.real else "meta"
-    model = build_model(options.model, device=device)
-    inputs = parse_inputs(options.input, model, device=device)
-    graph = ModelGraph.from_model(model, inputs) if options.debug else None  # a model that cannot be traced then shows its traceback
-    return Subject(model=model, example_inputs=inputs, graph=graph, measure=options.real, **_filled(parts, options, model))
-
-
-def _filled(parts: Sequence[LintPart], options: argparse.Namespace, model: nn.Module | None) -> dict[str, Any]:
-    return {name: value for part in parts for name, value in part.fill(options, model).items()}
-
-
-def _is_given(part: LintPart, options: argparse.Namespace) -> bool:
-    """Whether its first option is there. Raises ConfigError when only others are, which would do nothing."""
-    first = next(iter(part.arguments))
-    given = [option for option, name in part.destinations.items() if getattr(options, name) is not None]
-    if given and first not in given:
-        raise ConfigError(f"{given[0]} does nothing without {first}", mend=f"give {first} too")
-    return bool(given)
-
-
-def _patterns(texts: Sequence[str]) -> dict[str, list[str]]:
-    patterns = {}
-    for text in texts:
-        pattern, colon, words = text.rpartition(":")
-        if not colon or not _words(words):
-            raise ConfigError(f"--per-module-ignore {text!r} names no rules", mend="write PATTERN:RULES, such as 'encoder.*:NK101'")
-        patterns[pattern] = _words(words)
-    return patterns
-
-
-def _show(report: Report, form: str, output: Path | None) -> None:
-    from rich.console import Console
-
-    if form == "text":
-        if report.failures and not report.findings:
-            return
-        report = replace(report, notes=())  # they go to standard error
-        with output.open("w") if output else nullcontext(sys.stdout) as stream:
-            report.print(Console(file=stream, width=None if stream.isatty() else 120))
-        return
-    text = {"json": report.to_json, "sarif": report.to_sarif, "github": report.to_github, "html": report.to_html}[form]()
-    if output:
-        output.write_text(text + "\n")
-    else:
-        print(text)  # noqa: T201
+    return int(importlib.import_module("pl_normkit.linting").lint(options))
 
 
 def _list_rules(_: argparse.Namespace) -> int:
@@ -203,10 +202,10 @@ def _list_rules(_: argparse.Namespace) -> int:
     from rich.table import Table
 
     table = Table("code", "name", "severity", "mark", "fix", "what it does", box=None)
-    for known in load_rules().values():
+    for known in catalog_rules():
         name = f"{known.name} (preview)" if known.preview else known.name
-        table.add_row(known.code, name, known.severity.value, known.mark.value, known.fix_safety.value, known.summary)
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+        table.add_row(known.code, name, known.severity, known.mark, known.fix_safety, known.summary)
+    Console(file=CalmStream(sys.stdout), emoji=False, width=None if sys.stdout.isatty() else 160).print(table)  # type: ignore[arg-type]
     return 0
 
 
@@ -214,29 +213,51 @@ def _explain(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.markup import escape
 
-    rules = load_rules()
-    known = rules.get(options.rule.upper()) or next((rule for rule in rules.values() if rule.name == options.rule.lower()), None)
+    known = _find_rule(options.rule, catalog_rules()) or _find_rule(options.rule, rules_of_code())
     if known is None:
-        names = [*rules, *(rule.name for rule in rules.values())]
+        names = [name for rule in catalog_rules() for name in (rule.code, rule.name)]
         raise ConfigError(f"there is no rule {options.rule!r}", mend=nearest(options.rule, names) or "see `pl-normkit rules`")
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(file=CalmStream(sys.stdout), emoji=False, width=None if sys.stdout.isatty() else 120)  # type: ignore[arg-type]
     preview = ", preview: off until selected" if known.preview else ""
-    console.print(f"[bold]{known.code} {known.name}[/bold] ({known.severity.value}{preview})")
-    for title, text in known.sections().items():
+    console.print(f"[bold]{known.code} {known.name}[/bold] ({known.severity}{preview})")
+    for title, text in known.sections.items():
         console.print(f"\n[bold]{title}[/bold]\n{escape(text)}")
     silence = f'ignore=["{known.code}"] on the callback, --ignore {known.code}, or [tool.pl-normkit] in pyproject.toml'
     console.print(f"\n[bold]Silence[/bold]\n{escape(silence)}")
     return 0
 
 
-def _hand_over(words: list[str]) -> int:
+def _find_rule(word: str, rules: Sequence[CatalogRule]) -> CatalogRule | None:
+    return next((rule for rule in rules if word.upper() == rule.code or word.lower() == rule.name), None)
+
+
+def _recipes() -> dict[str, str]:
+    """Name -> what its package's docstring says, without loading it."""
+    found = {}
+    for folder in importlib.import_module("pl_normkit.recipes").__path__:
+        for module in pkgutil.iter_modules([folder]):
+            if module.ispkg:
+                found[module.name] = ast.get_docstring(ast.parse((Path(folder) / module.name / "__init__.py").read_text())) or ""
+    return found
+
+
+def _recipes_help(command: str) -> str:
+    lines = [f"  {name}: {about.splitlines()[0] if about else ''}" for name, about in _recipes().items()]
+    return "\n".join(["recipes:", *lines, "", f"see pl-normkit {command} RECIPE --help"])
+
+
+def _hand_over(options: argparse.Namespace) -> int:
     """`run RECIPE ...` to the recipe's own LightningCLI, `compare RECIPE ...` to what all recipes share."""
-    recipes = importlib.import_module("pl_normkit.recipes")
-    known = [found.name for found in pkgutil.iter_modules(recipes.__path__) if found.ispkg]
-    command, name = words[0], words[1] if len(words) > 1 else ""
-    if name not in known:
-        raise ConfigError(f"there is no recipe {name!r}", mend=nearest(name, known) or f"recipes: {', '.join(known)}")
-    recipe = importlib.import_module(f"pl_normkit.recipes.{name}.main")
-    if command == "run":
-        return int(recipe.run(words[2:]))
-    return int(importlib.import_module("pl_normkit.recipes.comparing").compare(recipe.RECIPE, words[2:]))
+    known = _recipes()
+    if options.recipe not in known:
+        what = f"there is no recipe {options.recipe!r}" if options.recipe else f"{options.handed} needs the name of a recipe"
+        raise ConfigError(what, mend=nearest(options.recipe, known) or f"recipes: {', '.join(known)}")
+    words = [word for word in options.words if word != "--debug"]
+    recipe = importlib.import_module(f"pl_normkit.recipes.{options.recipe}.main")
+    if options.handed == "run":
+        return int(recipe.run(words))
+    return int(importlib.import_module("pl_normkit.recipes.comparing").compare(recipe.RECIPE, words))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["Command", "LintPart", "command", "lint_part", "load_commands", "load_lint_parts"]
+__all__ = ["Command", "LintPart", "command", "lint_part", "load_commands", "load_lint_parts", "model_command"]
 
 import argparse
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -70,6 +71,39 @@ def command(name: str, help: str, arguments: Arguments) -> Callable[[Run], Run]:
 
     def register(run: Run) -> Run:
         _refuse_second(name, _commands.setdefault(name, Command(name, help, arguments, run)).run, run)
+        return run
+
+    return register
+
+
+def model_command(
+    name: str,
+    help: str,  # noqa: A002 - argparse's word
+    arguments: Arguments,
+) -> Callable[[Callable[[argparse.Namespace, nn.Module, Any], int]], Callable[[argparse.Namespace, nn.Module, Any], int]]:
+    """The same for a command on a model: it gets the model, on the meta device, and its example inputs as well."""
+    of_model: Arguments = {
+        "model": {"help": "as for lint: timm:NAME, package.module:builder and the like; the code it names is run"},
+        "--input": {
+            "action": "append",
+            "default": [],
+            "metavar": "SIZES",
+            "help": "sizes without the batch, as for lint: 3,224,224 (default: the model's own)",
+        },
+    }
+
+    def register(run: Callable[[argparse.Namespace, nn.Module, Any], int]) -> Callable[[argparse.Namespace, nn.Module, Any], int]:
+        def build_and_run(options: argparse.Namespace) -> int:
+            from pl_normkit.inputs import parse_inputs
+            from pl_normkit.specs import build_model
+
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model = build_model(options.model)
+                return run(options, model, parse_inputs(options.input, model, spec=options.model))
+
+        build_and_run.__module__, build_and_run.__qualname__ = run.__module__, run.__qualname__
+        command(name, help, {**of_model, **arguments})(build_and_run)
         return run
 
     return register

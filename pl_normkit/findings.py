@@ -162,27 +162,33 @@ class Note:
 
 
 def _digest(*parts: str) -> str:
-    return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()[:20]
+    return hashlib.sha256("\x1f".join(parts).encode(errors="surrogatepass")).hexdigest()[:20]
 
 
 def _place_key(finding: Finding, place: Place) -> str:
     return _digest(finding.code, finding.cause, place.module)
 
 
+_BASELINE_VERSION = 1
+
+
 def write_baseline(path: Path, findings: Iterable[Finding]) -> None:
     """Accept today's findings: write one key per (rule, cause, module path) to `path` as JSON."""
     accepted = sorted({_place_key(finding, place) for finding in findings for place in finding.places or (Place(""),)})
-    path.write_text(json.dumps({"version": 1, "accepted": accepted}, indent=1) + "\n")
+    path.write_text(json.dumps({"version": _BASELINE_VERSION, "accepted": accepted}, indent=1) + "\n")
 
 
 def read_baseline(path: Path) -> frozenset[str]:
     """Keys accepted in `path`. Raises ConfigError when it is missing or no baseline."""
     try:
-        accepted = json.loads(path.read_text())["accepted"]
-        if not isinstance(accepted, list):
-            raise TypeError(f"'accepted' is a {type(accepted).__name__}, not a list")
+        document = json.loads(path.read_text(encoding="utf-8"))
+        accepted = document["accepted"]
+        if document.get("version") != _BASELINE_VERSION:
+            raise ValueError(f"version {document.get('version')!r}, and this is for version {_BASELINE_VERSION}")
+        if not isinstance(accepted, list) or not all(isinstance(key, str) for key in accepted):
+            raise TypeError("'accepted' is no list of texts")
         return frozenset(accepted)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise ConfigError(
             "the baseline file cannot be read",
             where=str(path),

@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
-__all__ = ["LiteralCall", "import_dotted", "import_library", "import_object", "literal_calls"]
+__all__ = ["LiteralCall", "import_dotted", "import_library", "import_object", "literal_calls", "summary_of", "users_code"]
 
 import ast
 import importlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pl_normkit.errors import ModelSpecError, nearest
+from pl_normkit.errors import ModelSpecError, NormkitError, nearest
+
+
+@contextmanager
+def users_code(what: str, *, where: str = "", mend: str = "", kind: type[NormkitError] = ModelSpecError) -> Iterator[None]:
+    """Turn whatever the code in the block raises into one error, `sys.exit` too: a command must not end with its exit code.
+
+    Errors of this library pass as they are, and so does the interrupt key.
+    """
+    try:
+        yield
+    except NormkitError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise kind(what, where=where, evidence=summary_of(error), mend=f"{mend}; --debug shows the traceback".lstrip("; ")) from error
+
+
+def summary_of(error: BaseException) -> str:
+    """The kind of the error with the first line of its text."""
+    lines = str(error).strip().splitlines()
+    if isinstance(error, SystemExit):
+        return f"it called sys.exit({lines[0] if lines else ''})"
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def import_object(spec: str) -> Any:
@@ -20,12 +44,13 @@ def import_object(spec: str) -> Any:
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     module = import_library(source)
-    try:
-        found = module
-        for part in name.split("."):
-            found = getattr(found, part)
-    except AttributeError as error:
-        raise ModelSpecError(f"{source} has no {name!r}", mend=nearest(name, dir(module)) or f"see dir({source})") from error
+    with users_code(f"{spec} cannot be looked up"):
+        try:
+            found = module
+            for part in name.split("."):
+                found = getattr(found, part)
+        except AttributeError as error:
+            raise ModelSpecError(f"{source} has no {name!r}", mend=nearest(name, dir(module)) or f"see dir({source})") from error
     return found
 
 
@@ -37,11 +62,11 @@ def import_library(module: str, package: str = "") -> Any:
         known = "" if error.name == module.partition(".")[0] else f"while importing {module}"
         get = f"pip install {package}" if package else "run where it can be imported from (a module, not a file: no .py)"
         raise ModelSpecError(f"there is no module {error.name!r}", where=known, mend=f"{get}, or check the spelling") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if "torchvision::" not in str(error):
             raise ModelSpecError(
                 f"{module} cannot be imported",
-                evidence=f"{type(error).__name__}: {error}",
+                evidence=summary_of(error),
                 mend="mend the module, or check the spelling; --debug shows the traceback",
             ) from error
         raise ModelSpecError(

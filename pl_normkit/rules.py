@@ -231,7 +231,7 @@ def _load_foreign(entry_point: importlib.metadata.EntryPoint) -> None:
         return
     try:
         entry_point.load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         _failed_entry_points.add(entry_point.value)
         warnings.warn(
             f"rules of entry point {entry_point.name!r} ({entry_point.value}) are left out: {type(error).__name__}: {error}",

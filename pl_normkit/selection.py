@@ -6,11 +6,12 @@ __all__ = ["Selection"]
 
 import fnmatch
 import tomllib
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pl_normkit.errors import ConfigError, nearest
+from pl_normkit.errors import ConfigError, NormkitWarning, nearest
 from pl_normkit.findings import Finding, Place
 from pl_normkit.rules import Rule, load_rules
 
@@ -23,11 +24,13 @@ class Selection:
         select: codes, code prefixes ("NK1"), names, "DEFAULT" or "ALL"; None is the default set (all but previews).
         ignore: codes, prefixes or names that do not run.
         per_module_ignore: module-path pattern (fnmatch) -> codes, prefixes or names silenced there.
+        optional: the patterns that need not match: a repository's pyproject.toml speaks of several models.
     """
 
     select: Sequence[str] | None = None
     ignore: Sequence[str] = ()
     per_module_ignore: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    optional: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         """A bare string is a sequence too, of letters that name rules by prefix: refuse it. Raises ConfigError."""
@@ -51,11 +54,15 @@ class Selection:
     @classmethod
     def _from_file(cls, path: Path) -> Selection:
         try:
-            table = tomllib.loads(path.read_text(encoding="utf-8")).get("tool", {}).get("pl-normkit", {})
-        except (OSError, ValueError) as error:
+            document = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError("pyproject.toml cannot be read", where=str(path), evidence=str(error)) from error
+        tools = document.get("tool", {})
+        if not isinstance(tools, dict):
+            raise ConfigError("[tool] must be a table", where=str(path), evidence=repr(tools)[:80])
+        table = tools.get("pl-normkit", {})
         if not isinstance(table, dict):
-            raise ConfigError("[tool.pl-normkit] must be a table", where=str(path), evidence=repr(table))
+            raise ConfigError("[tool.pl-normkit] must be a table", where=str(path), evidence=repr(table)[:80])
         known = {"select": list, "ignore": list, "per-module-ignore": dict}
         for key, value in table.items():
             if key not in known:
@@ -67,7 +74,8 @@ class Selection:
             if not isinstance(value, known[key]):
                 raise ConfigError(f"{key!r} in [tool.pl-normkit] must be a {known[key].__name__}", where=str(path), evidence=repr(value))
         try:
-            return cls(table.get("select"), table.get("ignore", ()), table.get("per-module-ignore", {}))
+            patterns = table.get("per-module-ignore", {})
+            return cls(table.get("select"), table.get("ignore", ()), patterns, frozenset(patterns))
         except ConfigError as error:
             raise ConfigError(error.what, where=f"[tool.pl-normkit] in {path}", evidence=error.evidence, mend=error.mend) from error
 
@@ -83,7 +91,11 @@ class Selection:
         for pattern, words in given.per_module_ignore.items():
             merged[pattern] = [*merged.get(pattern, ()), *words]
         return replace(
-            self, select=self.select if select is None else select, ignore=(*self.ignore, *given.ignore), per_module_ignore=merged
+            self,
+            select=self.select if select is None else select,
+            ignore=(*self.ignore, *given.ignore),
+            per_module_ignore=merged,
+            optional=self.optional - given.per_module_ignore.keys(),
         )
 
     def rules(self) -> list[Rule]:
@@ -95,7 +107,7 @@ class Selection:
     def silence(self, findings: Iterable[Finding], module_names: Iterable[str]) -> list[Finding]:
         """Findings without the places silenced by `per_module_ignore`.
 
-        Raises ConfigError for a pattern that matches no name in `module_names`.
+        Raises ConfigError for a pattern that matches no name in `module_names`; for one that is optional, a model gets a warning.
         """
         if not self.per_module_ignore:
             return list(findings)
@@ -103,12 +115,14 @@ class Selection:
         rules = load_rules()
         silenced: list[tuple[str, set[str]]] = []
         for pattern, words in self.per_module_ignore.items():
+            codes = self._resolve(words, rules)
             if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-                raise ConfigError(
-                    f"the per-module-ignore pattern {pattern!r} matches no module",
-                    mend=nearest(pattern, names) or "see model.named_modules()",
-                )
-            silenced.append((pattern, self._resolve(words, rules)))
+                what = f"the per-module-ignore pattern {pattern!r} matches no module"
+                if pattern not in self.optional:
+                    raise ConfigError(what, mend=nearest(pattern, names) or "see model.named_modules()")
+                if names:
+                    warnings.warn(f"{what} of this model. {nearest(pattern, names)}".rstrip(), NormkitWarning, stacklevel=2)
+            silenced.append((pattern, codes))
         return [kept for finding in findings if (kept := _without_silenced(finding, silenced)) is not None]
 
     @staticmethod

@@ -1,59 +1,61 @@
-"""From the words of the command line to objects: models, example inputs, optimizers."""
+"""From a model specification of the command line to the module."""
 
 from __future__ import annotations
 
-__all__ = ["build_model", "parse_inputs"]
+__all__ = ["build_model", "read_spec"]
 
 import ast
-from collections.abc import Callable, Sequence
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pl_normkit.errors import ModelSpecError, nearest
-from pl_normkit.importing import import_library, import_object
+from pl_normkit.importing import import_library, import_object, users_code
 
-BATCH = 2
-"""Samples in the made-up batch: batch norm needs two where it sees one value per channel."""
-
-_FORMS = "timm:NAME, smp:ARCHITECTURE, torchvision:NAME or package.module:BUILDER, each with ?argument=value&..."
+_FORMS = (
+    "timm:NAME, smp:ARCHITECTURE, torchvision:NAME, transformers:CLASS, diffusers:CLASS, hf:PATH/config.json "
+    "or package.module:BUILDER, each with ?argument=value&..."
+)
 
 
 def build_model(spec: str, *, device: str = "meta") -> nn.Module:
     """The model that `spec` names, without weights.
 
     Args:
-        spec: `timm:resnet50`, `smp:Unet?encoder_name=resnet18`, `torchvision:resnet50` or `package.module:builder`, where
-            the builder is a function, a class or a module; `?name=value&...` gives keyword arguments (Python literals).
+        spec: `timm:resnet50`, `smp:Unet?encoder_name=resnet18`, `torchvision:resnet50`, `transformers:BertModel` (a class, built from
+            its default configuration), `hf:folder/config.json` (the class that a configuration names), `diffusers:UNet2DModel` or
+            `package.module:builder`, where the builder is a function, a class or a module. `?name=value&...` gives keyword
+            arguments (Python literals), for transformers of the configuration.
         device: where to build it; a model that cannot be built on the meta device is built on the CPU.
 
     Raises:
         ModelSpecError: when the spec, the package or the model does not exist, or the builder fails.
     """
-    head, _, query = spec.partition("?")
-    source, colon, name = head.partition(":")
-    if not colon or not source or not name:
-        raise ModelSpecError(f"{spec!r} is no model specification", mend=f"write {_FORMS}")
-    arguments = {key: _literal(value) for key, value in parse_qsl(query, keep_blank_values=True)}
+    source, name, arguments = read_spec(spec)
     build = _LIBRARIES.get(source, _from_import)
     construct = build(source, name, arguments)
-    try:
+    with users_code(f"{spec!r} cannot be built", mend="check the arguments"):
         model = _construct(construct, device)
-    except ModelSpecError:
-        raise
-    except Exception as error:
-        raise ModelSpecError(
-            f"{spec!r} cannot be built",
-            evidence=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-            mend="check the arguments; --debug shows the traceback",
-        ) from error
     if not isinstance(model, nn.Module):
         raise ModelSpecError(
             f"{spec!r} gives no torch.nn.Module", evidence=f"a {type(model).__name__}", mend="name a builder that returns a module"
         )
     return model
+
+
+def read_spec(spec: str) -> tuple[str, str, dict[str, Any]]:
+    """Source, name and arguments that `spec` is made of. Raises ModelSpecError."""
+    head, _, query = spec.partition("?")
+    source, colon, name = head.partition(":")
+    if not colon or not source or not name:
+        raise ModelSpecError(f"{spec!r} is no model specification", mend=f"write {_FORMS}")
+    return source, name, {key: _literal(value) for key, value in parse_qsl(query, keep_blank_values=True)}
 
 
 def _construct(construct: Callable[[], Any], device: str) -> Any:
@@ -70,7 +72,7 @@ def _construct(construct: Callable[[], Any], device: str) -> Any:
 def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # all that literal_eval documents
         return text
 
 
@@ -98,10 +100,51 @@ def _from_torchvision(_: str, name: str, arguments: dict[str, Any]) -> Callable[
         raise ModelSpecError(
             f"torchvision has no model {name!r}", mend=nearest(name, models.list_models()) or "see torchvision.models.list_models()"
         )
-    no_weights = {"weights": None}
-    if name.startswith(("deeplab", "fcn", "lraspp")):
-        no_weights["weights_backbone"] = None
+    taken = inspect.signature(models.get_model_builder(name)).parameters
+    no_weights = {option: None for option in ("weights", "weights_backbone") if option in taken}
     return lambda: models.get_model(name, **{**no_weights, **arguments})
+
+
+def _from_transformers(_: str, name: str, arguments: dict[str, Any]) -> Callable[[], Any]:
+    kind = _find_class("transformers", name, "config_class")
+    return lambda: kind(kind.config_class(**arguments))
+
+
+def _from_configuration(_: str, name: str, arguments: dict[str, Any]) -> Callable[[], Any]:
+    transformers = import_library("transformers", "transformers")
+    path = Path(name)
+    if not path.exists():
+        raise ModelSpecError(f"there is no configuration {name!r}", mend="give the path of a config.json or of the folder that holds it")
+    with users_code(f"the configuration {name!r} cannot be read", mend="give a config.json with a model_type that transformers knows"):
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, **arguments)
+    named = next(iter(config.architectures or ()), None)
+    if named is None:
+        return lambda: transformers.AutoModel.from_config(config)
+    kind = _find_class("transformers", named, "config_class")
+    return lambda: kind(config)
+
+
+def _from_diffusers(_: str, name: str, arguments: dict[str, Any]) -> Callable[[], Any]:
+    kind = _find_class("diffusers", name, "forward")
+    return lambda: kind(**arguments)
+
+
+_NO_MODEL = re.compile("Config$|Processor|Tokenizer|Pipeline|Output$")
+
+
+def _find_class(library: str, name: str, attribute: str) -> Any:
+    """The class of that name, which has an attribute that its models have. Raises ModelSpecError."""
+    module = import_library(library, library)
+    with users_code(f"{library}:{name} cannot be imported", mend=f"install what {library} needs for it"):
+        found = getattr(module, name, None)
+    if not isinstance(found, type) or getattr(found, attribute, None) is None:
+        names = [
+            word
+            for word in dir(module)
+            if word[:1].isupper() and not word.isupper() and not word.endswith(("Config", "Processor", "Tokenizer", "Pipeline"))
+        ]
+        raise ModelSpecError(f"{library} has no model class {name!r}", mend=nearest(name, names) or f"name a class of {library}")
+    return found
 
 
 def _from_import(source: str, name: str, arguments: dict[str, Any]) -> Callable[[], Any]:
@@ -119,49 +162,7 @@ _LIBRARIES: dict[str, Callable[[str, str, dict[str, Any]], Callable[[], Any]]] =
     "timm": _from_timm,
     "smp": _from_smp,
     "torchvision": _from_torchvision,
+    "transformers": _from_transformers,
+    "hf": _from_configuration,
+    "diffusers": _from_diffusers,
 }
-
-
-def parse_inputs(texts: Sequence[str], model: nn.Module, *, device: str = "meta") -> Any:
-    """Example inputs from `--input` options, or the model's own when there is none.
-
-    Args:
-        texts: one text per positional argument: sizes without the batch, "3,224,224", and optionally a dtype,
-            "128:int64" (float32 otherwise).
-        model: asked for `example_input_array` and for timm's `input_size` when `texts` is empty.
-        device: where the tensors are made.
-
-    Raises:
-        ModelSpecError: for a text that is no shape, or when there is nothing to go by.
-    """
-    if texts:
-        return tuple(_parse_input(text, device) for text in texts)
-    own = getattr(model, "example_input_array", None)
-    if own is not None:
-        return own
-    config = getattr(model, "pretrained_cfg", None) or getattr(getattr(model, "encoder", None), "pretrained_cfg", None) or {}
-    size = config.get("input_size") if hasattr(config, "get") else None
-    if size is None:
-        raise ModelSpecError("the input shape of this model is not known", mend="give it, without the batch: --input 3,224,224")
-    return (_made_up(size, torch.float32, device),)
-
-
-def _parse_input(text: str, device: str) -> Tensor:
-    sizes, _, dtype_name = text.partition(":")
-    dtype = getattr(torch, dtype_name or "float32", None)
-    try:
-        shape = [int(size) for size in sizes.split(",")]
-    except ValueError:
-        shape = []
-    if not shape or min(shape) < 1 or not isinstance(dtype, torch.dtype):
-        raise ModelSpecError(
-            f"--input {text!r} is no shape", mend="write sizes without the batch, and a dtype if not float32: 3,224,224 or 128:int64"
-        )
-    return _made_up(shape, dtype, device)
-
-
-def _made_up(shape: Sequence[int], dtype: torch.dtype, device: str) -> Tensor:
-    """A batch of noise, the same in every run, so that what is measured on it means something; zeros where noise has no dtype."""
-    if device == "meta" or not dtype.is_floating_point:
-        return torch.zeros(BATCH, *shape, dtype=dtype, device=device)
-    return torch.randn(BATCH, *shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 __all__ = ["SUBCOMMANDS", "LastCheckpoint", "Recipe", "RecipeCLI", "name_configs", "run_recipe"]
 
+import inspect
+import re
 import signal
+import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import lightning as L
@@ -20,6 +24,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from pl_normkit.errors import ConfigError, NormkitError, nearest
+from pl_normkit.importing import import_object, summary_of
 from pl_normkit.recipes.callback_words import parse_callbacks
 from pl_normkit.recipes.editing import add_callbacks
 from pl_normkit.recipes.field import FieldRecorder
@@ -182,12 +187,16 @@ def run_recipe(recipe: Recipe, args: Sequence[str]) -> int:
                 parser_kwargs=parser_kwargs,
                 args=command,
             )
-        except (ArgumentError, ValueError) as error:
-            raise _explain_refusal(error, f"pl-normkit run {recipe.name} {command[0]}") from error
+        except NormkitError:
+            raise
         except SIGTERMException:
             return 128 + signal.SIGTERM
-        except SystemExit as stop:  # --help and --print_config end that way, and an interrupted training with code 1
-            return int(stop.code or 0)
+        except SystemExit as stop:
+            if _origin(stop) not in ("argparse", "jsonargparse", "lightning"):
+                raise
+            return int(stop.code or 0)  # --help and --print_config end that way, and an interrupted training with code 1
+        except Exception as error:
+            raise _explained(error, f"pl-normkit run {recipe.name} {command[0]}") from error
     return 0
 
 
@@ -244,16 +253,40 @@ def _read_keys(path: Path) -> set[str]:
     return set(content) if isinstance(content, dict) else set()
 
 
-def _explain_refusal(error: Exception, command: str) -> Exception:
-    """Jsonargparse wraps what a constructor raises: give the NormkitError within, or one that quotes a parser's refusal."""
+_REFUSED_OPTION = r"class_path '(?P<kind>[\w.]+)'.*Option '(?P<option>\w+)' is not accepted"  # as jsonargparse says it
+
+
+def _origin(error: BaseException) -> str:
+    """The top-level package of the code that raised it."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
+
+
+def _explained(error: Exception, command: str) -> Exception:
+    """Jsonargparse wraps what a constructor raises: give the NormkitError within, or one that quotes a parser's refusal.
+
+    What goes wrong where Lightning reads a checkpoint is the checkpoint's fault; all else is the training's own and stays as it is.
+    """
     cause: BaseException | None = error
-    while cause is not None:
+    while isinstance(error, (ArgumentError, ValueError)) and cause is not None:
         if isinstance(cause, NormkitError):
             return cause
         cause = cause.__cause__
-    if not isinstance(error, ArgumentError):
-        return error
-    return ConfigError("the options cannot be used", where=command, evidence=str(error), mend=f"see {command} --help")
+    if isinstance(error, ArgumentError) and (refused := re.search(_REFUSED_OPTION, str(error), re.DOTALL)):
+        kind = import_object(":".join(refused["kind"].rsplit(".", 1)))
+        names = [name for name in inspect.signature(kind).parameters if name != "self"]
+        what = f"{kind.__name__} has no option {refused['option']!r}"
+        return ConfigError(what, where=command, mend=nearest(refused["option"], names) or f"it has {', '.join(names)}")
+    if isinstance(error, ArgumentError):
+        return ConfigError("the options cannot be used", where=command, evidence=str(error), mend=f"see {command} --help")
+    if any(_reads_checkpoint(frame) for frame, _ in traceback.walk_tb(error.__traceback__)):
+        mend = "give a .ckpt file that `fit` of this recipe wrote, with the options of its training"
+        return ConfigError("the checkpoint cannot be restored", where="--ckpt_path", evidence=summary_of(error), mend=mend)
+    return error
+
+
+def _reads_checkpoint(frame: FrameType) -> bool:
+    return frame.f_code.co_name == "_parse_ckpt_path" or "checkpoint_connector" in str(frame.f_globals.get("__name__", ""))
 
 
 def _silence_lightning() -> None:

@@ -6,6 +6,7 @@ __all__ = ["IMAGE_SUFFIXES", "decode_picture", "find_images", "image_size", "ope
 
 import gzip
 import io
+import struct
 import zlib
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from pl_normkit.errors import DataError
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
-_REFUSALS = (OSError, ValueError, SyntaxError, EOFError, zlib.error)
+_REFUSALS = (OSError, ValueError, SyntaxError, EOFError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 def require_folder(folder: Path, what: str, mend: str = "give the right folder, such as --data.root PATH") -> None:

@@ -314,7 +314,7 @@ def test_pyproject_is_read(tmp_path: Path) -> None:
         tmp_path,
         '[tool.pl-normkit]\nselect = ["NK1"]\nignore = ["NK104"]\n[tool.pl-normkit.per-module-ignore]\n"encoder.*" = ["NK101"]\n',
     )
-    assert Selection.from_pyproject(tmp_path) == Selection(["NK1"], ["NK104"], {"encoder.*": ["NK101"]})
+    assert Selection.from_pyproject(tmp_path) == Selection(["NK1"], ["NK104"], {"encoder.*": ["NK101"]}, frozenset({"encoder.*"}))
 
 
 def test_the_nearest_pyproject_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

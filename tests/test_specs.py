@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import nn
 
 from pl_normkit.errors import ModelSpecError
 from pl_normkit.importing import import_object
-from pl_normkit.specs import build_model, parse_inputs
+from pl_normkit.specs import build_model
 
 USER_MODULE = """
 import torch
@@ -192,44 +190,31 @@ def test_a_torchvision_that_does_not_fit_torch_is_explained(monkeypatch: pytest.
     assert "install torch and torchvision together" in caught.value.mend
 
 
+def test_classes_of_transformers_and_diffusers_are_built_from_their_configurations(working_directory: Path) -> None:
+    bert = build_model("transformers:BertModel?num_hidden_layers=1&hidden_size=24&num_attention_heads=2")
+    assert (type(bert).__name__, len(bert.encoder.layer), bert.config.hidden_size) == ("BertModel", 1, 24)
+    assert all(parameter.is_meta for parameter in bert.parameters())
+    (working_directory / "config.json").write_text(
+        '{"model_type": "vit", "architectures": ["ViTForImageClassification"], "hidden_size": 24}'
+    )
+    vit = build_model("hf:config.json?num_hidden_layers=1&num_attention_heads=2")
+    assert (type(vit).__name__, vit.config.hidden_size) == ("ViTForImageClassification", 24)
+
+
 @pytest.mark.parametrize(
-    ("texts", "expected"),
+    ("spec", "what", "mend"),
     [
-        (["3,8,8"], [((2, 3, 8, 8), torch.float32)]),
-        (["128:int64"], [((2, 128), torch.int64)]),
-        (["3,8,8:bfloat16", "5"], [((2, 3, 8, 8), torch.bfloat16), ((2, 5), torch.float32)]),
-        ([" 3, 8"], [((2, 3, 8), torch.float32)]),
+        ("transformers:BertModl", "transformers has no model class 'BertModl'", "did you mean 'BertModel'?"),
+        ("transformers:BertConfig", "transformers has no model class 'BertConfig'", "did you mean 'Bert"),
+        ("transformers:BertModel?hidden_size=7", "cannot be built", "check the arguments"),
+        ("hf:nothing.json", "there is no configuration 'nothing.json'", "config.json"),
+        ("hf:userpkg", "the configuration 'userpkg' cannot be read", "config.json"),
     ],
 )
-def test_inputs_are_read_with_shape_and_dtype(texts: list[str], expected: list[Any]) -> None:
-    inputs = parse_inputs(texts, nn.Linear(1, 1))
-    assert [(tuple(tensor.shape), tensor.dtype, tensor.device.type) for tensor in inputs] == [(*one, "meta") for one in expected]
-
-
-@pytest.mark.parametrize("text", ["", "3,a", "3,0,2", "-1", "3,8:floaty", "3,8:nn", "3;8", "3,,8", ":int64", "3.5"])
-def test_a_text_that_is_no_shape_is_refused(text: str) -> None:
+def test_a_class_or_configuration_that_is_none(spec: str, what: str, mend: str) -> None:
     with pytest.raises(ModelSpecError) as caught:
-        parse_inputs([text], nn.Linear(1, 1))
-    assert caught.value.what == f"--input {text!r} is no shape"
-    assert "3,224,224" in caught.value.mend
-
-
-def test_the_models_own_inputs_are_taken_when_none_are_given() -> None:
-    assert tuple(parse_inputs([], build_model("userpkg.models:Net")).shape) == (4, 5)
-    (timm_input,) = parse_inputs([], build_model("timm:inception_v3"))
-    assert tuple(timm_input.shape) == (2, 3, 299, 299)
-
-
-def test_a_model_that_says_nothing_about_its_inputs_is_refused() -> None:
-    with pytest.raises(ModelSpecError, match="the input shape of this model is not known\n  mend: give it, without the batch"):
-        parse_inputs([], nn.Linear(1, 1))
-
-
-def test_inputs_of_a_model_in_memory_vary_and_are_the_same_in_every_run() -> None:
-    (first,), (second,) = (parse_inputs(["3,8,8"], nn.Linear(1, 1), device="cpu") for _ in range(2))
-    assert (torch.equal(first, second), bool(first.std() > 0.5)) == (True, True)
-    (tokens,) = parse_inputs(["8:int64"], nn.Linear(1, 1), device="cpu")
-    assert tokens.unique().tolist() == [0]
+        build_model(spec)
+    assert (what in caught.value.what, mend in caught.value.mend) == (True, True), caught.value
 
 
 def test_the_users_own_module_is_not_looked_for_in_the_registry() -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 __all__ = ["Transform", "image_files", "read_images", "transform_of"]
 
 import importlib
+import struct
+import warnings
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,11 +90,13 @@ def image_files(folder: Path) -> list[Path]:
 def read_images(files: Iterable[Path], transform: Transform) -> Iterator[Tensor]:
     """Each file as a tensor (C, H, W). Raises DataError naming a file that cannot be read."""
     pillow = importlib.import_module("PIL.Image")
+    refusals = (OSError, ValueError, SyntaxError, EOFError, MemoryError, struct.error, zlib.error, pillow.DecompressionBombError)
     for path in files:
         try:
-            with pillow.open(path) as picture:
+            with warnings.catch_warnings(), pillow.open(path) as picture:
+                warnings.simplefilter("error", pillow.DecompressionBombWarning)
                 image = transform(picture)
-        except (OSError, ValueError, SyntaxError) as error:
+        except (*refusals, pillow.DecompressionBombWarning) as error:
             raise DataError(
                 "the image cannot be read",
                 where=str(path),

@@ -17,15 +17,19 @@ if TYPE_CHECKING:
 
 _STYLES = {Severity.NOTE: "cyan", Severity.WARNING: "yellow", Severity.ERROR: "bold red"}
 _PLACES_SHOWN = 5
+_FRAME = len("| warning |  |  |")
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
     console = console or Console()
-    if report.findings:
+    finding_width, places_width = _widest_words(report)
+    if report.findings and finding_width + places_width + _FRAME > console.width:  # a path or call in a cell could not be copied
+        _print_lines(report, console)
+    elif report.findings:
         table = Table(title=f"pl_normkit: {escape(report.subject)}", title_justify="left", show_lines=True, expand=False)
         table.add_column("rule", no_wrap=True)
-        table.add_column("finding", overflow="fold")
-        table.add_column("places", overflow="fold")
+        table.add_column("finding", overflow="fold", min_width=finding_width)
+        table.add_column("places", overflow="fold", min_width=places_width)
         for finding in report.findings:
             table.add_row(_head(finding), _body(finding), _places(finding))
         console.print(table)
@@ -36,6 +40,26 @@ def print_report(report: Report, console: Console | None = None) -> None:
         console.print(f"[green]{escape(change)}[/green]")
     for note in report.notes:
         console.print(f"[dim]{note.kind}: {escape(note.text)}[/dim]")
+
+
+def _widest_words(report: Report) -> tuple[int, int]:
+    """Characters of the longest word among what is said of the findings, and among their places."""
+    body, places = (
+        max((len(word) for text in map(part, report.findings) for word in text.split()), default=0) for part in (_body, _places)
+    )
+    return body, places
+
+
+def _print_lines(report: Report, console: Console) -> None:
+    """For a narrow terminal: one thing a line, which the terminal itself may wrap."""
+    console.print(f"pl_normkit: {escape(report.subject)}", style="italic", soft_wrap=True)
+    for finding in report.findings:
+        style = _STYLES[finding.severity]
+        console.print(f"\n[{style}]{finding.code} {finding.severity.value}[/{style}]", soft_wrap=True)
+        for line in [*_body(finding).splitlines(), *_places(finding).splitlines()]:
+            console.print(f"  {line}", soft_wrap=True)
+    console.print()
+    console.print(_summary(report), soft_wrap=True)
 
 
 def _head(finding: Finding) -> str:

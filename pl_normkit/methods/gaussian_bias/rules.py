@@ -17,6 +17,7 @@ from pl_normkit.findings import Evidence, FixSafety, Place, Severity
 from pl_normkit.graph import Attention, Kind, ModelGraph, Node, call_arguments
 from pl_normkit.methods.gaussian_bias.find import TracedAttention, read_traced
 from pl_normkit.methods.gaussian_bias.fix import add_gaussian_bias
+from pl_normkit.methods.gaussian_bias.masks import CausalDeparture, departure_from_causal, lets_all_pass
 from pl_normkit.methods.gaussian_bias.modules import Grid
 from pl_normkit.preserve import preserved
 from pl_normkit.rules import Mark, Observation, Subject, rule
@@ -56,10 +57,20 @@ def attention_without_local_prior(subject: Subject) -> Iterator[Observation]:
     built smooth). On the meta device there are no weights to measure, and none are loaded.
 
     Example
-    `timm.create_model("vit_small_patch16_224")` before its first step.
+    ```python
+    import timm
+
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32)  # before its first step
+    ```
 
     Use instead
-    `add_gaussian_bias(model)` or the GaussianBias callback, before the optimizer is built.
+    ```python
+    import torch
+
+    from pl_normkit import add_gaussian_bias
+
+    add_gaussian_bias(model, example_inputs=torch.zeros(2, 3, 32, 32))  # or the GaussianBias callback, before the optimizer is built
+    ```
 
     Fix and its safety
     add_gaussian_bias adds two parameters per layer; unsafe: it changes the function and what is trained.
@@ -100,7 +111,8 @@ def _knows_positions(attention: Attention) -> bool:
     """Whether a bias or mask enters its logits, or its queries are turned by a rotary embedding."""
     node = attention.node
     if attention.fused:
-        return node.argument("attn_mask", 3, None) is not None or any(_is_rotated(operand) for operand in node.inputs[:2])
+        mask = node.argument("attn_mask", 3, None)
+        return (mask is not None and not lets_all_pass(mask)) or any(_is_rotated(operand) for operand in node.inputs[:2])
     while node.kind is not Kind.MATMUL and node.inputs:
         if node.kind is Kind.ADD or node.op in ("masked_fill", "where"):
             return True
@@ -147,21 +159,35 @@ def _neighbour_similarity(position: Tensor, grid: Grid) -> float | None:
 def attention_bias_never_reached(subject: Subject) -> Iterator[Observation]:
     """What it does
     Finds a bias or mask that was given to attention and does not reach its logits: a relative position module whose forward gives
-    another bias than the get_bias() that fused attention calls; parameters that act with fused attention off and not on; a mask with
-    values of its own that `is_causal=True` replaces.
+    another bias than the get_bias() that fused attention calls; parameters that act with fused attention off and not on; a mask
+    that is not the causal one and that `is_causal=True` replaces (a window, a bias).
 
     Why it hurts
     Nothing fails: the network trains without the bias or attends where it must not, and parameters of the bias get no gradient.
 
     Evidence
     The largest difference between the two biases, the parameters that only a second trace with fused attention off reads, or the largest
-    finite value in the mask that was replaced, each measured on this model.
+    finite value in the mask that was replaced, or the share of pairs that it and the causal one treat differently, each measured on
+    this model.
 
     Example
-    A subclass of timm's RelPosMlp that adds a Gaussian in `forward`. On timm's fused path (the default) `forward` is never called.
+    ```python
+    import torch
+    from torch import nn
+
+    attention, x = nn.MultiheadAttention(8, 2, batch_first=True), torch.randn(2, 16, 8)
+    future = torch.ones(16, 16, dtype=torch.bool).triu(1)
+    window = future | torch.ones(16, 16, dtype=torch.bool).tril(-4)  # the last four tokens alone
+    seen, _ = attention(x, x, x, attn_mask=window, is_causal=True, need_weights=False)  # sees all tokens before
+    ```
 
     Use instead
-    Override `get_bias()`, or let add_gaussian_bias do it. Put the causal part into the mask itself and leave `is_causal` False.
+    ```python
+    seen, _ = attention(x, x, x, attn_mask=window, need_weights=False)
+    ```
+
+    In a subclass of timm's RelPosMlp override `get_bias()`, which the fused path (the default) calls, and not `forward`; or let
+    add_gaussian_bias do it.
 
     Fix and its safety
     None is made: it takes a change of code.
@@ -245,17 +271,22 @@ def _read_by(graph: ModelGraph) -> set[str]:
 
 
 def _replaced_masks(model: nn.Module, graph: ModelGraph, subject: Subject) -> Iterator[Observation]:
-    """Masks that come along with `is_causal=True` and hold more than the causal pattern."""
+    """Masks that come along with `is_causal=True` and hold something else than the causal pattern."""
     suspects = [path for path in dict.fromkeys(_causal_modules(model, graph)) if "attn_mask" in _arguments(model.get_submodule(path))]
     if not suspects or not _can_measure(subject):
         return
-    largest = _masks_under_causal(model, suspects, subject.example_inputs)
-    if largest:
-        worst = max(largest, key=lambda path: largest[path])
+    found = _masks_under_causal(model, suspects, subject.example_inputs)
+    if found:
+        worst = max(found, key=lambda path: found[path])
+        largest, share = found[worst]
         yield Observation(
             message="an attention mask with values of its own comes along with is_causal=True, which replaces it",
-            places=[Place(path) for path in largest],
-            evidence=[Evidence(f"largest finite value in the mask of {worst}", largest[worst], expected="0")],
+            places=[Place(path) for path in found],
+            evidence=[
+                Evidence(f"largest finite value in the mask of {worst}", largest, expected="0")
+                if largest > 0
+                else Evidence(f"share of pairs that the mask of {worst} and the causal one treat differently", share, expected="0")
+            ],
             advice="put the causal part into the mask and pass is_causal=False",
             cause="is_causal",
         )
@@ -273,18 +304,17 @@ def _arguments(module: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(module.forward).parameters)
 
 
-def _masks_under_causal(model: nn.Module, paths: list[str], example_inputs: Any) -> dict[str, float]:
-    """The largest finite value of each mask that was replaced, from one pass in eval mode."""
-    largest: dict[str, float] = {}
+def _masks_under_causal(model: nn.Module, paths: list[str], example_inputs: Any) -> dict[str, CausalDeparture]:
+    """How far each mask that was replaced is from the causal one, from one pass in eval mode."""
+    found: dict[str, CausalDeparture] = {}
 
     def watch(path: str) -> Any:
         def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             call = {**dict(zip(_arguments(module), args, strict=False)), **kwargs}
             mask = call.get("attn_mask")
-            if call.get("is_causal") and isinstance(mask, Tensor) and mask.is_floating_point():
-                value = float(mask.detach().masked_fill(~mask.isfinite(), 0).abs().max())
-                if value > 0:
-                    largest[path] = value
+            departure = departure_from_causal(mask, module) if call.get("is_causal") and isinstance(mask, Tensor) else None
+            if departure is not None:
+                found[path] = departure
 
         return look
 
@@ -295,4 +325,4 @@ def _masks_under_causal(model: nn.Module, paths: list[str], example_inputs: Any)
             handle = model.get_submodule(path).register_forward_pre_hook(watch(path), with_kwargs=True)
             stack.callback(handle.remove)
         model(*args, **kwargs)
-    return largest
+    return found

@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 
 from pl_normkit.commands import command, lint_part
-from pl_normkit.errors import ConfigError
+from pl_normkit.errors import ConfigError, DataError
+from pl_normkit.importing import users_code
 from pl_normkit.methods.nan_safety.arguments import NOT_EMPTY, Bounds
 from pl_normkit.methods.nan_safety.loss_call import read_loss_call
 from pl_normkit.methods.nan_safety.replay import replay
@@ -57,6 +58,7 @@ def _domain(words: str) -> tuple[str, Bounds | str]:
 @command("replay", "run the operation of a NaNGuard file again", {"file": {"help": "a .pt file from a nan_guard folder"}})
 def _replay(options: argparse.Namespace) -> int:
     """0 when the event came again, 1 when it did not or the file alone does not allow it."""
-    report = replay(options.file)
-    print(report)  # noqa: T201
+    with users_code("the replay file cannot be used", where=options.file, mend="give a file that NaNGuard wrote", kind=DataError):
+        report = replay(options.file)
+        print(report)  # noqa: T201
     return int(not report.reproduced)

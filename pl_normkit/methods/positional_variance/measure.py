@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["SplitVariance", "VarianceReport", "measure_positional_variance", "observe", "watch"]
+__all__ = ["SplitVariance", "VarianceReport", "generators_kept", "measure_positional_variance", "observe", "watch"]
 
 import inspect
 import math
@@ -125,7 +125,7 @@ def measure_positional_variance(
     if max_batches < 1:
         raise ConfigError("max_batches must be at least 1", evidence=str(max_batches))
     network = unwrapped(model)
-    with preserved(network, buffers=True), _generators_kept(train_loader), _generators_kept(eval_loader):
+    with preserved(network, buffers=True), generators_kept(train_loader), generators_kept(eval_loader):
         train = _measure_split(network, train_loader, max_batches, training=True)
         evaluation = _measure_split(network, eval_loader, max_batches, training=False)
     for name, split in (("train_loader", train), ("eval_loader", evaluation)):
@@ -221,7 +221,7 @@ def watch(model: nn.Module, site: PositionalSite, sums: MomentSums) -> Iterator[
 
 
 @contextmanager
-def _generators_kept(loader: Any) -> Iterator[None]:
+def generators_kept(loader: Any) -> Iterator[None]:
     """Iterating a DataLoader draws from its own generators too; what prefetches from it holds it as `loader`."""
     loaders = [loader, getattr(loader, "loader", None), getattr(getattr(loader, "loader", None), "loader", None)]
     holders = [*loaders, *(getattr(inner, name, None) for inner in loaders for name in ("sampler", "batch_sampler"))]

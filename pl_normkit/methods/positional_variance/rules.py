@@ -33,6 +33,7 @@ from pl_normkit.methods.positional_variance.pipelines.variance import (
     residual,
     unnormalised,
 )
+from pl_normkit.methods.positional_variance.scaling_rules import scaling_mistakes
 from pl_normkit.rules import Mark, Needs, Observation, Subject, rule
 from pl_normkit.surgery import Changes, Filter
 
@@ -77,11 +78,19 @@ def mixup_shifts_positions(subject: Subject) -> Iterator[Observation]:
     model's patch embedding where both loaders may be read.
 
     Example
-    timm's Mixup(mixup_alpha=0.8, cutmix_alpha=1.0), as in the recipe of DeiT: ratio 0.85 over the whole run.
+    ```python
+    from timm.data import Mixup
+
+    mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0)  # as in the recipe of DeiT: ratio 0.85 over the whole run
+    ```
 
     Use instead
-    CutMix: Mixup(mixup_alpha=0., cutmix_alpha=1.0). It takes each pixel from one image and keeps the variance. Or
-    pl_normkit.nn.VarianceSafeMixup, our extension: it mixes the labels alike and gives the images their variance back.
+    ```python
+    mixup = Mixup(mixup_alpha=0.0, cutmix_alpha=1.0)
+    ```
+
+    CutMix takes each pixel from one image and keeps the variance. Or pl_normkit.nn.VarianceSafeMixup, our extension: it mixes the labels
+    alike and gives the images their variance back.
 
     Fix and its safety
     Advice only: the data are not part of the model. suggest_augmentation prints a configuration.
@@ -131,11 +140,19 @@ def erasing_shifts_positions(subject: Subject) -> Iterator[Observation]:
     loaders may be read. Constants are always reported, noise from a deviation of 5 % on.
 
     Example
-    timm's create_transform(re_prob=0.25): re_mode is "const" unless it is given.
+    ```python
+    from timm.data import create_transform
+
+    transform = create_transform(224, is_training=True, re_prob=0.25)  # re_mode is "const" unless it is given
+    ```
 
     Use instead
-    re_mode="pixel" with the default mean and std. With other statistics, pl_normkit.nn.VarianceSafeErasing(mean, std) with the mean and
-    std of the normalised images, which measure_positional_variance reports.
+    ```python
+    transform = create_transform(224, is_training=True, re_prob=0.25, re_mode="pixel")
+    ```
+
+    That fits the default mean and std. With other statistics take pl_normkit.nn.VarianceSafeErasing(mean, std) with the mean and std of
+    the normalised images, which measure_positional_variance reports.
 
     Fix and its safety
     Advice only: the data are not part of the model. suggest_augmentation prints a configuration.
@@ -188,11 +205,20 @@ def normalization_shifts_positions(subject: Subject) -> Iterator[Observation]:
     (ImageNet's mean and std; derived): 0.22 for mean = std = 0.5.
 
     Example
-    resolve_data_config of a timm model whose pretrained_cfg has mean = std = (0.5, 0.5, 0.5), then training from scratch.
+    ```python
+    from torchvision import transforms
+
+    train = transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    evaluation = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    ```
 
     Use instead
-    The default mean and std of ImageNet, or those of your own images, in both loaders. When fine-tuning, keep the checkpoint's and
-    fit the erasing noise to it (pl_normkit.nn.VarianceSafeErasing).
+    ```python
+    train = evaluation = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    ```
+
+    From scratch that is ImageNet's mean and std, or those of your own images. When fine-tuning, keep the checkpoint's and fit the erasing
+    noise to it (pl_normkit.nn.VarianceSafeErasing).
 
     Fix and its safety
     Advice only: the data are not part of the model. suggest_augmentation prints a configuration.
@@ -202,7 +228,7 @@ def normalization_shifts_positions(subject: Subject) -> Iterator[Observation]:
     thresholds (5 % between the loaders, 25 % from unit second moment or 0.25 from zero mean), and the exception for checkpoints.
     """
     site, data = subject.once(read_site), subject.once(read_data)
-    if site is None:
+    if site is None or subject.once(scaling_mistakes):  # NK706 says it
         return
     ratio = difference(*data.normalizations)
     if ratio is not None:
@@ -274,10 +300,23 @@ def resampled_positions_lost_variance(subject: Subject) -> Iterator[Observation]
     embedding about 1.
 
     Example
-    create_model("vit_base_patch16_224", pretrained=True, img_size=384); set_input_size; interpolate_pos_encoding=True.
+    ```python
+    import timm
+
+    model = timm.create_model("vit_tiny_patch16_224", depth=1)  # with pretrained=True
+    model.set_input_size((384, 384))  # as create_model(..., img_size=384) and transformers' interpolate_pos_encoding=True do
+    ```
 
     Use instead
-    The patch positions multiplied by 1 / sqrt(k), those of class and other prefix tokens unchanged.
+    ```python
+    import torch
+
+    from pl_normkit import rescale_positional_embedding
+
+    rescale_positional_embedding(model, torch.zeros(2, 3, 384, 384))
+    ```
+
+    It multiplies the patch positions by 1 / sqrt(k); those of class and other prefix tokens stay.
 
     Fix and its safety
     rescale_positional_embedding does that, reversibly, once; unsafe: it changes what the network computes until it is fine-tuned.
@@ -330,11 +369,19 @@ def border_shifts_positions(subject: Subject) -> Iterator[Observation]:
     loaders may be read; the measured one decides. From a deviation of 5 % and two standard errors on.
 
     Example
-    RandomCrop(32, padding=4) before Normalize on CIFAR: ratio 1.40. RandomRotation(30): 1.28.
+    ```python
+    from torchvision import transforms
+
+    crop = transforms.RandomCrop(32, padding=4)  # before Normalize on CIFAR: ratio 1.40; RandomRotation(30): 1.28
+    ```
 
     Use instead
-    padding_mode="reflect"; rotation of a larger image that is then cropped; fill with the mean colour for small areas; a higher lower bound
-    for the scale of random resized crops.
+    ```python
+    crop = transforms.RandomCrop(32, padding=4, padding_mode="reflect")
+    ```
+
+    Or rotate a larger image that is then cropped, fill with the mean colour where the area is small, raise the lower bound for the scale
+    of random resized crops.
 
     Fix and its safety
     Advice only: the data are not part of the model.
@@ -361,6 +408,8 @@ def border_shifts_positions(subject: Subject) -> Iterator[Observation]:
 def _unexplained(subject: Subject, site: PositionalSite, data: Data) -> Iterator[Observation]:
     """What is left of the measured ratio when all that the settings tell is taken out."""
     report, expected = subject.once(measured), subject.once(residual)
+    if subject.once(scaling_mistakes):
+        return
     if report is None or expected is None or subject.once(has_unread_mixing):
         return
     train, evaluation = ([step.what for step in steps if isinstance(step, Candidate)] for steps in (data.train, data.evaluation))

@@ -47,7 +47,7 @@ def read_history(path: Path) -> NormHistory:
         history = {
             role: [(int(step), float(norm)) for step, norm in points] for role, points in json.loads(path.read_text()).items() if points
         }
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DataError(
             "no gamma norms can be read",
             where=str(path),

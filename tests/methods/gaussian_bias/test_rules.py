@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import transformers
 from timm.layers.pos_embed_rel import RelPosMlp
 from torch import Tensor, nn
 
@@ -45,7 +46,7 @@ def trapped(learned: bool, fused: bool = True) -> tuple[nn.Module, Tensor]:
 
 
 def test_the_trap_is_one() -> None:
-    """The sheet's numbers: on the fused path nothing changes, on the unfused path something does."""
+    """On the fused path nothing changes, on the unfused path something does."""
     plain, images = build("relpos")
     expected = plain(images)
     assert torch.equal(trapped(True)[0](images), expected)
@@ -97,6 +98,52 @@ def test_a_mask_that_the_causal_hint_replaces(is_causal: bool, scale: float, fir
         assert found[0].evidence[0].value == pytest.approx(1.0)
 
 
+WINDOW = torch.ones(17, 17, dtype=torch.bool).tril(-4)
+FUTURE = torch.ones(17, 17, dtype=torch.bool).triu(1)
+
+
+def additive(blocked: Any) -> Any:
+    return torch.zeros(17, 17).masked_fill(blocked, float("-inf"))
+
+
+MASKS = {
+    "boolean window": (WINDOW | FUTURE, True),
+    "-inf window": (additive(WINDOW | FUTURE), True),
+    "window of very negative numbers": (additive(WINDOW | FUTURE).clamp(min=-1e9), True),
+    "boolean, causal": (FUTURE, False),
+    "-inf, causal": (additive(FUTURE), False),
+    "the future alone hidden less": (additive(FUTURE & (torch.arange(17) > 8)), True),
+}
+
+
+@pytest.mark.parametrize(("mask", "fires"), MASKS.values(), ids=MASKS)
+def test_masks_that_nn_multihead_attention_replaces(mask: Any, fires: bool) -> None:
+    """Whether the output differs from that of the mask alone says what is right."""
+
+    def attention() -> nn.Module:
+        made = CausalBias(True)
+        made.register_buffer("mask", mask)
+        return made
+
+    model = PlainViT(attention).train()  # no dropout; in eval mode torch's fast path takes a boolean mask after all
+    images = torch.randn(2, 3, 32, 32)
+    found = findings(model, images, "NK602")
+    replaced = model(images)
+    for module in model.modules():
+        if isinstance(module, CausalBias):
+            module.is_causal = False
+    assert torch.allclose(replaced, model(images), atol=1e-5) is not fires
+    assert [finding.cause for finding in found] == ["is_causal"] * fires
+
+
+@pytest.mark.parametrize("kind", ["ViT", "Dinov2"])
+def test_an_all_true_mask_of_transformers_is_no_position(kind: str) -> None:
+    settings = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 64}
+    model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**settings, patch_size=16))
+    (found,) = findings(model, torch.zeros(2, 3, 64, 64), "NK601")
+    assert (found.code, len(found.places)) == ("NK601", 2)
+
+
 def test_timm_s_unfused_attention_drops_a_mask_beside_is_causal_too() -> None:
     model, images = build("vit")
     for block in model.blocks:
@@ -110,7 +157,7 @@ def causal_and_mask(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any
 
 
 PLAIN = {"vit", "vit_rectangular", "vit_average", "vit_siglip", "deit_distilled", "deit3", "vit_registers", "vit_parallel"}
-PLAIN |= {"torchvision_vit", *OWN}  # transformers makes a mask while it is traced, and NK601 stays silent
+PLAIN |= {"torchvision_vit", "transformers_sdpa", *OWN}
 QUICK = {"vit_registers", "beit", "eva", "relpos", "swin", "swin_v2", "torchvision_vit", "transformers_sdpa", "own_unfused"}
 MODELS = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.zoo) for name in (*FAMILIES, *OWN)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "Data",
+    "as_fed",
     "difference",
     "expected_ratio",
     "has_unread_mixing",
@@ -98,7 +99,7 @@ def measured(subject: Subject) -> VarianceReport | None:
         return None
     if not _hooked(subject) and _is_normalised_later(subject.once(read_data)):
         return None
-    with _as_fed(subject) as (train, evaluation):
+    with as_fed(subject) as (train, evaluation):
         try:
             return measure_positional_variance(subject.model, train, evaluation)
         except (DataError, TraceError):  # batches of another form than the model's inputs: the settings are judged alone
@@ -112,7 +113,7 @@ def _hooked(subject: Subject) -> list[Any]:
 
 
 @contextmanager
-def _as_fed(subject: Subject) -> Iterator[tuple[Any, Any]]:
+def as_fed(subject: Subject) -> Iterator[tuple[Any, Any]]:
     """Both loaders as the model is fed by them; what hooks and modes change is put back."""
     assert subject.loaders is not None
     train, evaluation, owners = subject.loaders.train, subject.loaders.evaluation, _hooked(subject)
@@ -208,7 +209,7 @@ def has_unread_mixing(subject: Subject) -> bool:
     report, expected, loaders = subject.once(measured), subject.once(residual), subject.loaders
     if report is None or expected is None or loaders is None or loaders.train is None or report.rho > expected:
         return False
-    with _as_fed(subject) as (train, _):
+    with as_fed(subject) as (train, _):
         batch = next(iter(train), None)
     for leaf in tree_leaves(batch):
         if isinstance(leaf, Tensor) and leaf.dim() == 2 and leaf.is_floating_point() and leaf.shape[1] > 2:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["BATCH_HOOKS", "MIXUP", "Found", "class_path", "name_of", "own_hook", "read_loader", "read_owner"]
+__all__ = ["BATCH_HOOKS", "MIXUP", "Found", "class_path", "held_by", "name_of", "own_hook", "read_loader", "read_owner", "read_value"]
 
 import functools
 import inspect
@@ -50,6 +50,25 @@ def read_loader(loader: Any, name: str) -> list[Found]:
         if hasattr(inner, "dataset"):
             walk.loader(inner, name)
     return walk.found
+
+
+def read_value(value: Any, name: str) -> list[Found]:
+    """What a transform, a collate function or a container of such does."""
+    walk = _Walk()
+    walk.value(value, name, 1.0, 3)
+    return walk.found
+
+
+def held_by(function: Any) -> list[Any]:
+    """What a function refers to: arguments of a partial, the object of a method, defaults, variables around it and globals it names."""
+    if isinstance(function, functools.partial):
+        return [function.func, *function.args, *function.keywords.values()]
+    if not isinstance(function, (FunctionType, MethodType)):
+        return []
+    around = inspect.getclosurevars(function)
+    owner = [function.__self__] if isinstance(function, MethodType) else []
+    defaults = [item.default for item in inspect.signature(function).parameters.values()]
+    return [*owner, *defaults, *around.nonlocals.values(), *around.globals.values()]
 
 
 def read_owner(owner: Any, name: str) -> list[Found]:
