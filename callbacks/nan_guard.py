@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pl_normkit.callbacks._lightning import Callback
 from pl_normkit.callbacks._network import is_sharded
 from pl_normkit.errors import ConfigError, NonFiniteError
 from pl_normkit.methods.nan_safety.diagnosis import Diagnosis
@@ -51,7 +52,7 @@ class _Window:
     decided: bool = False
 
 
-class NaNGuard(pl.Callback):
+class NaNGuard(Callback):
     """Skip training steps whose loss, gradients or batch-norm statistics are not finite.
 
     A skipped step is an optimizer step that does not happen: weights and optimizer state are untouched, gradients are dropped, buffers
