@@ -7,6 +7,7 @@ __all__ = ["Fit", "after", "current_fit", "fit_of", "how_to_load", "in_first_net
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -165,6 +166,10 @@ class Fit:
                     where="Trainer(callbacks=[...])",
                     mend=f"put {type(callback).__name__} before {type(other).__name__}; the order decides which network is averaged",
                 )
+
+    def sharing(self) -> AbstractContextManager[None]:
+        """Traces within the block are shared."""
+        return shared_traces(self.traces)
 
     # -- what the networks are called with
 

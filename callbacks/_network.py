@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["after_configure_model", "guess_inputs", "is_sharded"]
+__all__ = ["Callback", "after_configure_model", "current_fit", "fit_of", "guess_inputs", "is_sharded", "traced_network"]
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from pl_normkit.callbacks._fit import after, current_fit, traced_network
-from pl_normkit.callbacks._lightning import is_sharded, overrides
+from pl_normkit.callbacks._fit import after, current_fit, fit_of, traced_network
+from pl_normkit.callbacks._lightning import Callback, is_sharded, overrides
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl

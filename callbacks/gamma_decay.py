@@ -14,12 +14,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from pl_normkit.callbacks._fit import current_fit, fit_of, traced_network
-from pl_normkit.callbacks._lightning import Callback, is_sharded
-from pl_normkit.callbacks._network import after_configure_model, guess_inputs
+from pl_normkit.callbacks._network import Callback, after_configure_model, current_fit, fit_of, guess_inputs, is_sharded, traced_network
 from pl_normkit.callbacks._wrapping import wrap_once
 from pl_normkit.errors import EditError, NormkitWarning, TraceError
-from pl_normkit.graph.sharing import shared_traces
 from pl_normkit.methods.weight_decay import DecayPolicy, ModelRoles, OptimizerSplitter, read_model
 from pl_normkit.methods.weight_decay.find import are_sharded, read_part
 from pl_normkit.methods.weight_decay.layout import SavedLayouts
@@ -95,7 +92,7 @@ class GammaDecay(Callback):
             if inputs is None and not last_chance:
                 return
         try:
-            with shared_traces(current_fit(trainer, pl_module).traces):
+            with current_fit(trainer, pl_module).sharing():
                 self.known = read_part(pl_module, traced_network(pl_module) or pl_module, inputs)
         except TraceError as error:
             self.known, failure = read_model(pl_module), str(error)
