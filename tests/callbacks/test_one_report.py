@@ -150,7 +150,7 @@ class Gan(pl.LightningModule):
         return [torch.optim.SGD(part.parameters(), 0.1) for part in (self.generator, self.discriminator)]
 
 
-@pytest.mark.filterwarnings("ignore:the role of")
+@pytest.mark.filterwarnings("ignore:the role of", "ignore:GammaDecay changes nothing")
 @pytest.mark.parametrize("other", [[], [GammaDecay()]])
 def test_every_network_is_read_once(other: list[Any]) -> None:
     audit = ModelAudit(select=["NK101"])
