@@ -5,29 +5,34 @@ from __future__ import annotations
 __all__ = ["AtrousRates"]
 
 import warnings
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
-import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
-from pl_normkit.callbacks._first_batch import guess_inputs, inputs_in
-from pl_normkit.callbacks._network import FirstCall, after_configure_model, traced_network
-from pl_normkit.errors import NormkitWarning
+from pl_normkit.callbacks._fit import Fit, current_fit, fit_of, how_to_load, in_first_network
+from pl_normkit.callbacks._lightning import Callback, say
+from pl_normkit.callbacks._network_calls import NetworkCall
+from pl_normkit.errors import NormkitWarning, NothingMatchedError
 from pl_normkit.methods.atrous_rates import set_atrous_rates
-from pl_normkit.methods.atrous_rates.fix import check_rates, edits_for
+from pl_normkit.methods.atrous_rates.fix import check_rates, edits_for, image_size
 from pl_normkit.methods.atrous_rates.rates import CENTRE, check_size
-from pl_normkit.surgery import Changes, apply_edits
+from pl_normkit.restoring import KEY, attribute_records
+from pl_normkit.surgery import Changes, apply_edits, path_of
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+_LOOKED_FOR = "ASPPs, parallel atrous convolutions of one feature map that are joined"
 
 
 class AtrousRates(Callback):
     """Calls `set_atrous_rates` before the first training step; weights, keys and optimizers stay as they are.
 
     With "auto" the crop is measured on two training samples when the fit is set up, else on `example_input_array`, else on the
-    first batch on its way into the network. Rank zero's measure counts on every rank. The rates that were set are stored in
-    checkpoints, and a resumed or evaluated checkpoint gets its own rates back: they belong to its weights.
+    first batch. Rank zero's measure counts on every rank. The rates that were set are stored in checkpoints, and a resumed or
+    evaluated checkpoint gets its own rates back: they belong to its weights. Without a Trainer `restore_edits` does that. A network
+    without an ASPP whose rates can be set gets one warning.
 
     Args:
         input_size: height and width of the training crop in pixels, or its side; "auto" measures it.
@@ -38,11 +43,10 @@ class AtrousRates(Callback):
     Attributes:
         changes: what was set; its `undo()` gives the former rates back. Empty before.
         rates_set: path in the LightningModule -> rate.
+        summary: what was set, in one line.
 
     Raises:
         ConfigError: for a bad size, c or rates, and where the feature map is too small for three live rates.
-        NothingMatchedError: when the network has no ASPP that can be edited.
-        TraceError: when the network cannot be read.
     """
 
     def __init__(
@@ -59,78 +63,84 @@ class AtrousRates(Callback):
         self.example_inputs = example_inputs
         self.changes = Changes()
         self.rates_set: dict[str, int] = {}
-        self._is_done = False
-        self._first_call: FirstCall | None = None
+        self.summary = ""
+        self._is_done = True  # until a fit is set up
+        self._has_said = False
+        self._records: list[dict[str, Any]] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._is_done = stage != "fit"
         if stage == "fit":
-            self._is_done = False
-            after_configure_model(pl_module, lambda: self._set_early(trainer, pl_module))
+            fit = fit_of(self, trainer, pl_module)
+            fit.edit(self, lambda: self._set_early(fit), _LOOKED_FOR, reads_inputs=True)
 
-    def _set_early(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        known = next((inputs for inputs in (self.example_inputs, pl_module.example_input_array) if inputs is not None), None)
-        samples = guess_inputs(trainer, pl_module) if known is None or self.input_size is None else None
-        sizes = [self.input_size, _image_size(samples), _image_size(known)]
-        size = trainer.strategy.broadcast(next((size for size in sizes if size is not None), None))
-        network = traced_network(pl_module)
-        if size is not None and network is not None:
-            self._set(pl_module, network, size, known if known is not None else samples)
+    def _set_early(self, fit: Fit) -> None:
+        calls = fit.calls(self.example_inputs)
+        size = self.input_size or self._crop(fit.rehearsed()) or self._crop(calls)
+        size = fit.trainer.strategy.broadcast(size)
+        if calls and size is not None:
+            self._set(fit, calls, size)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._is_done or self._first_call is not None:
-            return
-        network, inputs = traced_network(pl_module), inputs_in(batch, pl_module)
-        if network is not None and _image_size(inputs) is not None:
-            self._set_late(trainer, pl_module, network, inputs)
-        else:
-            is_wrapped = trainer.strategy.model is not pl_module
-            self._first_call = FirstCall(pl_module, lambda *call: self._set_late(trainer, pl_module, *call), is_wrapped=is_wrapped)
+        if not self._is_done:
+            fit = current_fit(trainer, pl_module)
+            fit.edit_now(self, lambda: self._set_late(fit, batch), _LOOKED_FOR)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._stop_watching()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._stop_watching()
-
-    def _stop_watching(self) -> None:
-        if self._first_call is not None:
-            self._first_call.remove()
-            self._first_call = None
-
-    def _set_late(self, trainer: pl.Trainer, pl_module: pl.LightningModule, network: nn.Module, inputs: Any) -> None:
-        size = trainer.strategy.broadcast(self.input_size or _image_size(inputs))
-        if size is not None:
-            self._set(pl_module, network, size, inputs)
-
-    def _set(self, pl_module: pl.LightningModule, network: nn.Module, size: tuple[int, int], inputs: Any) -> None:
-        changes = set_atrous_rates(network, size, rates=self.rates, c=self.c, example_inputs=inputs)
+    def _set_late(self, fit: Fit, batch: Any) -> None:
         self._is_done = True
+        calls = fit.calls_with(batch, self.example_inputs)
+        size = fit.trainer.strategy.broadcast(self.input_size or self._crop(calls))
+        if size is None:
+            raise NothingMatchedError("it is not known how large the images are", mend="pass input_size=")
+        self._set(fit, calls, size)
+
+    @staticmethod
+    def _crop(calls: Sequence[NetworkCall]) -> tuple[int, int] | None:
+        return image_size([call.inputs for call in calls])
+
+    def _set(self, fit: Fit, calls: Sequence[NetworkCall], size: tuple[int, int]) -> None:
+        self._is_done = True
+        before = _rates(fit.pl_module.modules())
+
+        def set_in(call: NetworkCall) -> Changes:
+            return set_atrous_rates(call.network, size, rates=self.rates, c=self.c, example_inputs=call.inputs)
+
+        call, changes = in_first_network(calls, set_in)
         if changes or not self.changes:
             self.changes = changes
-        prefix = next(name for name, module in pl_module.named_modules() if module is network)
-        for change in changes.made:
-            path = ".".join(part for part in (prefix, change.module) if part)
-            dilation: tuple[int, ...] = pl_module.get_submodule(path).dilation  # type: ignore[assignment]
-            self.rates_set[path] = max(dilation)
+        prefix = path_of(fit.pl_module, call.network)
+        paths = [".".join(part for part in (prefix, change.module) if part) for change in changes.made]
+        convolutions = {path: fit.pl_module.get_submodule(path) for path in paths}
+        after = _rates(convolutions.values())
+        self._keep(fit.pl_module, self.rates_set | {path: after[conv] for path, conv in convolutions.items()})
+        was, now = (", ".join(str(rates[conv]) for conv in convolutions.values()) for rates in (before, after))
+        self.summary = f"ASPP {was} -> {now}. {how_to_load(self)}"
+
+    def _keep(self, pl_module: pl.LightningModule, rates: dict[str, int]) -> None:
+        self.rates_set = rates
+        self._records = attribute_records(edits_for(pl_module, rates))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rates": dict(self.rates_set)}
+        return {"rates": dict(self.rates_set), KEY: self._records}
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._records and not self._has_said:
+            self._has_said = True
+            say(f"The weights of this checkpoint belong to an edited network. {how_to_load(self)}")
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Rates are in no state_dict of the model: the weights of a checkpoint need those they were trained with."""
         saved = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("rates", {})
         if not saved:
             return
-        if self._is_done and saved != self.rates_set:
+        if self._is_done and self.rates_set and saved != self.rates_set:
             asked = ", ".join(f"{path} {rate}" for path, rate in self.rates_set.items())
             kept = ", ".join(f"{path} {rate}" for path, rate in saved.items())
             warnings.warn(f"AtrousRates keeps the rates of the checkpoint ({kept}), not ({asked})", NormkitWarning, stacklevel=2)
         self.changes.add(apply_edits(pl_module, edits_for(pl_module, saved)))
-        self.rates_set, self._is_done = dict(saved), True
+        self._keep(pl_module, dict(saved))
+        self._is_done = True
 
 
-def _image_size(inputs: Any) -> tuple[int, int] | None:
-    """(height, width) of the largest tensor (N, C, H, W) among the inputs."""
-    images = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim() == 4]
-    largest = max(images, key=Tensor.numel, default=None)
-    return None if largest is None else (int(largest.shape[-2]), int(largest.shape[-1]))
+def _rates(modules: Iterable[nn.Module]) -> dict[nn.Module, int]:
+    return {module: max(module.dilation) for module in modules if isinstance(module, nn.Conv2d)}

@@ -10,13 +10,11 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from pl_normkit.callbacks._first_batch import guess_inputs
-from pl_normkit.callbacks._network import after_configure_model, is_sharded, traced_network
+from pl_normkit.callbacks._network import Callback, after_configure_model, current_fit, fit_of, guess_inputs, is_sharded, traced_network
 from pl_normkit.callbacks._wrapping import wrap_once
 from pl_normkit.errors import EditError, NormkitWarning, TraceError
 from pl_normkit.methods.weight_decay import DecayPolicy, ModelRoles, OptimizerSplitter, read_model
@@ -73,6 +71,7 @@ class GammaDecay(Callback):
         self._saved = SavedLayouts()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        fit_of(self, trainer, pl_module)
         if stage != "fit":
             return
         self._splitter = self.known = None
@@ -93,7 +92,8 @@ class GammaDecay(Callback):
             if inputs is None and not last_chance:
                 return
         try:
-            self.known = read_part(pl_module, traced_network(pl_module) or pl_module, inputs)
+            with current_fit(trainer, pl_module).sharing():
+                self.known = read_part(pl_module, traced_network(pl_module) or pl_module, inputs)
         except TraceError as error:
             self.known, failure = read_model(pl_module), str(error)
         if failure and self.policy.needs_roles:

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 __all__ = ["GaussianBias"]
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.distributed.tensor import DTensor
 
-from pl_normkit.callbacks._network import after_configure_model
-from pl_normkit.errors import EditError, NothingMatchedError
+from pl_normkit.callbacks._fit import fit_of
+from pl_normkit.callbacks._lightning import Callback
+from pl_normkit.errors import EditError
 from pl_normkit.methods.gaussian_bias.fix import add_gaussian_bias
 from pl_normkit.methods.gaussian_bias.modules import GaussianAttentionBias, check_amplitude, check_sigma
 from pl_normkit.surgery import Changes, Filter
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 
 class GaussianBias(Callback):
     """Calls `add_gaussian_bias` on the LightningModule in `setup`, so that optimizers and wrappers find the new parameters.
 
     A checkpoint of a run with it loads in every stage, since the parameters are there before weights are restored. Where the
-    network is built in `__init__` it is edited before `configure_model` shards it; where `configure_model` builds it, afterwards.
+    network is built in `__init__` it is edited before `configure_model` shards it; where `configure_model` builds it, afterwards. A
+    network without an attention that takes the bias gets one warning, and trains as it is.
 
     Args:
         per_head: one amplitude and sigma for each head, instead of one pair for each layer.
@@ -36,7 +38,6 @@ class GaussianBias(Callback):
 
     Raises:
         ConfigError: for a start value out of range.
-        NothingMatchedError, ModelSpecError: in `setup`, when no attention takes the bias.
         EditError: when `configure_model` both builds and shards the network; call `add_gaussian_bias` in it, between the two.
     """
 
@@ -56,13 +57,8 @@ class GaussianBias(Callback):
         self.changes = Changes()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if is_overridden("configure_model", pl_module):
-            try:
-                self._add(pl_module)
-            except NothingMatchedError:  # not built yet
-                after_configure_model(pl_module, lambda: self._add(pl_module))
-        else:
-            self._add(pl_module)
+        fit = fit_of(self, trainer, pl_module)
+        fit.edit(self, lambda: self._add(pl_module), "self-attention over a grid of patches", before_sharding=True)
 
     def _add(self, pl_module: pl.LightningModule) -> None:
         if self._is_unedited(pl_module) and any(isinstance(parameter, DTensor) for parameter in pl_module.parameters()):

@@ -12,12 +12,13 @@ import lightning.pytorch as pl
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pl_normkit.callbacks._lightning import Callback
 from pl_normkit.methods.nan_safety.budget import SkipBudget
 from pl_normkit.methods.nan_safety.guard import StepGuard
 from pl_normkit.methods.nan_safety.running import Surroundings
 
 
-class NaNGuard(pl.Callback):
+class NaNGuard(Callback):
     """Skip training steps whose loss, gradients or buffers are not finite; end a run whose weights or optimizer state are not.
 
     A skipped step is an optimizer step that does not happen: weights and optimizer state are untouched, gradients are dropped, buffers

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 __all__ = ["StochasticPooling"]
 
-import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
+from typing import TYPE_CHECKING
 
-from pl_normkit.callbacks._network import after_configure_model
+from pl_normkit.callbacks._fit import fit_of
+from pl_normkit.callbacks._lightning import Callback
 from pl_normkit.methods.stochastic_pooling.fix import stochastic_pooling
 from pl_normkit.methods.stochastic_pooling.functional import Scale, check_keep, check_scale
 from pl_normkit.surgery import Changes, Filter
 
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
 
 class StochasticPooling(Callback):
     """Calls `stochastic_pooling` on the LightningModule in `setup`; evaluation stays as it was.
+
+    A network without a pool that is chosen gets one warning, and trains as it is.
 
     Args:
         keep: share of each window that stays, in (0, 1].
@@ -26,7 +31,6 @@ class StochasticPooling(Callback):
 
     Raises:
         ConfigError: for keep or scale out of range.
-        NothingMatchedError: in `setup`, when no pool was chosen.
     """
 
     def __init__(self, keep: float = 0.5, filter_fn: Filter | None = None, scale: Scale = "sqrt") -> None:
@@ -36,7 +40,7 @@ class StochasticPooling(Callback):
         self.changes = Changes()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        after_configure_model(pl_module, lambda: self._swap(pl_module))
+        fit_of(self, trainer, pl_module).edit(self, lambda: self._swap(pl_module), "average pools")
 
     def _swap(self, pl_module: pl.LightningModule) -> None:
         changes = stochastic_pooling(pl_module, self.keep, self.filter_fn, scale=self.scale)

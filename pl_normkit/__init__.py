@@ -28,6 +28,8 @@ _CORE = {
     "pl_normkit.findings": ("Evidence", "Finding", "FixSafety", "Note", "NoteKind", "Place", "Severity"),
     "pl_normkit.receptive_field": ("ReceptiveField", "effective_receptive_field"),
     "pl_normkit.report": ("Report",),
+    "pl_normkit.restoring": ("restore_edits",),
+    "pl_normkit.run_audit": ("RunAudit",),
     "pl_normkit.subject": ("Loaders",),
     "pl_normkit.surgery": ("Changes",),
 }

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["audit", "audit_subject", "fix_findings", "traced"]
+__all__ = ["PlannedFix", "apply_fixes", "audit", "audit_subject", "fix_findings", "plan_fixes", "traced"]
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from pl_normkit.report import Report
 from pl_normkit.report.landmarks import Landmark
 from pl_normkit.rules import Fix, Loaders, Needs, Rule, Subject, load_rules
 from pl_normkit.selection import Selection
-from pl_normkit.surgery import Change, Changes
+from pl_normkit.surgery import Change, Changes, path_of
 from pl_normkit.wrappers import unwrapped
 
 
@@ -109,7 +108,7 @@ def _about(subject: Subject) -> dict[str, str]:
 def _landmarks(subject: Subject) -> list[Landmark]:
     if subject.graph is None:
         return []
-    graph, prefix = subject.graph, "" if subject.root is None or subject.model is None else _path_of(subject.model, subject.root)
+    graph, prefix = subject.graph, "" if subject.root is None or subject.model is None else path_of(subject.root, subject.model)
     nodes = {
         "residual addition": [add.node for add in graph.residual_adds],
         "norm": [norm.node for norm in graph.norms],
@@ -156,7 +155,7 @@ def _from_root(subject: Subject, findings: list[Finding]) -> list[Finding]:
     """The findings with paths as the user's own module names them."""
     if subject.root is None or subject.model is None or subject.root is subject.model:
         return findings
-    prefix = _path_of(subject.model, subject.root)
+    prefix = path_of(subject.root, subject.model)
 
     def move(place: Place) -> Place:
         return replace(place, module=_join(prefix, place.module))
@@ -169,6 +168,27 @@ def _names(subject: Subject) -> list[str]:
     if root is None:
         return []
     return [*(name for name, _ in root.named_modules()), *(name for name, _ in root.named_parameters())]
+
+
+@dataclass(frozen=True)
+class PlannedFix:
+    """One fix at some places: the rule whose fix it is, and paths in the audited module."""
+
+    code: str
+    places: tuple[str, ...]
+
+
+def plan_fixes(findings: Sequence[Finding], *, allow_unsafe: bool = False) -> list[PlannedFix]:
+    """The fix of every rule that fired, each fix once, at the places of the findings and nowhere else."""
+    allowed = {FixSafety.SAFE, FixSafety.UNSAFE} if allow_unsafe else {FixSafety.SAFE}
+    rules = load_rules()
+    found: dict[Fix, tuple[str, dict[str, None]]] = {}
+    for finding in findings:
+        fix = rules[finding.code].fix
+        if fix is not None and finding.fix_safety in allowed:
+            _, places = found.setdefault(fix, (finding.code, {}))
+            places.update(dict.fromkeys(place.module for place in finding.places))
+    return [PlannedFix(code, tuple(places)) for code, places in found.values()]
 
 
 def fix_findings(
@@ -195,19 +215,20 @@ def fix_findings(
     Raises:
         whatever a fix raises beside EditError; the model is as before then.
     """
-    allowed = {FixSafety.SAFE, FixSafety.UNSAFE} if allow_unsafe else {FixSafety.SAFE}
+    return apply_fixes(model, example_inputs, plan_fixes(findings, allow_unsafe=allow_unsafe), network=network)
+
+
+def apply_fixes(model: nn.Module, example_inputs: Any, fixes: Sequence[PlannedFix], *, network: nn.Module | None = None) -> Changes:
+    """What `fix_findings` does, from a plan; see there."""
     rules = load_rules()
-    found: dict[Fix, set[str]] = defaultdict(set)
-    for finding in findings:
-        fix = rules[finding.code].fix
-        if fix is not None and finding.fix_safety in allowed:
-            found[fix] |= {place.module for place in finding.places}
     network = unwrapped(model if network is None else network)
-    prefix = _path_of(network, model)
+    prefix = path_of(model, network)
     changes = Changes()
     try:
-        for fix, places in found.items():
-            _apply_fix(fix, network, example_inputs, {path.removeprefix(f"{prefix}.") for path in places}, changes)
+        for planned in fixes:
+            fix = rules[planned.code].fix
+            if fix is not None:
+                _apply_fix(fix, network, example_inputs, {path.removeprefix(f"{prefix}.") for path in planned.places}, changes)
     except BaseException:
         changes.undo()
         raise
@@ -222,10 +243,6 @@ def _apply_fix(fix: Fix, model: nn.Module, example_inputs: Any, places: Set[str]
         changes.add(fix(model, example_inputs, filter_fn=lambda _, path: path in places))
     except EditError as error:
         changes.skipped.append(Change("", str(error)))
-
-
-def _path_of(network: nn.Module, root: nn.Module) -> str:
-    return next((name for name, module in root.named_modules() if module is network), "")
 
 
 def _join(prefix: str, path: str) -> str:

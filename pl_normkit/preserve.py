@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["preserved"]
+__all__ = ["objects_kept", "preserved"]
 
+import copy
 import random
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -31,6 +33,90 @@ def preserved(model: nn.Module, *, buffers: bool = False) -> Iterator[None]:
         if buffers:
             stack.callback(_buffer_values(model))
         yield
+
+
+@contextmanager
+def objects_kept(*roots: object) -> Iterator[None]:
+    """Restore plain Python objects that hang on `roots` (data sets, transforms, counters of a module's own) when the block ends.
+
+    Their attributes, their lists, dicts and sets, and the state of random generators they hold; tensors and arrays, which may be
+    as large as the data, are not copied.
+    """
+    restorers: list[Callable[[], None]] = []
+    seen: set[int] = set()
+    waiting = deque(roots)
+    while waiting and len(seen) < _MOST_OBJECTS:
+        found = waiting.popleft()
+        if id(found) not in seen:
+            seen.add(id(found))
+            restorers += _object_restorers(found)
+            waiting.extend(_held_by(found))
+    try:
+        yield
+    finally:
+        for restore in restorers:
+            restore()
+
+
+_MOST_OBJECTS = 10_000
+_LONG = 1_000
+_NOT_PLAIN = (
+    *("builtins", "io", "logging", "threading", "multiprocessing", "concurrent", "asyncio"),
+    *("torch.nn", "torch._C", "lightning", "pytorch_lightning", "lightning_fabric", "numpy", "pandas", "pyarrow", "PIL"),
+)
+
+
+def _held_by(found: object) -> list[object]:
+    """Objects to look into next; not each entry of a long container, and nothing of the Trainer."""
+    held: list[object] = []
+    if isinstance(found, (list, tuple, set, deque)):
+        held = list(found) if len(found) <= _LONG else []
+    elif isinstance(found, dict):
+        held = list(found.values()) if len(found) <= _LONG else []
+    elif isinstance(found, nn.Module) or _is_plain(found):
+        held = list(vars(found).values())
+    return [value for value in held if isinstance(value, (list, tuple, set, deque, dict)) or _is_plain(value) or _is_generator(value)]
+
+
+def _is_plain(found: object) -> bool:
+    if not hasattr(found, "__dict__") or isinstance(found, (type, nn.Module, Tensor, ModuleType, FunctionType, MethodType)):
+        return False
+    home = type(found).__module__
+    return not any(home == name or home.startswith(f"{name}.") for name in _NOT_PLAIN)
+
+
+def _object_restorers(found: object) -> list[Callable[[], None]]:
+    if isinstance(found, (list, dict, set, deque)):
+        return [_container_content(found)]
+    if _is_generator(found):
+        return [_generator_state(found)]
+    if not _is_plain(found):
+        return []
+    attributes = vars(found)
+    return [_container_content(attributes)]
+
+
+def _is_generator(found: object) -> bool:
+    numpy = sys.modules.get("numpy")
+    own = isinstance(found, (random.Random, torch.Generator))
+    return own or (numpy is not None and isinstance(found, (numpy.random.Generator, numpy.random.RandomState)))
+
+
+def _generator_state(generator: Any) -> Callable[[], None]:
+    """The state of a random generator of Python, torch or numpy."""
+    if isinstance(generator, random.Random):
+        state = generator.getstate()
+        return lambda: generator.setstate(state)
+    if hasattr(generator, "bit_generator"):
+        bits = copy.deepcopy(generator.bit_generator.state)
+
+        def restore_bits() -> None:
+            generator.bit_generator.state = bits
+
+        return restore_bits
+    state = generator.get_state()
+    restore: Callable[[Any], None] = generator.set_state
+    return lambda: restore(state)
 
 
 def _attributes(model: nn.Module) -> Callable[[], None]:

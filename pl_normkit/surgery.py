@@ -23,6 +23,7 @@ __all__ = [
     "Undo",
     "apply_edits",
     "get_module",
+    "path_of",
 ]
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -89,6 +90,11 @@ def get_module(model: nn.Module, path: str) -> nn.Module:
     except AttributeError as error:
         names = [name for name, _ in model.named_modules()]
         raise EditError(f"the model has no module {path!r}", mend=nearest(path, names) or "see model.named_modules()") from error
+
+
+def path_of(model: nn.Module, module: nn.Module) -> str:
+    """The first path of `module` in `model`, "" where it is the model itself or no part of it."""
+    return next((name for name, found in model.named_modules() if found is module), "")
 
 
 def _paths_of(model: nn.Module, module: nn.Module) -> list[str]:

@@ -130,7 +130,7 @@ def test_imports_point_down(package: str, forbidden: list[str]) -> None:
 def test_lightning_stays_in_callbacks_and_recipes() -> None:
     importers = {name for name, targets in IMPORTS.items() if any(is_in(t, p) for t in targets for p in ("lightning", "pytorch_lightning"))}
     assert {name for name in importers if not is_in(name, "pl_normkit.callbacks") and not is_in(name, "pl_normkit.recipes")} == set()
-    assert "pl_normkit.callbacks.model_audit" in importers
+    assert "pl_normkit.callbacks._lightning" in importers
 
 
 def test_model_libraries_are_imported_by_the_recipes_only() -> None:

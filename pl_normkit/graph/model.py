@@ -12,6 +12,7 @@ from typing import Any, Literal
 from torch import nn
 
 from pl_normkit.graph.nodes import Kind, Node
+from pl_normkit.graph.sharing import store_in_use
 from pl_normkit.graph.structure import (
     PASSING,
     Attention,
@@ -67,7 +68,13 @@ class ModelGraph:
         Raises:
             TraceError: when `torch.export` cannot read the model; the message names the line.
         """
-        return cls(trace(unwrapped(model), example_inputs, training=training))
+        model = unwrapped(model)
+
+        def make() -> ModelGraph:
+            return cls(trace(model, example_inputs, training=training))
+
+        store = store_in_use()
+        return make() if store is None else store.graph(model, example_inputs, training, make)
 
     @cached_property
     def calls(self) -> Counter[tuple[str, str]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from pl_normkit.callbacks import GaussianBias
-from pl_normkit.errors import ConfigError, NothingMatchedError
+from pl_normkit.errors import ConfigError, NormkitWarning
 from pl_normkit.nn import GaussianAttentionBias
 from tests.callbacks.biased_runs import Module, network
 from tests.callbacks.processes import run_on_two_ranks
@@ -76,8 +76,17 @@ def test_it_is_added_once_over_all_stages_trained_and_resumed(kind: type[BuiltLa
 def test_bad_arguments_and_models_without_attention(tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
         GaussianBias(amplitude=0.0)
-    with pytest.raises(NothingMatchedError):
-        GaussianBias().setup(trainer(GaussianBias(), tmp_path), pl.LightningModule(), "fit")
+    module, callback, run = BuiltLate(), GaussianBias(), trainer(GaussianBias(), tmp_path)
+    module.net = torch.nn.Linear(3, 3)
+
+    def set_up(stage: str) -> None:
+        callback.setup(run, module, stage)
+        module.configure_model()
+
+    with pytest.warns(NormkitWarning, match="GaussianBias changes nothing: it looked for self-attention over a grid of patches"):
+        set_up("fit")
+    set_up("test")  # said once
+    assert "configure_model" not in vars(module)
 
 
 @pytest.fixture(scope="module")

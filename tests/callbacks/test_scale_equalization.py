@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from pl_normkit.callbacks import ScaleEqualization
-from pl_normkit.errors import ConfigError, DataError, EditError, NormkitWarning, NothingMatchedError
+from pl_normkit.errors import ConfigError, DataError, EditError, NormkitWarning
 from pl_normkit.methods.fusion_scale import equalize_scales
 from pl_normkit.nn import ScaleEqualizer
 from tests.callbacks.processes import run_on_two_ranks
@@ -196,9 +196,8 @@ def test_data_that_cannot_be_used() -> None:
         trainer(ScaleEqualization()).fit(module, DataLoader(NotANumber(), batch_size=2))
     assert caught.value.where == "batch 2"
     assert not equalizer(module).is_calibrated
-    with pytest.raises(ConfigError, match="not known what the network is called with") as unknown:
-        trainer(ScaleEqualization()).fit(Segmenter(), DataLoader(Endless(), batch_size=2))
-    assert "example_input_array" in unknown.value.mend
+    with pytest.warns(NormkitWarning, match="not known what the network is called with.*example_input_array"):
+        trainer(ScaleEqualization(), limit_train_batches=2).fit(Segmenter(), DataLoader(Endless(), batch_size=2))
     module = Segmenter()
     trainer(ScaleEqualization(max_batches=3, example_inputs=torch.zeros(2, 3, 16, 16)), limit_train_batches=2).fit(
         module, DataLoader(Endless(), batch_size=2)
@@ -244,7 +243,7 @@ def test_statistics_are_of_batches_as_the_training_step_gets_them() -> None:
 
 
 def test_a_stage_without_known_inputs_says_so() -> None:
-    with pytest.warns(NormkitWarning, match="leaves the network alone"):
+    with pytest.warns(NormkitWarning, match="ScaleEqualization changes nothing"):
         trainer(ScaleEqualization(), limit_test_batches=1).test(Segmenter(), DataLoader(Endless(), batch_size=2), verbose=False)
 
 
@@ -254,7 +253,7 @@ def test_wrong_arguments_and_models() -> None:
             ScaleEqualization(**options)  # type: ignore[arg-type]
     module = Segmenter()
     module.net = nn.Conv2d(3, 2, 1)  # type: ignore[assignment]
-    with pytest.raises(NothingMatchedError):
+    with pytest.warns(NormkitWarning, match="it looked for fusions of levels"):
         trainer(ScaleEqualization()).fit(module, loader())
 
 

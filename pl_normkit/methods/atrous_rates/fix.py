@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["check_rates", "edits_for", "fit_atrous_rates", "set_atrous_rates"]
+__all__ = ["check_rates", "edits_for", "fit_atrous_rates", "image_size", "set_atrous_rates"]
 
 import math
 import warnings
@@ -78,11 +78,17 @@ def set_atrous_rates(
 
 def fit_atrous_rates(model: nn.Module, example_inputs: Any, *, filter_fn: Filter | None = None) -> Changes:
     """`set_atrous_rates` for the size of the image in `example_inputs`."""
-    images = [leaf for leaf in tree_leaves(example_inputs) if isinstance(leaf, Tensor) and leaf.dim() == 4]
-    if not images:
+    size = image_size(example_inputs)
+    if size is None:
         raise NothingMatchedError("the example inputs hold no image (N, C, H, W), whose size would give the rates")
-    largest = max(images, key=Tensor.numel)
-    return set_atrous_rates(model, (largest.shape[-2], largest.shape[-1]), example_inputs=example_inputs, filter_fn=filter_fn)
+    return set_atrous_rates(model, size, example_inputs=example_inputs, filter_fn=filter_fn)
+
+
+def image_size(inputs: Any) -> tuple[int, int] | None:
+    """(height, width) of the largest tensor (N, C, H, W) among the inputs, None without any."""
+    images = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim() == 4]
+    largest = max(images, key=Tensor.numel, default=None)
+    return None if largest is None else (int(largest.shape[-2]), int(largest.shape[-1]))
 
 
 def _is_chosen(model: nn.Module, aspp: Aspp, filter_fn: Filter | None) -> bool:

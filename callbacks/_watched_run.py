@@ -1,0 +1,161 @@
+"""The first training step as `ModelAudit` sees it: collects what its report is made of, and says when it is complete."""
+
+from __future__ import annotations
+
+__all__ = ["WatchedRun"]
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from pl_normkit.callbacks._fit import Fit
+from pl_normkit.callbacks._lightning import is_compiled, is_sharded
+from pl_normkit.callbacks._network_calls import NetworkCalls, networks_in
+from pl_normkit.callbacks._report_of_run import loaders_of
+from pl_normkit.callbacks.gamma_decay import GammaDecay
+from pl_normkit.findings import NoteKind
+from pl_normkit.graph.sharing import shared_traces
+from pl_normkit.restoring import edit_records
+from pl_normkit.rules import load_rules
+from pl_normkit.run_audit import RunAudit
+from pl_normkit.selection import Selection
+from pl_normkit.subject import Needs
+
+if TYPE_CHECKING:
+    pass
+
+
+class WatchedRun:
+    """One fit under audit.
+
+    `audit.parts` takes what else is learnt of the step (facts of its backward, say): until the first optimizer step it enters the report,
+    in the batch after that it is added. The hooks say whether there is something to tell.
+
+    Args:
+        fit: what our callbacks share.
+        selection: the rules.
+        example_inputs: for the LightningModule's forward, None where they are to be found.
+        measure: whether rules may run the networks.
+        fix: as for `ModelAudit`.
+
+    Attributes:
+        audit: what is known so far.
+    """
+
+    def __init__(self, fit: Fit, selection: Selection, example_inputs: Any, *, measure: bool, fix: str) -> None:
+        self.audit = RunAudit(fit.pl_module, selection, measure=measure and not is_sharded(fit.trainer))
+        self._fit = fit
+        self._example_inputs = example_inputs
+        self._fix = fix
+        self._watch: NetworkCalls | None = None
+        self._batch: Any = None
+        self._batches_told = self._known = 0
+        self._is_first = True
+        self._had_inputs = self._has_loss = self._is_concluded = False
+
+    def fix(self) -> list[dict[str, Any]]:
+        """Let fixes act on all networks; their records for a checkpoint."""
+        records = []
+        calls = self._fit.calls(self._example_inputs)
+        self._had_inputs = bool(calls)
+        for network, inputs in calls:
+            planned = self.audit.fix(network, inputs, allow_unsafe=self._fix == "unsafe")
+            records += edit_records(self._fit.pl_module, network, inputs, planned)
+        return records
+
+    def start_batch(self, batch: Any) -> None:
+        self._batch = batch
+        module = self._fit.pl_module
+        if self._watch is None and not is_compiled(module):  # what runs compiled takes no hooks
+            self._watch = NetworkCalls(module, is_wrapped=self._fit.trainer.strategy.model is not module)
+
+    def before_backward(self, loss: Any) -> None:
+        """Each loss of the first step that has one."""
+        if self._is_first and not self._is_inside_compiled_step:
+            self._has_loss = True
+            self.audit.judge_loss(loss)
+
+    def before_optimizer_step(self) -> bool:
+        return self._has_loss and not self._is_concluded and not self._is_inside_compiled_step and self._conclude()
+
+    def end_batch(self) -> bool:
+        """What ran after the first optimizer step is judged here, and all where the optimizers stepped out of sight."""
+        if not (self._has_loss or is_compiled(self._fit.pl_module)):
+            return False
+        self._is_first = False
+        if not self._is_concluded:
+            self._conclude()
+        self._batches_told += 1
+        with shared_traces(self._fit.traces):
+            self._add_networks()
+            self.audit.judge_networks()
+            self.audit.judge_parts()
+        return True
+
+    def end_epoch(self) -> bool:
+        """A network that was not called in a whole epoch is waited for no longer."""
+        has_news = not self._is_concluded and self._conclude()
+        self.stop()
+        return has_news
+
+    @property
+    def is_over(self) -> bool:
+        """Whether every network was read whose parameters an optimizer holds, and the step after the first one was seen."""
+        if not self._is_concluded or self._batches_told < 2:
+            return False
+        is_new, self._known = self._known != len(self.audit.networks), len(self.audit.networks)
+        return is_new and self._has_seen_all()
+
+    def stop(self) -> None:
+        if self._watch is not None:
+            self._watch.finish()
+        self._watch = self._batch = None
+        self._fit.traces.forget()
+
+    def _conclude(self) -> bool:
+        """Judge everything that is known."""
+        trainer = self._fit.trainer
+        self._is_concluded = True
+        if any(isinstance(callback, GammaDecay) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            self.audit.selection = self.audit.selection.override(ignore=_rules_on_roles())
+        with shared_traces(self._fit.traces):
+            self._add_networks()
+            self.audit.judge(optimizers=trainer.optimizers, loaders=loaders_of(trainer, self._fit.pl_module))
+        if not self.audit.networks:
+            self.audit.note("no network ran in the first training step, so none was read: give example_inputs=", NoteKind.NOT_RUN)
+        if self._fix != "none" and not self._had_inputs and self.audit.is_fixable(allow_unsafe=self._fix == "unsafe"):
+            self.audit.note(f"fix={self._fix!r} needs inputs when the fit is set up: give example_inputs=", NoteKind.NOT_RUN)
+        return True
+
+    @property
+    def _is_inside_compiled_step(self) -> bool:
+        """A step that optimizes by hand calls back from inside what `torch.compile` made of it."""
+        module = self._fit.pl_module
+        is_whole = getattr(module, "_compiler_ctx", None) is not None and not module.automatic_optimization
+        return torch.compiler.is_compiling() or is_whole
+
+    def _add_networks(self) -> None:
+        known = self._fit.known_calls(self._example_inputs)
+        seen = self._watch.calls() if self._watch is not None else []
+        if not known and not seen and self._batch is not None:
+            known = self._fit.calls_with(self._batch)
+        for network, inputs in (*known, *seen):
+            if network not in self.audit.networks:
+                self.audit.add_network(network, _on_device_of(network, inputs))
+
+    def _has_seen_all(self) -> bool:
+        held = {id(p) for optimizer in self._fit.trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+        networks = [network for network in networks_in(self._fit.pl_module) if any(id(p) in held for p in network.parameters())]
+        return all(map(self.audit.has_read, networks))
+
+
+def _rules_on_roles() -> list[str]:
+    """`GammaDecay` makes the groups by its policy: what they decay is no finding, and to add it no advice."""
+    return [code for code, rule in load_rules().items() if {Needs.GRAPH, Needs.OPTIMIZERS} <= rule.needs]
+
+
+def _on_device_of(network: nn.Module, inputs: Any) -> Any:
+    device = next((parameter.device for parameter in network.parameters()), None)
+    return inputs if device is None else tree_map_only(Tensor, lambda tensor: tensor.to(device), inputs)
