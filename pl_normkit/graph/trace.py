@@ -23,7 +23,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pl_normkit.errors import TraceError
-from pl_normkit.graph.nodes import SHAPE_ONLY, Kind, Node, Read, Step, kind_of, shorten
+from pl_normkit.graph.masks import MASKING, Draw, draw_of, mask_on
+from pl_normkit.graph.nodes import LIKE_ANOTHER, SHAPE_ONLY, Kind, Node, Read, Step, kind_of, shorten
 from pl_normkit.preserve import preserved
 
 _STANDARD_LIBRARY = f"{sysconfig.get_path('stdlib')}/"
@@ -153,10 +154,11 @@ def _is_standard_library(file: str) -> bool:
 
 @dataclass
 class _Value:
-    """What a node of the exported graph stands for: an operation on the input's values, or parameters, or neither."""
+    """What a node of the exported graph stands for: an operation on the input's values, or parameters, or a random draw, or neither."""
 
     node: Node | None = None
     reads: tuple[Read, ...] = ()
+    draw: Draw | None = None
 
 
 @dataclass
@@ -177,7 +179,7 @@ class _Reader:
                 if spec is not None and spec.kind is InputKind.PARAMETER and spec.target is not None:
                     self._values[target] = _Value(reads=(Read(first_name.get(spec.target, spec.target), ()),))
                 elif spec is None or spec.kind is InputKind.USER_INPUT:
-                    self._values[target] = _Value(self._append(target, "input", Kind.INPUT, (), ()))
+                    self._values[target] = _Value(self._append(target, "input", Kind.INPUT, {}, ()))
         self._read_body(program.graph_module)
         return self.nodes
 
@@ -202,17 +204,23 @@ class _Reader:
         results = self._results.get(target.all_input_nodes[0]) if name == "getitem" else None
         if results is not None:
             return results[int(str(target.args[1]))]
-        if name in SHAPE_ONLY or _returns_nothing(target):
+        if _returns_nothing(target):
             return _Value()
+        if name in SHAPE_ONLY:
+            return _Value(draw=draw_of(name, target, {}, _shape_of(target)))
         op = name.rstrip("_") if name.endswith("_") and not name.startswith("__") else name
         inputs, reads = self._gather(target, op)
-        if not inputs:
-            return _Value(reads=reads)
-        node = self._append(target, op, kind_of(op, [read.parameter for read in reads]), inputs, reads)
-        value = _Value(node)
+        if inputs:
+            value = _Value(self._append(target, op, kind_of(op, [read.parameter for read in reads]), inputs, reads))
+        else:
+            value = _Value(reads=reads, draw=draw_of(name, target, self._draws(target), _shape_of(target)))
         if op != name:
             self._overwrite(target, value)
         return value
+
+    def _draws(self, target: torch.fx.Node) -> dict[str, Draw]:
+        values = ((argument, self._values.get(operand)) for argument, operand in _operands(target))
+        return {argument: value.draw for argument, value in values if value is not None and value.draw is not None}
 
     def _inner_body(self, target: torch.fx.Node, body: torch.fx.GraphModule) -> torch.fx.GraphModule | None:
         """The graph that a higher-order call runs (autocast, no_grad and checkpoint regions, the true branch of a cond)."""
@@ -234,32 +242,37 @@ class _Reader:
         self._results[target] = results
         return _Value()
 
-    def _gather(self, target: torch.fx.Node, op: str) -> tuple[tuple[Node, ...], tuple[Read, ...]]:
+    def _gather(self, target: torch.fx.Node, op: str) -> tuple[dict[Node, str], tuple[Read, ...]]:
         """What the call consumes: operations on activations, and parameters with the step into this call added to their path."""
-        inputs: dict[Node, None] = {}
+        inputs: dict[Node, str] = {}
         reads: dict[tuple[str, Step], Read] = {}
         for argument, operand in _operands(target):
+            if argument == "other" and op in LIKE_ANOTHER:
+                continue
             value = self._values.get(operand, _Value())
             if value.node is not None:
-                inputs[value.node] = None
+                inputs.setdefault(value.node, argument)
             step = Step(op, argument, _shape_of(operand))
             for read in value.reads:
                 path = (*read.path, step)
                 reads.setdefault((read.parameter, path[0]), Read(read.parameter, path))
         if not inputs and kind_of(op, ()) is Kind.VIEW:
-            return (), tuple(Read(read.parameter, read.path[:-1]) for read in reads.values())
-        return tuple(inputs), tuple(reads.values())
+            return {}, tuple(Read(read.parameter, read.path[:-1]) for read in reads.values())
+        return inputs, tuple(reads.values())
 
-    def _append(self, target: torch.fx.Node, op: str, kind: Kind, inputs: tuple[Node, ...], reads: tuple[Read, ...]) -> Node:
+    def _append(self, target: torch.fx.Node, op: str, kind: Kind, inputs: dict[Node, str], reads: tuple[Read, ...]) -> Node:
+        mask = mask_on(op, self._draws(target), _shape_of(target)) if op in MASKING else None
         node = Node(
             index=len(self.nodes),
             op=op,
-            kind=kind,
-            inputs=inputs,
+            kind=Kind.DROPOUT if mask is not None else kind,
+            inputs=tuple(inputs),
+            arguments=tuple(inputs.values()),
             reads=reads,
             module=_module_of(target),
             shape=_shape_of(target),
             target=target,
+            mask=mask,
         )
         for source in inputs:
             source.users.append(node)

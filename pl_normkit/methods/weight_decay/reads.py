@@ -269,6 +269,8 @@ def _as_factor(last: Step, node: Node, context: Context) -> Role:
 
 
 def _in_addcmul(last: Step, node: Node, context: Context) -> Role:
+    if last.argument != "self" and any(add.node is node for add in context.graph.residual_adds):
+        return Role.LAYER_SCALE
     return (_in_sum if last.argument == "self" else _as_factor)(last, node, context)
 
 
