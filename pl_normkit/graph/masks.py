@@ -120,7 +120,8 @@ def mask_on(op: str, operands: Mapping[str, Draw], shape: tuple[int, ...]) -> Ma
     sizes = (1,) * (len(shape) - len(mask.shape)) + mask.shape
     over_positions = (*shape[:2], *(1,) * (len(shape) - 2))
     by_channel = len(shape) > 2 and (sizes == over_positions or (len(shape) == 3 and sizes == (shape[0], 1, shape[2])))
-    if len(shape) < 2 or (sizes != shape and not by_channel):
+    is_per_sample = math.prod(sizes[1:]) == 1
+    if len(shape) < 2 or is_per_sample or (sizes != shape and not by_channel):
         return None
     return Mask(1 - mask.value if op == "masked_fill" else mask.value, sizes != shape)
 

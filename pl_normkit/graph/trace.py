@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -188,6 +189,16 @@ class _Reader:
         first: dict[int, str] = {}
         return {name: first.setdefault(id(p), name) for name, p in self.model.named_parameters(remove_duplicate=False)}
 
+    @cached_property
+    def _aliases(self) -> dict[str, str]:
+        """Other paths of modules that are reached by several, each with the first, which `named_modules` gives."""
+        first: dict[int, str] = {}
+        paths = ((path, first.setdefault(id(module), path)) for path, module in self.model.named_modules(remove_duplicate=False))
+        return {path: name for path, name in paths if path != name}
+
+    def _first_path(self, path: str) -> str:
+        return self._aliases.get(path, path)
+
     def _read_body(self, body: torch.fx.GraphModule) -> list[_Value]:
         for target in body.graph.nodes:
             if target.op == "call_function":
@@ -269,7 +280,7 @@ class _Reader:
             inputs=tuple(inputs),
             arguments=tuple(inputs.values()),
             reads=reads,
-            module=_module_of(target),
+            module=self._first_path(_module_of(target)),
             shape=_shape_of(target),
             target=target,
             mask=mask,

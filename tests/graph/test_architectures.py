@@ -194,3 +194,22 @@ def test_module_of_shared_and_tied_parts_is_the_first_name() -> None:
 
     assert (weights[0].parameters, weights[-1].parameters) == (("embedding.weight",), ("embedding.weight",))
     assert (weights[0].module, weights[-1].module) == ("embedding", "output")
+
+
+class Aliased(nn.Module):
+    """One block under two names, called by the second (monai's DynUNet builds its skip layers so)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+        self.wrapper = nn.Sequential(self.block)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.wrapper(x)
+
+
+def test_module_reached_under_an_alias_is_named_as_named_modules_does() -> None:
+    model = Aliased()
+    known = dict(model.named_modules())
+
+    assert {node.module for node in ModelGraph.from_model(model, FEATURES).nodes if node.module} <= set(known)

@@ -45,6 +45,7 @@ DROPOUTS: dict[str, tuple[Callable[[Tensor], Tensor], float, bool]] = {
 }
 QUIET: dict[str, Callable[[Tensor], Tensor]] = {
     "stochastic depth": lambda x: x * torch.bernoulli(torch.full((2, 1, 1, 1), 0.8)) / 0.8,
+    "stochastic depth on a single channel": lambda x: x[:, :1] * torch.bernoulli(torch.full((2, 1, 1, 1), 0.8)),
     "hidden positions": lambda x: x * (torch.rand(2, 1, 6, 6) < 0.5),
     "uniform noise": lambda x: x * torch.rand_like(x),
     "noise added": lambda x: x + torch.bernoulli(torch.full_like(x, 0.5)),
