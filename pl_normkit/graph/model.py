@@ -11,9 +11,11 @@ from typing import Any
 
 from torch import nn
 
+from pl_normkit.errors import TraceError
 from pl_normkit.graph.heads import find_heads
 from pl_normkit.graph.nodes import Kind, Node
 from pl_normkit.graph.norms import find_norms
+from pl_normkit.graph.parts import read_partly
 from pl_normkit.graph.paths import last_resize
 from pl_normkit.graph.residual import Sum, as_residual, find_sums, is_attention, joins_features
 from pl_normkit.graph.structure import Attention, Branch, Dropout, Fusion, FusionInput, Head, Norm, ResidualAdd
@@ -27,12 +29,14 @@ class ModelGraph:
 
     Attributes:
         nodes: the operations on activations in execution order.
+        unseen: what the reading leaves out, in words; "" where it is whole.
     """
 
     nodes: list[Node]
+    unseen: str = ""
 
     @classmethod
-    def from_model(cls, model: nn.Module, example_inputs: Any, *, training: bool = True) -> ModelGraph:
+    def from_model(cls, model: nn.Module, example_inputs: Any, *, training: bool = True, partly: bool = False) -> ModelGraph:
         """Trace `model` in training mode; the model, its buffers, mode and every RNG stay as they are.
 
         Args:
@@ -40,11 +44,21 @@ class ModelGraph:
             example_inputs: a tensor, a tuple of positional or a dict of keyword arguments, nested containers allowed;
                 a batch of one is repeated where a batch norm needs two samples.
             training: False traces it in eval mode.
+            partly: where the training graph cannot be exported, read the eval graph or, failing that, the parts that can be; `unseen`
+                then says so.
 
         Raises:
             TraceError: when `torch.export` cannot read the model; the message names the line.
         """
-        return cls(trace(unwrapped(model), example_inputs, training=training))
+        model = unwrapped(model)
+        try:
+            return cls(trace(model, example_inputs, training=training))
+        except TraceError as error:
+            read = read_partly(model, example_inputs) if partly else None
+            if read is None:
+                raise
+            nodes, unseen = read
+            return cls(nodes, f"{error}\n  so: {unseen}")
 
     @cached_property
     def calls(self) -> Counter[tuple[str, str]]:

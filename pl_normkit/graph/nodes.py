@@ -115,7 +115,7 @@ class Node:
         kind: what the operation does.
         inputs: operations whose values it consumes, in argument order (never parameters or masks).
         arguments: for each of `inputs` the (first) argument of the aten schema that it is passed as.
-        mask: the random mask it multiplies by, where that makes it a dropout written out.
+        mask: for a dropout written out the random mask it multiplies by, for one in an eval graph what it does in training.
         users: operations that consume its value.
         reads: the parameters it consumes, and how they come to it.
         module: path of the innermost module that ran it.

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["call_arguments", "trace"]
+__all__ = ["Arguments", "call_arguments", "place_arguments", "trace", "trace_call"]
 
 import dataclasses
 import io
 import logging
-import sysconfig
-import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
@@ -23,15 +21,16 @@ from torch.export.graph_signature import InputKind
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from pl_normkit.errors import TraceError
-from pl_normkit.graph.masks import MASKING, Draw, draw_of, mask_on
-from pl_normkit.graph.nodes import LIKE_ANOTHER, SHAPE_ONLY, Kind, Node, Read, Step, kind_of, shorten
+from pl_normkit.graph.explain import explain
+from pl_normkit.graph.masks import MASKING, Draw, Mask, draw_of, mask_on
+from pl_normkit.graph.nodes import LIKE_ANOTHER, SHAPE_ONLY, Kind, Node, Read, Step, kind_of
 from pl_normkit.preserve import preserved
 
-_STANDARD_LIBRARY = f"{sysconfig.get_path('stdlib')}/"
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a call."""
 
 
-def call_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def call_arguments(example_inputs: Any) -> Arguments:
     """How `example_inputs` is passed: a tuple as positional, a dict as keyword arguments, anything else as the only one."""
     if isinstance(example_inputs, tuple):
         return example_inputs, {}
@@ -45,21 +44,45 @@ def trace(model: nn.Module, example_inputs: Any, *, training: bool = True) -> li
 
     Raises TraceError, with the user's line, when the model cannot be exported.
     """
-    return _Reader(model).read(_export(model, example_inputs, training))
+    return trace_call(model, call_arguments(example_inputs), training=training)
 
 
-def _export(model: nn.Module, example_inputs: Any, training: bool) -> ExportedProgram:
-    arguments = _place(model, call_arguments(example_inputs))
+def trace_call(model: nn.Module, arguments: Arguments, *, training: bool, as_in_training: bool = False) -> list[Node]:
+    """`trace` by positional and keyword arguments; `as_in_training` gives the dropouts of an eval graph the probabilities of training."""
+    return _Reader(model, as_in_training).read(_export(model, place_arguments(model, arguments), training))
+
+
+class _Root(nn.Module):
+    """Holds the model without attributes of its own: export refuses a root whose attributes hold tensors it did not hold before."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.add_module(_ROOT, model)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._modules[_ROOT](*args, **kwargs)  # type: ignore[misc]
+
+
+_ROOT = "model"
+
+
+def _without_root(name: str) -> str:
+    return "" if name == _ROOT else name.removeprefix(f"{_ROOT}.")
+
+
+def _export(model: nn.Module, arguments: Arguments, training: bool) -> ExportedProgram:
     with preserved(model), _plain_sync_norms(model), _plain_outputs(model), torch.compiler.set_stance("force_eager"), _quiet():
         if model.training is not training:
             model.train(training)
+        root = _Root(model)
+        root.training = training
         for args, kwargs in (arguments, _double_batch(arguments)):
             try:
-                return torch.export.export(model, args, kwargs, strict=False)
+                return torch.export.export(root, args, kwargs, strict=False)
             except Exception as error:
                 needs_two_samples = isinstance(error, ValueError) and "more than 1 value per channel" in str(error)
                 if not needs_two_samples or args is not arguments[0] or not _is_batch_of_one(arguments):
-                    raise _explain(model, error, args, kwargs) from error
+                    raise explain(model, error, args, kwargs) from error
     raise AssertionError("unreachable: the second attempt returns or raises")
 
 
@@ -76,12 +99,15 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _place(model: nn.Module, arguments: Any) -> Any:
+def place_arguments(model: nn.Module, arguments: Arguments) -> Arguments:
     """Arguments on the model's device; on the meta device that costs no memory, and off it only their shapes were known."""
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), None)
     if device is None:
         return arguments
-    return tree_map_only(Tensor, lambda tensor: torch.zeros_like(tensor, device=device) if tensor.is_meta else tensor.to(device), arguments)
+    placed: Arguments = tree_map_only(
+        Tensor, lambda tensor: torch.zeros_like(tensor, device=device) if tensor.is_meta else tensor.to(device), arguments
+    )
+    return placed
 
 
 def _is_batch_of_one(arguments: Any) -> bool:
@@ -135,24 +161,6 @@ def _tensors_in(output: Any) -> list[Tensor]:
     return found
 
 
-def _explain(model: nn.Module, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TraceError:
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename]
-    inner = [frame for frame in frames if "pl_normkit/graph/" not in frame.filename and not _is_standard_library(frame.filename)]
-    shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
-    message = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return TraceError(
-        f"{type(model).__name__} cannot be read by torch.export with inputs {shapes or 'given'}",
-        where=f"{shorten(inner[-1].filename)}:{inner[-1].lineno}" if inner else "",
-        evidence=f"{type(error).__name__}: {message[:300]}",
-        mend="check the input shapes; take data-dependent control flow out of forward, or audit the submodule that holds the layers"
-        + ("; a dict is passed as keyword arguments: write ({...},) for a forward that takes the dict itself" if kwargs else ""),
-    )
-
-
-def _is_standard_library(file: str) -> bool:
-    return file.startswith(_STANDARD_LIBRARY) and "-packages/" not in file
-
-
 @dataclass
 class _Value:
     """What a node of the exported graph stands for: an operation on the input's values, or parameters, or a random draw, or neither."""
@@ -167,6 +175,7 @@ class _Reader:
     """Walks the exported graph in order and keeps what depends on the input's values."""
 
     model: nn.Module
+    as_in_training: bool = False
     nodes: list[Node] = field(default_factory=list)
     _values: dict[torch.fx.Node, _Value] = field(default_factory=dict)
     _results: dict[torch.fx.Node, list[_Value]] = field(default_factory=dict)
@@ -178,7 +187,8 @@ class _Reader:
             if target.op == "placeholder":
                 spec = specs.get(target.name)
                 if spec is not None and spec.kind is InputKind.PARAMETER and spec.target is not None:
-                    self._values[target] = _Value(reads=(Read(first_name.get(spec.target, spec.target), ()),))
+                    name = _without_root(spec.target)
+                    self._values[target] = _Value(reads=(Read(first_name.get(name, name), ()),))
                 elif spec is None or spec.kind is InputKind.USER_INPUT:
                     self._values[target] = _Value(self._append(target, "input", Kind.INPUT, {}, ()))
         self._read_body(program.graph_module)
@@ -285,6 +295,8 @@ class _Reader:
             target=target,
             mask=mask,
         )
+        if self.as_in_training and node.kind is Kind.DROPOUT and mask is None:
+            node.mask = Mask(float(node.argument("p", 1, 0.5) or 0.0), node.drops_channels)
         for source in inputs:
             source.users.append(node)
         self.nodes.append(node)
@@ -329,4 +341,4 @@ def _name_of(target: torch.fx.Node) -> str:
 def _module_of(target: torch.fx.Node) -> str:
     stack = target.meta.get("nn_module_stack") or {}
     path: str = next(reversed(stack.values()))[0] if stack else ""
-    return path.partition("@")[0]
+    return _without_root(path.partition("@")[0])

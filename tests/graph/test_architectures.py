@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from pl_normkit.graph import Kind, ModelGraph
-from tests.conftest import REFUSES_STATE
 from tests.graph.networks import (
     AttentionBlock,
     Block,
@@ -107,9 +106,6 @@ TOYS: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, int]]] = {
 @pytest.mark.parametrize("name", TOYS)
 def test_toy_structure_is_as_counted_by_hand(name: str) -> None:
     build, example_inputs, expected = TOYS[name]
-    if name == "forward that keeps state" and REFUSES_STATE:
-        pytest.skip("this torch refuses to export it")
-
     assert structure(build(), example_inputs) == expected
 
 

@@ -50,9 +50,14 @@ def _always_on(subject: Subject, dropouts: Sequence[Dropout]) -> frozenset[Node]
 
 
 def _variance_shift(subject: Subject) -> dict[str, float]:
-    """The measured ratio per norm; empty where the subject holds no real batch of two or more (zeros have no variance to shift)."""
+    """The measured ratio per norm; empty where the subject holds no real batch of two or more (zeros have no variance to shift).
+
+    Also where the training pass could not be read whole: it may not run with these inputs alone.
+    """
     tensors = [leaf for leaf in tree_leaves(subject.example_inputs) if isinstance(leaf, Tensor)]
     if subject.model is None or not subject.measure or any(t.is_meta or t.dim() == 0 or t.shape[0] < 2 for t in tensors):
+        return {}
+    if _graph(subject).unseen:
         return {}
     if tensors and all(bool((tensor == tensor.flatten()[:1]).all()) for tensor in tensors):
         return {}
