@@ -9,8 +9,8 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, field
+from contextlib import contextmanager, redirect_stderr, suppress
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,9 +21,11 @@ from torch.export.graph_signature import InputKind
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from pl_normkit.errors import TraceError
 from pl_normkit.graph.explain import explain
 from pl_normkit.graph.masks import MASKING, Draw, Mask, draw_of, mask_on
 from pl_normkit.graph.nodes import LIKE_ANOTHER, SHAPE_ONLY, Kind, Node, Read, Step, kind_of
+from pl_normkit.graph.repeated import Call, find_rows, stand_ins
 from pl_normkit.preserve import preserved
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -49,7 +51,13 @@ def trace(model: nn.Module, example_inputs: Any, *, training: bool = True) -> li
 
 def trace_call(model: nn.Module, arguments: Arguments, *, training: bool, as_in_training: bool = False) -> list[Node]:
     """`trace` by positional and keyword arguments; `as_in_training` gives the dropouts of an eval graph the probabilities of training."""
-    return _Reader(model, as_in_training).read(_export(model, place_arguments(model, arguments), training))
+    placed = place_arguments(model, arguments)
+    rows = find_rows(model)
+    if rows:
+        with suppress(TraceError, BlocksDifferError), stand_ins(rows) as calls:
+            program = _export(model, placed, training)
+            return _Reader(model, as_in_training, calls=tuple(calls)).read(program)
+    return _Reader(model, as_in_training).read(_export(model, placed, training))
 
 
 class _Root(nn.Module):
@@ -170,18 +178,37 @@ class _Value:
     draw: Draw | None = None
 
 
+class BlocksDifferError(Exception):
+    """Blocks that were taken for alike are not."""
+
+
+@dataclass
+class _Block:
+    """A block that was traced: the values it was given, its operations, the values it returned."""
+
+    path: str
+    given: list[_Value]
+    first: int
+    nodes: list[Node] = field(default_factory=list)
+    returned: list[_Value] = field(default_factory=list)
+
+
 @dataclass
 class _Reader:
     """Walks the exported graph in order and keeps what depends on the input's values."""
 
     model: nn.Module
     as_in_training: bool = False
+    calls: tuple[Call, ...] = ()
     nodes: list[Node] = field(default_factory=list)
     _values: dict[torch.fx.Node, _Value] = field(default_factory=dict)
     _results: dict[torch.fx.Node, list[_Value]] = field(default_factory=dict)
+    _blocks: dict[int, _Block] = field(default_factory=dict)
 
     def read(self, program: ExportedProgram) -> list[Node]:
-        first_name = self._first_names()
+        if self.calls:
+            _unmark(program)
+        first_name = self._first_name_of
         specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
         for target in program.graph.nodes:
             if target.op == "placeholder":
@@ -193,6 +220,82 @@ class _Reader:
                     self._values[target] = _Value(self._append(target, "input", Kind.INPUT, {}, ()))
         self._read_body(program.graph_module)
         return self.nodes
+
+    def _read_block(self, target: torch.fx.Node, name: str) -> _Value:
+        """One of `block_operators`: a block begins, ends, or is one that was traced before."""
+        number = int(str(target.args[1]))
+        call, values = self.calls[number], [self._values.get(leaf, _Value()) for leaf in tree_leaves(target.args[0])]
+        if name == "enter":
+            self._blocks[number] = _Block(call.path, values, len(self.nodes))
+        elif name == "leave":
+            block = self._blocks[number]
+            block.nodes, block.returned = self.nodes[block.first :], values
+            template = self._template(call)
+            if template is not block:
+                self._compare(template, block)
+        else:
+            values = self._repeat(self._template(call), call.path, values)
+        self._results[target] = values
+        return _Value()
+
+    def _template(self, call: Call) -> _Block:
+        return next(block for number, block in self._blocks.items() if self.calls[number].key == call.key and block.returned)
+
+    def _repeat(self, block: _Block, path: str, given: list[_Value]) -> list[_Value]:
+        """The operations of `block` once more, as those of the block at `path`; its results."""
+        mapped: dict[Node, Node] = self._match(block, given)
+        names = self._renamed(block.path, path)
+        for node in block.nodes:
+            copy = replace(
+                node,
+                index=len(self.nodes),
+                inputs=tuple(mapped.get(source, source) for source in node.inputs),
+                reads=tuple(replace(read, parameter=names.get(read.parameter, read.parameter)) for read in node.reads),
+                module=self._first_path(_moved(node.module, block.path, path)),
+                users=[],
+            )
+            for source in copy.inputs:
+                source.users.append(copy)
+            self.nodes.append(copy)
+            mapped[node] = copy
+        reads = [tuple(replace(read, parameter=names.get(read.parameter, read.parameter)) for read in v.reads) for v in block.returned]
+        return [
+            replace(value, node=mapped.get(value.node, value.node) if value.node else None, reads=read)
+            for value, read in zip(block.returned, reads, strict=True)
+        ]
+
+    def _match(self, block: _Block, given: list[_Value]) -> dict[Node, Node]:
+        mapped: dict[Node, Node] = {}
+        for old, new in zip(block.given, given, strict=True):
+            if old.node is None or new.node is None:
+                if (old.node, old.reads, old.draw) != (new.node, new.reads, new.draw):
+                    raise BlocksDifferError
+            elif mapped.setdefault(old.node, new.node) is not new.node:
+                raise BlocksDifferError
+        return mapped
+
+    def _compare(self, template: _Block, block: _Block) -> None:
+        """Raises unless both are the same operations on the same shapes, in the same order and from the same places."""
+        mapped = self._match(template, block.given)
+        names = self._renamed(template.path, block.path)
+        for old, new in zip(template.nodes, block.nodes, strict=False):
+            mapped[old] = new
+            is_like = (old.op, old.shape, old.arguments, old.mask) == (new.op, new.shape, new.arguments, new.mask)
+            joins = tuple(mapped.get(source, source) for source in old.inputs) == new.inputs
+            reads = [names.get(name, name) for name in old.parameters] == list(new.parameters)
+            if not (is_like and joins and reads and _constants(old) == _constants(new)):
+                raise BlocksDifferError
+        if len(template.nodes) != len(block.nodes):
+            raise BlocksDifferError
+
+    def _renamed(self, old: str, new: str) -> dict[str, str]:
+        first = self._first_name_of
+        inside = self.model.get_submodule(old).named_parameters(remove_duplicate=False)
+        return {first[f"{old}.{name}"]: first[f"{new}.{name}"] for name, _ in inside}
+
+    @cached_property
+    def _first_name_of(self) -> dict[str, str]:
+        return self._first_names()
 
     def _first_names(self) -> dict[str, str]:
         """Tied parameters have several names; everything speaks of the first."""
@@ -222,6 +325,8 @@ class _Reader:
         if inner is not None:
             return self._read_inner(target, inner)
         name = _name_of(target)
+        if self.calls and name in ("enter", "leave", "repeat") and _is_block_operator(target):
+            return self._read_block(target, name)
         results = self._results.get(target.all_input_nodes[0]) if name == "getitem" else None
         if results is not None:
             return results[int(str(target.args[1]))]
@@ -306,9 +411,41 @@ class _Reader:
         """After an in-place operation its first argument, and what that is a view of, holds the new value."""
         changed = target.args[0] if target.args else None
         while isinstance(changed, torch.fx.Node):
+            if changed in self._results:  # a block changes what it was given in place
+                raise BlocksDifferError
             self._values[changed] = value
             is_view = changed.op == "call_function" and kind_of(_name_of(changed), ()) is Kind.VIEW
             changed = changed.args[0] if is_view and changed.args else None
+
+
+def _unmark(program: ExportedProgram) -> None:
+    """Let operations in traced blocks speak of the values that were given to the block, not of their marks."""
+    for body in program.graph_module.modules():
+        for target in body.graph.nodes if isinstance(body, torch.fx.GraphModule) else ():
+            if _is_block_operator(target) and _name_of(target) != "repeat":
+                for item in list(target.users):
+                    if not any(user.target.__class__ is torch._ops.OpOverload and _is_in_place(user) for user in item.users):
+                        item.replace_all_uses_with(target.args[0][item.args[1]])
+
+
+def _is_in_place(target: torch.fx.Node) -> bool:
+    return _name_of(target).endswith("_")
+
+
+def _is_block_operator(target: torch.fx.Node) -> bool:
+    called = target.target
+    return (
+        isinstance(called, torch._ops.OpOverload) and called.namespace == "pl_normkit" and _name_of(target) in ("enter", "leave", "repeat")
+    )
+
+
+def _moved(path: str, old: str, new: str) -> str:
+    return new + path[len(old) :] if path == old or path.startswith(f"{old}.") else path
+
+
+def _constants(node: Node) -> list[Any]:
+    leaves = tree_leaves((node.target.args, node.target.kwargs))
+    return [leaf for leaf in leaves if not isinstance(leaf, torch.fx.Node)]
 
 
 def _operands(target: torch.fx.Node) -> Iterator[tuple[str, torch.fx.Node]]:
