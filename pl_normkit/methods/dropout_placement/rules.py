@@ -224,7 +224,8 @@ def several_dropouts_in_branch(subject: Subject) -> Iterator[Observation]:
 )
 def dropout_after_global_pooling(subject: Subject) -> Iterator[Observation]:
     """What it does
-    Finds an active dropout between global pooling and the layer after it, in networks with batch norm before the pooling.
+    Finds an active dropout between global average pooling and the layer after it, in networks with batch norm before the pooling. Silent
+    where the pooling has one position to average, and where an average is joined with a maximum.
 
     Why it hurts
     Dropping a pooled feature removes it for the whole image. The noise after pooling is (1-keep)/keep E[g^2] with g the
