@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pl_normkit.errors import TraceError
+from pl_normkit.graph.export import Arguments, call_arguments, place_arguments
 from pl_normkit.graph.nodes import Node
-from pl_normkit.graph.trace import Arguments, call_arguments, place_arguments, trace_call
+from pl_normkit.graph.trace import trace_call
 from pl_normkit.preserve import preserved
 
 _PLAIN = (Tensor, int, float, bool, str, type(None))
