@@ -25,7 +25,7 @@ import rich.progress
 import torch
 from torch import nn
 
-from pl_normkit.auditing import audit_subject
+from pl_normkit.auditing import audit_subject, traced
 from pl_normkit.graph import ModelGraph
 from pl_normkit.rules import Subject, load_rules
 from pl_normkit.selection import Selection
@@ -225,10 +225,11 @@ def read_case(case: Case, codes: list[str]) -> dict[str, Any] | None:
     except Exception as error:
         return {**row, "crash": f"build: {type(error).__name__}: {str(error).splitlines()[0]}"}
     started = time.perf_counter()
-    subject = Subject(model=model, example_inputs=(torch.zeros(BATCH, *_size(model, case), device="meta"),), measure=False)
+    inputs = (torch.zeros(BATCH, *_size(model, case), device="meta"),)
+    subject = traced(Subject(model=model, example_inputs=inputs, measure=False))
     report = audit_subject(subject, Selection(select=["ALL"]))
     row["seconds"] = round(time.perf_counter() - started, 2)
-    row["crash"] = " | ".join(" ".join(note.split()) for note in report.notes)
+    row["crash"] = " | ".join(" ".join(str(note).split()) for note in report.notes)
     row |= dict.fromkeys(codes, 0)
     row |= Counter(finding.code for finding in report.findings)
     row["places"] = " ".join(f"{finding.code}@{finding.places[0].module}" for finding in report.findings if finding.places)

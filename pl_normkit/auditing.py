@@ -78,7 +78,7 @@ def audit_subject(subject: Subject, selection: Selection, *, needing: Set[Needs]
     notes: list[Note] = []
     if any(Needs.GRAPH in rule.needs for rule in rules):
         subject = traced(subject)
-        notes += _graph_notes(subject)
+        notes += _graph_notes(subject, [rule.code for rule in rules if Needs.GRAPH in rule.needs])
     findings: list[Finding] = []
     with preserved(subject.model if subject.model is not None else nn.Module(), buffers=True):
         for rule in rules:
@@ -125,16 +125,18 @@ def traced(subject: Subject) -> Subject:
     if subject.graph is not None or subject.trace_failure or subject.model is None or subject.example_inputs is None:
         return subject
     try:
-        return replace(subject, graph=ModelGraph.from_model(subject.model, subject.example_inputs))
+        return replace(subject, graph=ModelGraph.from_model(subject.model, subject.example_inputs, partly=True))
     except TraceError as error:
         return replace(subject, trace_failure=str(error))
 
 
-def _graph_notes(subject: Subject) -> list[Note]:
+def _graph_notes(subject: Subject, codes: Sequence[str]) -> list[Note]:
+    if subject.graph is not None and subject.graph.unseen:
+        return [Note(subject.graph.unseen, NoteKind.INFORMATION)]
     if subject.graph is not None or subject.model is None:
         return []
     if subject.trace_failure:
-        return [Note(f"{subject.trace_failure}\n  so: rules that need the traced model did not run")]
+        return [Note(f"{subject.trace_failure}\n  so: rules that need the traced model did not run ({', '.join(codes)})")]
     return [Note("rules that need the traced model did not run: there are no example inputs", NoteKind.NOT_RUN)]
 
 

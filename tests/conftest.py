@@ -9,16 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.export import _trace
 
 from pl_normkit import rules as rules_module
 from pl_normkit.findings import Place
 from pl_normkit.rules import Mark, Needs, Observation, Subject, load_rules, rule
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import would ask the network for a newer version
-
-REFUSES_STATE = hasattr(_trace, "_detect_attribute_assignment")
-"""Whether this torch (2.9) refuses to export a module whose forward assigns or grows attributes of its own."""
 
 DOC = "\n\n".join(f"{title}\n    Text of {title}." for title in rules_module.SECTIONS)
 

@@ -19,7 +19,7 @@ __all__ = [
     "call_arguments",
 ]
 
+from pl_normkit.graph.export import call_arguments
 from pl_normkit.graph.model import ModelGraph
 from pl_normkit.graph.nodes import Kind, Node, Read, Step
 from pl_normkit.graph.structure import Attention, Branch, Dropout, Fusion, FusionInput, Head, Norm, ResidualAdd
-from pl_normkit.graph.trace import call_arguments

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from pl_normkit.graph.masks import Mask
+
 
 class Kind(StrEnum):
     """What an operation does to its input, as far as rules care."""
@@ -69,6 +71,8 @@ _SHAPE_ONLY = """
     new_empty new_zeros new_ones new_full empty_like zeros_like ones_like full_like rand_like randn_like randint_like sym_size size"""
 SHAPE_ONLY = frozenset(_SHAPE_ONLY.split())
 """Operations whose result has the shape of the input but none of its values."""
+LIKE_ANOTHER = frozenset(("type_as", "expand_as", "view_as", "reshape_as"))
+"""Operations whose argument `other` gives a type or a shape and no values."""
 TRANSPOSED = frozenset(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"))
 
 
@@ -110,6 +114,8 @@ class Node:
         op: the aten operation, without overload and in-place mark ("conv2d", "add", "batch_norm").
         kind: what the operation does.
         inputs: operations whose values it consumes, in argument order (never parameters or masks).
+        arguments: for each of `inputs` the (first) argument of the aten schema that it is passed as.
+        mask: for a dropout written out the random mask it multiplies by, for one in an eval graph what it does in training.
         users: operations that consume its value.
         reads: the parameters it consumes, and how they come to it.
         module: path of the innermost module that ran it.
@@ -121,10 +127,12 @@ class Node:
     op: str
     kind: Kind
     inputs: tuple[Node, ...]
+    arguments: tuple[str, ...]
     reads: tuple[Read, ...]
     module: str
     shape: tuple[int, ...]
     target: torch.fx.Node
+    mask: Mask | None = None
     users: list[Node] = field(default_factory=list, repr=False)
 
     def __repr__(self) -> str:
@@ -156,25 +164,35 @@ class Node:
     @property
     def drop_probability(self) -> float:
         """Probability with which a dropout drops; 0 when it is inactive or this is no dropout."""
+        if self.mask is not None:
+            return self.mask.p
         if self.kind is not Kind.DROPOUT or not self.argument("train", 2, True):
             return 0.0
         return float(self.argument("p", 1, 0.5) or 0.0)
 
     @property
+    def drops_channels(self) -> bool:
+        """Whether a dropout drops whole channels."""
+        return self.mask.by_channel if self.mask is not None else self.op.startswith("feature")
+
+    @property
     def is_global_pool(self) -> bool:
-        """Whether every spatial (or token) position is averaged into one."""
-        if self.kind is not Kind.POOL or not self.inputs or "max" in self.op:
+        """Whether every spatial (or token) position is averaged into one, be it the only one there is at these sizes."""
+        is_mean = self.op == "mean" or (self.op == "sum" and len(self.users) == 1 and self.users[0].op in ("div", "mul"))
+        if not (is_mean or self.kind is Kind.POOL) or len(self.inputs) != 1 or "max" in self.op:
             return False
         before = self.inputs[0].shape
-        if self.op == "mean":
+        if is_mean:
+            if self.op == "sum" and len(self.users[0].inputs) != 1:
+                return False
             dims = self.argument("dim", 1, None)
             dims = [dims] if isinstance(dims, int) else dims
             if not dims or len(before) < 3:
                 return False
             reduced = {dim % len(before) for dim in dims}
             return reduced in (set(range(2, len(before))), set(range(1, len(before) - 1)))
-        spatial = self.shape[2:]
-        return len(before) > 2 and bool(spatial) and all(size == 1 for size in spatial) and math.prod(before[2:]) > 1
+        pools_any_size = "adaptive" in self.op or math.prod(before[2:]) > 1
+        return len(before) > 2 and len(self.shape) > 2 and math.prod(self.shape[2:]) == 1 and pools_any_size
 
     def argument(self, name: str, position: int, default: Any) -> Any:
         """An argument of the call by keyword name or by position."""

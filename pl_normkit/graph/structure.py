@@ -1,10 +1,9 @@
-"""What the operations form: residual additions with their branches, fusions, heads, attention."""
+"""What the operations form, as plain data: residual additions with their branches, fusions, heads, attention."""
 
 from __future__ import annotations
 
-__all__ = ["Attention", "Branch", "Dropout", "Fusion", "FusionInput", "Head", "Norm", "ResidualAdd", "Sum", "find_sums"]
+__all__ = ["PASSING", "Attention", "Branch", "Dropout", "Fusion", "FusionInput", "Head", "Norm", "ResidualAdd"]
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -153,107 +152,3 @@ class Attention:
     @property
     def module(self) -> str:
         return self.node.module
-
-
-@dataclass(frozen=True)
-class Sum:
-    """An addition of activations with nested additions flattened into one list of operands."""
-
-    node: Node
-    operands: tuple[Node, ...]
-    split: Node | None
-
-
-def find_sums(nodes: Sequence[Node]) -> list[Sum]:
-    """Additions of two or more activations; `split` is the last value all operands pass through, None if they share none."""
-    dominators = Dominators(nodes)
-    inner: set[Node] = set()
-    sums = []
-    for node in reversed(nodes):
-        if node.kind is Kind.ADD and len(node.inputs) > 1 and node not in inner:
-            operands, absorbed = _flatten(node)
-            inner |= absorbed
-            sums.append(Sum(node, tuple(operands), dominators.common(operands)))
-    return sums[::-1]
-
-
-def _flatten(node: Node) -> tuple[list[Node], set[Node]]:
-    operands: list[Node] = []
-    absorbed: set[Node] = set()
-    for operand in node.inputs:
-        if operand.kind is Kind.ADD and len(operand.inputs) > 1 and len(operand.users) == 1 and operand.shape == node.shape:
-            below, absorbed_below = _flatten(operand)
-            operands += below
-            absorbed |= {operand, *absorbed_below}
-        else:
-            operands.append(operand)
-    return operands, absorbed
-
-
-class Dominators:
-    """For each node the last node that every path from the model's inputs to it passes through."""
-
-    def __init__(self, nodes: Iterable[Node]) -> None:
-        self._parent: dict[Node, Node | None] = {}
-        self._depth: dict[Node, int] = {}
-        for node in nodes:
-            parent = self.common(node.inputs) if node.inputs else None
-            self._parent[node] = parent
-            self._depth[node] = self._depth[parent] + 1 if parent is not None else 0
-
-    def common(self, nodes: Sequence[Node]) -> Node | None:
-        """The last common dominator of `nodes` (a node counts as its own), None when they share no ancestor."""
-        first: Node | None = nodes[0]
-        for node in nodes[1:]:
-            first = self._meet(first, node)
-        return first
-
-    def _meet(self, a: Node | None, b: Node | None) -> Node | None:
-        while a is not b:
-            if a is None or b is None:
-                return None
-            if self._depth[a] < self._depth[b]:
-                a, b = b, a
-            a = self._parent[a]
-        return a
-
-
-def main_inputs(node: Node) -> tuple[Node, ...]:
-    """The inputs that carry the signal: of a product with a broadcast gate, only the gated side."""
-    if node.kind is Kind.MUL and len(node.inputs) > 1:
-        sizes = [source.numel for source in node.inputs]
-        if min(sizes) < max(sizes):
-            return tuple(source for source, size in zip(node.inputs, sizes, strict=True) if size == max(sizes))
-    return node.inputs
-
-
-def walk_branch(split: Node, end: Node) -> Branch:
-    """The main path from `split` (excluded) to `end` (included)."""
-    seen: set[Node] = set()
-    pending = [end] if end is not split else []
-    while pending:
-        node = pending.pop()
-        if node not in seen and node.index > split.index:
-            seen.add(node)
-            pending.extend(source for source in main_inputs(node) if source is not split)
-    return Branch(split, end, tuple(sorted(seen, key=lambda node: node.index)))
-
-
-def walk_from(split: Node, end: Node) -> Branch:
-    """The operations that lead from `split` to `end`; they may read other values too (a memory, other tokens). Empty when none do."""
-    lead = {split}
-    between = walk_branch(split, end).nodes
-    for node in between:
-        if any(source in lead for source in main_inputs(node)):
-            lead.add(node)
-    return Branch(split, end, tuple(node for node in between if node in lead) if end in lead else ())
-
-
-def last_resize(node: Node) -> Node | None:
-    """The resize that made `node`, looking back through everything but weight layers and joins."""
-    while True:
-        if node.kind is Kind.RESIZE or node.is_transposed_convolution:
-            return node
-        if node.kind in (Kind.WEIGHT, Kind.CAT, Kind.INPUT) or len(main_inputs(node)) != 1:
-            return None
-        node = main_inputs(node)[0]

@@ -2,40 +2,25 @@
 
 from __future__ import annotations
 
-__all__ = ["call_arguments", "trace"]
+__all__ = ["call_arguments", "trace", "trace_call"]
 
-import dataclasses
-import io
-import logging
-import sysconfig
-import traceback
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from pl_normkit.errors import TraceError
-from pl_normkit.graph.nodes import SHAPE_ONLY, Kind, Node, Read, Step, kind_of, shorten
-from pl_normkit.preserve import preserved
-
-_STANDARD_LIBRARY = f"{sysconfig.get_path('stdlib')}/"
-
-
-def call_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """How `example_inputs` is passed: a tuple as positional, a dict as keyword arguments, anything else as the only one."""
-    if isinstance(example_inputs, tuple):
-        return example_inputs, {}
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    return (example_inputs,), {}
+from pl_normkit.graph.export import Arguments, call_arguments, export_model, place_arguments, without_root
+from pl_normkit.graph.masks import MASKING, Draw, Mask, draw_of, mask_on
+from pl_normkit.graph.nodes import LIKE_ANOTHER, SHAPE_ONLY, Kind, Node, Read, Step, kind_of
+from pl_normkit.graph.repeated import Call, find_rows, stand_ins
 
 
 def trace(model: nn.Module, example_inputs: Any, *, training: bool = True) -> list[Node]:
@@ -43,120 +28,42 @@ def trace(model: nn.Module, example_inputs: Any, *, training: bool = True) -> li
 
     Raises TraceError, with the user's line, when the model cannot be exported.
     """
-    return _Reader(model).read(_export(model, example_inputs, training))
+    return trace_call(model, call_arguments(example_inputs), training=training)
 
 
-def _export(model: nn.Module, example_inputs: Any, training: bool) -> ExportedProgram:
-    arguments = _place(model, call_arguments(example_inputs))
-    with preserved(model), _plain_sync_norms(model), _plain_outputs(model), torch.compiler.set_stance("force_eager"), _quiet():
-        if model.training is not training:
-            model.train(training)
-        for args, kwargs in (arguments, _double_batch(arguments)):
-            try:
-                return torch.export.export(model, args, kwargs, strict=False)
-            except Exception as error:
-                needs_two_samples = isinstance(error, ValueError) and "more than 1 value per channel" in str(error)
-                if not needs_two_samples or args is not arguments[0] or not _is_batch_of_one(arguments):
-                    raise _explain(model, error, args, kwargs) from error
-    raise AssertionError("unreachable: the second attempt returns or raises")
+def trace_call(model: nn.Module, arguments: Arguments, *, training: bool, as_in_training: bool = False) -> list[Node]:
+    """`trace` by positional and keyword arguments; `as_in_training` gives the dropouts of an eval graph the probabilities of training."""
+    placed = place_arguments(model, arguments)
+    rows = find_rows(model)
+    if rows:
+        with suppress(TraceError, BlocksDifferError), stand_ins(rows) as calls:
+            program = export_model(model, placed, training)
+            return _Reader(model, as_in_training, calls=tuple(calls)).read(program)
+    return _Reader(model, as_in_training).read(export_model(model, placed, training))
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep off the screen what torch logs and prints when an export fails: `TraceError` says it in one message."""
-    before = logging.root.manager.disable
-    logging.disable(max(before, logging.WARNING))
-    try:
-        with redirect_stderr(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
-def _place(model: nn.Module, arguments: Any) -> Any:
-    """Arguments on the model's device; on the meta device that costs no memory, and off it only their shapes were known."""
-    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), None)
-    if device is None:
-        return arguments
-    return tree_map_only(Tensor, lambda tensor: torch.zeros_like(tensor, device=device) if tensor.is_meta else tensor.to(device), arguments)
-
-
-def _is_batch_of_one(arguments: Any) -> bool:
-    return all(tensor.dim() > 0 and tensor.shape[0] == 1 for tensor in tree_leaves(arguments) if isinstance(tensor, Tensor))
-
-
-def _double_batch(arguments: Any) -> Any:
-    """Batch norm over one value needs two samples: the same arguments with the batch repeated."""
-    return tree_map_only(Tensor, lambda tensor: torch.cat([tensor, tensor]) if tensor.dim() else tensor, arguments)
-
-
-@contextmanager
-def _plain_sync_norms(model: nn.Module) -> Iterator[None]:
-    """Let SyncBatchNorm run as plain batch norm: it refuses tensors that are not on a GPU, and a trace needs no processes."""
-    norms = [module for module in model.modules() if isinstance(module, nn.SyncBatchNorm)]
-    for module in norms:
-        module.forward = _BatchNorm.forward.__get__(module)  # type: ignore[method-assign]
-        module._check_input_dim = _accept_any  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        for module in norms:
-            del module.forward, module._check_input_dim
-
-
-def _accept_any(_: Tensor) -> None:
-    return
-
-
-@contextmanager
-def _plain_outputs(model: nn.Module) -> Iterator[None]:
-    """Let the model return the tensors of its output alone: export refuses containers it does not know (key-value caches)."""
-    if isinstance(model, torch.jit.ScriptModule):  # takes no hooks; export will say that it takes no script either
-        yield
-        return
-    handle = model.register_forward_hook(lambda _module, _args, output: _tensors_in(output) or output)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _tensors_in(output: Any) -> list[Tensor]:
-    """Tensors of nested containers and of dataclass fields."""
-    found: list[Tensor] = []
-    for leaf in tree_leaves(output):
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif dataclasses.is_dataclass(leaf):
-            found += [tensor for tensor in tree_leaves(vars(leaf)) if isinstance(tensor, Tensor)]
-    return found
-
-
-def _explain(model: nn.Module, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TraceError:
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename]
-    inner = [frame for frame in frames if "pl_normkit/graph/" not in frame.filename and not _is_standard_library(frame.filename)]
-    shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
-    message = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return TraceError(
-        f"{type(model).__name__} cannot be read by torch.export with inputs {shapes or 'given'}",
-        where=f"{shorten(inner[-1].filename)}:{inner[-1].lineno}" if inner else "",
-        evidence=f"{type(error).__name__}: {message[:300]}",
-        mend="check the input shapes; take data-dependent control flow out of forward, or audit the submodule that holds the layers"
-        + ("; a dict is passed as keyword arguments: write ({...},) for a forward that takes the dict itself" if kwargs else ""),
-    )
-
-
-def _is_standard_library(file: str) -> bool:
-    return file.startswith(_STANDARD_LIBRARY) and "-packages/" not in file
+class BlocksDifferError(Exception):
+    """Blocks that were taken for alike are not."""
 
 
 @dataclass
 class _Value:
-    """What a node of the exported graph stands for: an operation on the input's values, or parameters, or neither."""
+    """What a node of the exported graph stands for: an operation on the input's values, or parameters, or a random draw, or neither."""
 
     node: Node | None = None
     reads: tuple[Read, ...] = ()
+    draw: Draw | None = None
+
+
+@dataclass
+class _Block:
+    """A block that was traced: the values it was given, its operations, the values it returned."""
+
+    path: str
+    given: list[_Value]
+    first: int
+    nodes: list[Node] = field(default_factory=list)
+    returned: list[_Value] = field(default_factory=list)
 
 
 @dataclass
@@ -164,27 +71,119 @@ class _Reader:
     """Walks the exported graph in order and keeps what depends on the input's values."""
 
     model: nn.Module
+    as_in_training: bool = False
+    calls: tuple[Call, ...] = ()
     nodes: list[Node] = field(default_factory=list)
     _values: dict[torch.fx.Node, _Value] = field(default_factory=dict)
     _results: dict[torch.fx.Node, list[_Value]] = field(default_factory=dict)
+    _blocks: dict[int, _Block] = field(default_factory=dict)
 
     def read(self, program: ExportedProgram) -> list[Node]:
-        first_name = self._first_names()
+        if self.calls:
+            _unmark(program)
+        first_name = self._first_name_of
         specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
         for target in program.graph.nodes:
             if target.op == "placeholder":
                 spec = specs.get(target.name)
                 if spec is not None and spec.kind is InputKind.PARAMETER and spec.target is not None:
-                    self._values[target] = _Value(reads=(Read(first_name.get(spec.target, spec.target), ()),))
+                    name = without_root(spec.target)
+                    self._values[target] = _Value(reads=(Read(first_name.get(name, name), ()),))
                 elif spec is None or spec.kind is InputKind.USER_INPUT:
-                    self._values[target] = _Value(self._append(target, "input", Kind.INPUT, (), ()))
+                    self._values[target] = _Value(self._append(target, "input", Kind.INPUT, {}, ()))
         self._read_body(program.graph_module)
         return self.nodes
+
+    def _read_block(self, target: torch.fx.Node, name: str) -> _Value:
+        """One of `block_operators`: a block begins, ends, or is one that was traced before."""
+        number = int(str(target.args[1]))
+        call, values = self.calls[number], [self._values.get(leaf, _Value()) for leaf in tree_leaves(target.args[0])]
+        if name == "enter":
+            self._blocks[number] = _Block(call.path, values, len(self.nodes))
+        elif name == "leave":
+            block = self._blocks[number]
+            block.nodes, block.returned = self.nodes[block.first :], values
+            template = self._template(call)
+            if template is not block:
+                self._compare(template, block)
+        else:
+            values = self._repeat(self._template(call), call.path, values)
+        self._results[target] = values
+        return _Value()
+
+    def _template(self, call: Call) -> _Block:
+        return next(block for number, block in self._blocks.items() if self.calls[number].key == call.key and block.returned)
+
+    def _repeat(self, block: _Block, path: str, given: list[_Value]) -> list[_Value]:
+        """The operations of `block` once more, as those of the block at `path`; its results."""
+        mapped: dict[Node, Node] = self._match(block, given)
+        names = self._renamed(block.path, path)
+        for node in block.nodes:
+            copy = replace(
+                node,
+                index=len(self.nodes),
+                inputs=tuple(mapped.get(source, source) for source in node.inputs),
+                reads=tuple(replace(read, parameter=names.get(read.parameter, read.parameter)) for read in node.reads),
+                module=self._first_path(_moved(node.module, block.path, path)),
+                users=[],
+            )
+            for source in copy.inputs:
+                source.users.append(copy)
+            self.nodes.append(copy)
+            mapped[node] = copy
+        reads = [tuple(replace(read, parameter=names.get(read.parameter, read.parameter)) for read in v.reads) for v in block.returned]
+        return [
+            replace(value, node=mapped.get(value.node, value.node) if value.node else None, reads=read)
+            for value, read in zip(block.returned, reads, strict=True)
+        ]
+
+    def _match(self, block: _Block, given: list[_Value]) -> dict[Node, Node]:
+        mapped: dict[Node, Node] = {}
+        for old, new in zip(block.given, given, strict=True):
+            if old.node is None or new.node is None:
+                if (old.node, old.reads, old.draw) != (new.node, new.reads, new.draw):
+                    raise BlocksDifferError
+            elif mapped.setdefault(old.node, new.node) is not new.node:
+                raise BlocksDifferError
+        return mapped
+
+    def _compare(self, template: _Block, block: _Block) -> None:
+        """Raises unless both are the same operations on the same shapes, in the same order and from the same places."""
+        mapped = self._match(template, block.given)
+        names = self._renamed(template.path, block.path)
+        for old, new in zip(template.nodes, block.nodes, strict=False):
+            mapped[old] = new
+            is_like = (old.op, old.shape, old.arguments, old.mask) == (new.op, new.shape, new.arguments, new.mask)
+            joins = tuple(mapped.get(source, source) for source in old.inputs) == new.inputs
+            reads = [names.get(name, name) for name in old.parameters] == list(new.parameters)
+            if not (is_like and joins and reads and _constants(old) == _constants(new)):
+                raise BlocksDifferError
+        if len(template.nodes) != len(block.nodes):
+            raise BlocksDifferError
+
+    def _renamed(self, old: str, new: str) -> dict[str, str]:
+        first = self._first_name_of
+        inside = self.model.get_submodule(old).named_parameters(remove_duplicate=False)
+        return {first[f"{old}.{name}"]: first[f"{new}.{name}"] for name, _ in inside}
+
+    @cached_property
+    def _first_name_of(self) -> dict[str, str]:
+        return self._first_names()
 
     def _first_names(self) -> dict[str, str]:
         """Tied parameters have several names; everything speaks of the first."""
         first: dict[int, str] = {}
         return {name: first.setdefault(id(p), name) for name, p in self.model.named_parameters(remove_duplicate=False)}
+
+    @cached_property
+    def _aliases(self) -> dict[str, str]:
+        """Other paths of modules that are reached by several, each with the first, which `named_modules` gives."""
+        first: dict[int, str] = {}
+        paths = ((path, first.setdefault(id(module), path)) for path, module in self.model.named_modules(remove_duplicate=False))
+        return {path: name for path, name in paths if path != name}
+
+    def _first_path(self, path: str) -> str:
+        return self._aliases.get(path, path)
 
     def _read_body(self, body: torch.fx.GraphModule) -> list[_Value]:
         for target in body.graph.nodes:
@@ -199,20 +198,28 @@ class _Reader:
         if inner is not None:
             return self._read_inner(target, inner)
         name = _name_of(target)
+        if self.calls and name in ("enter", "leave", "repeat") and _is_block_operator(target):
+            return self._read_block(target, name)
         results = self._results.get(target.all_input_nodes[0]) if name == "getitem" else None
         if results is not None:
             return results[int(str(target.args[1]))]
-        if name in SHAPE_ONLY or _returns_nothing(target):
+        if _returns_nothing(target):
             return _Value()
+        if name in SHAPE_ONLY:
+            return _Value(draw=draw_of(name, target, {}, _shape_of(target)))
         op = name.rstrip("_") if name.endswith("_") and not name.startswith("__") else name
         inputs, reads = self._gather(target, op)
-        if not inputs:
-            return _Value(reads=reads)
-        node = self._append(target, op, kind_of(op, [read.parameter for read in reads]), inputs, reads)
-        value = _Value(node)
+        if inputs:
+            value = _Value(self._append(target, op, kind_of(op, [read.parameter for read in reads]), inputs, reads))
+        else:
+            value = _Value(reads=reads, draw=draw_of(name, target, self._draws(target), _shape_of(target)))
         if op != name:
             self._overwrite(target, value)
         return value
+
+    def _draws(self, target: torch.fx.Node) -> dict[str, Draw]:
+        values = ((argument, self._values.get(operand)) for argument, operand in _operands(target))
+        return {argument: value.draw for argument, value in values if value is not None and value.draw is not None}
 
     def _inner_body(self, target: torch.fx.Node, body: torch.fx.GraphModule) -> torch.fx.GraphModule | None:
         """The graph that a higher-order call runs (autocast, no_grad and checkpoint regions, the true branch of a cond)."""
@@ -234,33 +241,40 @@ class _Reader:
         self._results[target] = results
         return _Value()
 
-    def _gather(self, target: torch.fx.Node, op: str) -> tuple[tuple[Node, ...], tuple[Read, ...]]:
+    def _gather(self, target: torch.fx.Node, op: str) -> tuple[dict[Node, str], tuple[Read, ...]]:
         """What the call consumes: operations on activations, and parameters with the step into this call added to their path."""
-        inputs: dict[Node, None] = {}
+        inputs: dict[Node, str] = {}
         reads: dict[tuple[str, Step], Read] = {}
         for argument, operand in _operands(target):
+            if argument == "other" and op in LIKE_ANOTHER:
+                continue
             value = self._values.get(operand, _Value())
             if value.node is not None:
-                inputs[value.node] = None
+                inputs.setdefault(value.node, argument)
             step = Step(op, argument, _shape_of(operand))
             for read in value.reads:
                 path = (*read.path, step)
                 reads.setdefault((read.parameter, path[0]), Read(read.parameter, path))
         if not inputs and kind_of(op, ()) is Kind.VIEW:
-            return (), tuple(Read(read.parameter, read.path[:-1]) for read in reads.values())
-        return tuple(inputs), tuple(reads.values())
+            return {}, tuple(Read(read.parameter, read.path[:-1]) for read in reads.values())
+        return inputs, tuple(reads.values())
 
-    def _append(self, target: torch.fx.Node, op: str, kind: Kind, inputs: tuple[Node, ...], reads: tuple[Read, ...]) -> Node:
+    def _append(self, target: torch.fx.Node, op: str, kind: Kind, inputs: dict[Node, str], reads: tuple[Read, ...]) -> Node:
+        mask = mask_on(op, self._draws(target), _shape_of(target)) if op in MASKING else None
         node = Node(
             index=len(self.nodes),
             op=op,
-            kind=kind,
-            inputs=inputs,
+            kind=Kind.DROPOUT if mask is not None else kind,
+            inputs=tuple(inputs),
+            arguments=tuple(inputs.values()),
             reads=reads,
-            module=_module_of(target),
+            module=self._first_path(_module_of(target)),
             shape=_shape_of(target),
             target=target,
+            mask=mask,
         )
+        if self.as_in_training and node.kind is Kind.DROPOUT and mask is None:
+            node.mask = Mask(float(node.argument("p", 1, 0.5) or 0.0), node.drops_channels)
         for source in inputs:
             source.users.append(node)
         self.nodes.append(node)
@@ -270,9 +284,41 @@ class _Reader:
         """After an in-place operation its first argument, and what that is a view of, holds the new value."""
         changed = target.args[0] if target.args else None
         while isinstance(changed, torch.fx.Node):
+            if changed in self._results:  # a block changes what it was given in place
+                raise BlocksDifferError
             self._values[changed] = value
             is_view = changed.op == "call_function" and kind_of(_name_of(changed), ()) is Kind.VIEW
             changed = changed.args[0] if is_view and changed.args else None
+
+
+def _unmark(program: ExportedProgram) -> None:
+    """Let operations in traced blocks speak of the values that were given to the block, not of their marks."""
+    for body in program.graph_module.modules():
+        for target in body.graph.nodes if isinstance(body, torch.fx.GraphModule) else ():
+            if _is_block_operator(target) and _name_of(target) != "repeat":
+                for item in list(target.users):
+                    if not any(user.target.__class__ is torch._ops.OpOverload and _is_in_place(user) for user in item.users):
+                        item.replace_all_uses_with(target.args[0][item.args[1]])
+
+
+def _is_in_place(target: torch.fx.Node) -> bool:
+    return _name_of(target).endswith("_")
+
+
+def _is_block_operator(target: torch.fx.Node) -> bool:
+    called = target.target
+    return (
+        isinstance(called, torch._ops.OpOverload) and called.namespace == "pl_normkit" and _name_of(target) in ("enter", "leave", "repeat")
+    )
+
+
+def _moved(path: str, old: str, new: str) -> str:
+    return new + path[len(old) :] if path == old or path.startswith(f"{old}.") else path
+
+
+def _constants(node: Node) -> list[Any]:
+    leaves = tree_leaves((node.target.args, node.target.kwargs))
+    return [leaf for leaf in leaves if not isinstance(leaf, torch.fx.Node)]
 
 
 def _operands(target: torch.fx.Node) -> Iterator[tuple[str, torch.fx.Node]]:
@@ -305,4 +351,4 @@ def _name_of(target: torch.fx.Node) -> str:
 def _module_of(target: torch.fx.Node) -> str:
     stack = target.meta.get("nn_module_stack") or {}
     path: str = next(reversed(stack.values()))[0] if stack else ""
-    return path.partition("@")[0]
+    return without_root(path.partition("@")[0])

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from pl_normkit.graph import Kind, ModelGraph
-from tests.conftest import REFUSES_STATE
 from tests.graph.networks import (
     AttentionBlock,
     Block,
@@ -107,9 +106,6 @@ TOYS: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, int]]] = {
 @pytest.mark.parametrize("name", TOYS)
 def test_toy_structure_is_as_counted_by_hand(name: str) -> None:
     build, example_inputs, expected = TOYS[name]
-    if name == "forward that keeps state" and REFUSES_STATE:
-        pytest.skip("this torch refuses to export it")
-
     assert structure(build(), example_inputs) == expected
 
 
@@ -194,3 +190,22 @@ def test_module_of_shared_and_tied_parts_is_the_first_name() -> None:
 
     assert (weights[0].parameters, weights[-1].parameters) == (("embedding.weight",), ("embedding.weight",))
     assert (weights[0].module, weights[-1].module) == ("embedding", "output")
+
+
+class Aliased(nn.Module):
+    """One block under two names, called by the second (monai's DynUNet builds its skip layers so)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+        self.wrapper = nn.Sequential(self.block)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.wrapper(x)
+
+
+def test_module_reached_under_an_alias_is_named_as_named_modules_does() -> None:
+    model = Aliased()
+    known = dict(model.named_modules())
+
+    assert {node.module for node in ModelGraph.from_model(model, FEATURES).nodes if node.module} <= set(known)

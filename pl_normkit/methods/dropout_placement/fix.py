@@ -21,6 +21,7 @@ from pl_normkit.methods.dropout_placement.find import (
     BranchDropout,
     HeadDropout,
     Verdict,
+    find_always_on,
     read_branch_dropouts,
     read_head_dropouts,
 )
@@ -117,7 +118,7 @@ class _Plan:
             switch_off = self._switch_off(first)
             if self.graph.calls[path, first.node.op] != len(moves):
                 self._skip(first, "the same dropout is called in other places too")
-            elif self._acts_in_eval_mode(first):
+            elif first.node in self._always_on:
                 self._skip(first, "it drops in eval mode too (Monte Carlo dropout); if that is not meant, pass training=self.training")
             elif switch_off is None:
                 self._skip(first, "it is a function call and no attribute switches it off alone; move it in the code")
@@ -170,14 +171,9 @@ class _Plan:
                 return edit
         return None
 
-    def _acts_in_eval_mode(self, dropout: Dropout) -> bool:
-        if self._module_of(dropout) is not None:
-            return False
-        return any(other.p > 0 and other.module == dropout.module for other in self._eval_graph.dropouts)
-
     @cached_property
-    def _eval_graph(self) -> ModelGraph:
-        return ModelGraph.from_model(self.model, self.example_inputs, training=False)
+    def _always_on(self) -> frozenset[Node]:
+        return find_always_on(self.model, self.example_inputs, [move.dropout for move in self.moves])
 
     def _silences(self, edit: Edit, dropout: Dropout) -> bool:
         """Whether the edit switches the dropouts of this module off and does nothing else: made, seen in a second trace, and taken back."""

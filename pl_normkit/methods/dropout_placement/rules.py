@@ -8,10 +8,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from pl_normkit.findings import Evidence, FixSafety, Place
-from pl_normkit.graph import ModelGraph, Node, Norm
+from pl_normkit.graph import Dropout, ModelGraph, Node, Norm
 from pl_normkit.methods.dropout_placement.find import (
     BranchDropout,
     Verdict,
+    find_always_on,
     read_branch_dropouts,
     read_free_dropouts,
     read_head_dropouts,
@@ -23,6 +24,7 @@ from pl_normkit.rules import Mark, Observation, Subject, rule
 PAPER = "arXiv 2302.06112, abstract"
 _FIX = "the DropoutPlacement callback or pl_normkit.methods.dropout_placement.place_dropout does it"
 _MOVE = f"Keep one dropout in the branch, just before its last weight layer; {_FIX}"
+_NEGLIGIBLE = 0.05
 _REMOVE = "Remove it: the branch has no admissible slot, since no last weight layer follows its last batch norm"
 
 
@@ -32,13 +34,30 @@ def _graph(subject: Subject) -> ModelGraph:
 
 
 def _branch_dropouts(subject: Subject) -> list[BranchDropout]:
-    return read_branch_dropouts(_graph(subject))
+    """Dropouts in branches with batch norm; those that always drop are left out where a rule would speak of any."""
+    found = read_branch_dropouts(_graph(subject))
+    ends = [item.branch.end for item in found]
+    if all(item.verdict is Verdict.ADMISSIBLE for item in found) and len(set(ends)) == len(ends):
+        return found
+    always_on = _always_on(subject, [item.dropout for item in found])
+    return [item for item in found if item.dropout.node not in always_on]
+
+
+def _always_on(subject: Subject, dropouts: Sequence[Dropout]) -> frozenset[Node]:
+    if subject.model is None or not dropouts:
+        return frozenset()
+    return find_always_on(subject.model, subject.example_inputs, dropouts)
 
 
 def _variance_shift(subject: Subject) -> dict[str, float]:
-    """The measured ratio per norm; empty where the subject holds no real batch of two or more (zeros have no variance to shift)."""
+    """The measured ratio per norm; empty where the subject holds no real batch of two or more (zeros have no variance to shift).
+
+    Also where the training pass could not be read whole: it may not run with these inputs alone.
+    """
     tensors = [leaf for leaf in tree_leaves(subject.example_inputs) if isinstance(leaf, Tensor)]
     if subject.model is None or not subject.measure or any(t.is_meta or t.dim() == 0 or t.shape[0] < 2 for t in tensors):
+        return {}
+    if _graph(subject).unseen:
         return {}
     if tensors and all(bool((tensor == tensor.flatten()[:1]).all()) for tensor in tensors):
         return {}
@@ -205,7 +224,8 @@ def several_dropouts_in_branch(subject: Subject) -> Iterator[Observation]:
 )
 def dropout_after_global_pooling(subject: Subject) -> Iterator[Observation]:
     """What it does
-    Finds an active dropout between global pooling and the layer after it, in networks with batch norm before the pooling.
+    Finds an active dropout between global average pooling and the layer after it, in networks with batch norm before the pooling. Silent
+    where the pooling has one position to average, and where an average is joined with a maximum.
 
     Why it hurts
     Dropping a pooled feature removes it for the whole image. The noise after pooling is (1-keep)/keep E[g^2] with g the
@@ -231,6 +251,8 @@ def dropout_after_global_pooling(subject: Subject) -> Iterator[Observation]:
     authors' repository. Derived: the noise formulas. A hidden layer between pooling and dropout is not judged.
     """
     found = read_head_dropouts(_graph(subject))
+    always_on = _always_on(subject, [item.dropout for item in found])
+    found = [item for item in found if item.dropout.node not in always_on]
     if found:
         pool = found[0].head.pool
         positions = pool.inputs[0].numel / max(pool.numel, 1)
@@ -251,14 +273,15 @@ def dropout_after_global_pooling(subject: Subject) -> Iterator[Observation]:
 )
 def dropout_upstream_of_batch_norm(subject: Subject) -> Iterator[Observation]:
     """What it does
-    Finds an active dropout outside residual branches whose output reaches a batch norm.
+    Finds an active dropout outside residual branches whose output reaches a batch norm, or one in a branch without batch norm whose
+    addition a batch norm reads (post-norm blocks). A dropout on a gate is left out: it scales the signal and is not on its way.
 
     Why it hurts
     The batch norm behind it sees another variance in training than in evaluation, as in NK101; outside a branch no
     shortcut damps the shift, but layers between may.
 
     Evidence
-    The variance of the norm's input in eval over train mode, measured on this model and batch.
+    The variance of the norm's input in eval over train mode, measured on this model and batch; silent where it is within 0.05 of 1.
 
     Example
     conv - bn - relu - Dropout(0.3) - conv - bn in a VGG with batch norm; drop_rate in a DenseNet.
@@ -274,9 +297,14 @@ def dropout_upstream_of_batch_norm(subject: Subject) -> Iterator[Observation]:
     elsewhere, and is off until selected.
     """
     found = read_free_dropouts(_graph(subject))
+    always_on = _always_on(subject, [dropout for dropout, _ in found])
+    ratios = subject.once(_variance_shift) if found else {}
+    found = [
+        (dropout, norm) for dropout, norm in found if dropout.node not in always_on and abs(ratios.get(norm.module, 0.0) - 1) >= _NEGLIGIBLE
+    ]
     if found:
         yield Observation(
-            message="Dropout upstream of a batch norm, outside residual branches",
+            message="Dropout upstream of a batch norm, in no residual branch that holds one",
             places=[_place(dropout.node) for dropout, _ in found],
             evidence=_evidence(subject, [norm for _, norm in found]),
             advice="Move it behind the last batch norm of the network, or remove it",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pl_normkit.errors import NothingMatchedError
-from pl_normkit.graph.trace import call_arguments
+from pl_normkit.graph import call_arguments
 from pl_normkit.methods.stochastic_pooling.fix import PLAIN, STOCHASTIC, is_default_pool
 from pl_normkit.methods.stochastic_pooling.functional import check_keep, pool_spec, second_moments
 from pl_normkit.methods.stochastic_pooling.geometry import windows_of

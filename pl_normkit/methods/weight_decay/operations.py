@@ -400,6 +400,8 @@ def _as_factor(_: Read, last: Step, node: Node, context: Context) -> Role:
 
 
 def _in_addcmul(read: Read, last: Step, node: Node, context: Context) -> Role:
+    if last.argument != "self" and any(add.node is node for add in context.graph.residual_adds):
+        return Role.LAYER_SCALE
     return (_in_sum if last.argument == "self" else _as_factor)(read, last, node, context)
 
 

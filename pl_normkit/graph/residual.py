@@ -1,0 +1,328 @@
+"""Which sums are residual additions, and which join features of equal standing."""
+
+from __future__ import annotations
+
+__all__ = ["Sum", "as_residual", "find_sums", "is_attention", "joins_features"]
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from pl_normkit.graph.nodes import Kind, Node
+from pl_normkit.graph.paths import Dominators, between, leading, main_inputs, walk_branch
+from pl_normkit.graph.structure import PASSING, Branch, ResidualAdd
+
+_SLICES = frozenset(("slice", "select", "narrow", "getitem", "index_select"))
+_PARTS = _SLICES | {"chunk", "split", "split_with_sizes", "tensor_split", "unbind"}
+_POINTWISE_KINDS = (*PASSING, Kind.MUL, Kind.ADD, Kind.CAT, Kind.ACTIVATION)
+_ARITHMETIC = """
+    sub rsub div neg addcmul addcdiv lerp pow square sqrt rsqrt reciprocal exp exp2 expm1 log log1p log2 abs sign sin cos
+    maximum minimum where masked_fill floor ceil round remainder nan_to_num"""
+_POINTWISE = frozenset(_ARITHMETIC.split())
+_CHAIN_LIMIT = 24
+_REGION_LIMIT = 40
+
+
+@dataclass(frozen=True)
+class Sum:
+    """An addition of activations with nested additions flattened into one list of operands.
+
+    Attributes:
+        node: the (last) operation that adds, subtracts, interpolates, or sums a stack.
+        operands: the values it adds.
+        split: the last value that all of them pass through, None if they share none.
+        absorbed: the nested additions.
+        subtracted: operands with a minus sign.
+    """
+
+    node: Node
+    operands: tuple[Node, ...]
+    split: Node | None
+    absorbed: frozenset[Node] = frozenset()
+    subtracted: frozenset[Node] = frozenset()
+
+
+def find_sums(nodes: Sequence[Node]) -> list[Sum]:
+    """Additions of two or more activations in execution order."""
+    dominators = Dominators(nodes)
+    inner: set[Node] = set()
+    sums = []
+    for node in reversed(nodes):
+        if node in inner:
+            continue
+        operands, subtracted = _addends(node)
+        if len(operands) > 1:
+            flat, absorbed = _flatten(node, operands)
+            inner |= absorbed
+            sums.append(Sum(node, tuple(flat), dominators.common(flat), frozenset(absorbed), frozenset(subtracted)))
+    return sums[::-1]
+
+
+def _addends(node: Node) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
+    """The values that `node` adds up, and those of them it subtracts; () where it is no sum of activations."""
+    if len(node.inputs) == 1:
+        return (_stacked(node), ()) if node.op in ("sum", "mean") else ((), ())
+    if node.kind is Kind.ADD:
+        return node.inputs, ()
+    named: dict[str, Node] = {}
+    for argument, source in zip(node.arguments, node.inputs, strict=True):
+        named.setdefault(argument, source)
+    if node.op in ("sub", "rsub") and len(node.inputs) == 2:
+        return node.inputs, (named["other" if node.op == "sub" else "self"],)
+    if node.op == "lerp" and {"self", "end"} <= named.keys() and ("weight" not in named or named["weight"].numel < named["end"].numel):
+        return (named["self"], named["end"]), ()
+    if node.op in ("addcmul", "addcdiv") and "self" in named:
+        factors = [named[name] for name in ("tensor1", "tensor2") if name in named]
+        return ((named["self"], max(factors, key=lambda factor: factor.numel)), ()) if factors else ((), ())
+    return (), ()
+
+
+def _stacked(node: Node) -> tuple[Node, ...]:
+    """The operands of `torch.stack(values).sum(0)`, or of its mean."""
+    stack = node.inputs[0]
+    dims = node.argument("dim", 1, None)
+    dims = [dims] if isinstance(dims, int) else dims
+    if stack.op != "stack" or stack.users != [node] or not dims or len(dims) != 1:
+        return ()
+    is_stacked_along = dims[0] % len(stack.shape) == int(stack.argument("dim", 1, 0)) % len(stack.shape)
+    return stack.inputs if is_stacked_along else ()
+
+
+def _flatten(node: Node, operands: Sequence[Node]) -> tuple[list[Node], set[Node]]:
+    flat: list[Node] = []
+    absorbed: set[Node] = set()
+    for operand in operands:
+        if operand.kind is Kind.ADD and len(operand.inputs) > 1 and len(operand.users) == 1 and operand.shape == node.shape:
+            below, absorbed_below = _flatten(operand, operand.inputs)
+            flat += below
+            absorbed |= {operand, *absorbed_below}
+        else:
+            flat.append(operand)
+    return flat, absorbed
+
+
+def as_residual(found: Sum) -> ResidualAdd | None:
+    """The residual addition that a sum is, None where it is none.
+
+    Two ways lead from one value, the split, and meet in the sum. It is a residual addition when
+
+    - one way, the shortcut, hands the split on: nothing but views, pooling, a norm or a scale on it, or one linear layer
+      (a projection), which a pre-activation of its own may precede. It has the full size of the sum: a statistic, a
+      position or a condition that is broadcast is added to something, and is no shortcut around it.
+    - every other way, the branches, computes features of the split: more layers or non-linearities than the shortcut, and not
+      only arithmetic point by point (rotary embeddings, an activation written out). It may read values from elsewhere on
+      its way (a time, a class, a memory); what counts is that it leads from the split.
+    - a branch ends in the sum. A value that lives on beside it was not added to the stream; the sum serves something else
+      (a position that is added again to make queries and keys).
+    - all ways run at the same resolutions. One that comes back from another joins levels: a fusion.
+    - shortcut and branches read the same part of the split, not neighbouring slices (cascades, recurrences).
+    - the sum is no attention score.
+
+    The split is the last value that all paths to the operands pass. Where values from elsewhere enter a branch there is none, or one
+    too far back; then it is the value nearest to the sum, on the way back along the shortcut, from which all branches lead.
+    """
+    ends = [operand for operand in found.operands if operand not in found.subtracted and operand.numel == found.node.numel]
+    if not ends or _is_score(found) or _is_recurrence(found):
+        return None
+    readings = (_residual_of(found, shortcut, branches) for shortcut, branches in _readings(found, ends))
+    return next((add for add in readings if add is not None), None)
+
+
+def _readings(found: Sum, ends: Sequence[Node]) -> Iterator[tuple[Branch, list[Branch]]]:
+    """Shortcut and branches, by the common dominator first, then back along each operand that may be a shortcut."""
+    if found.split is not None:
+        sides = [walk_branch(found.split, operand) for operand in found.operands]
+        shortcut = min((side for side in sides if side.end in ends), key=_shortcut_rank)
+        yield shortcut, [side for side in sides if side is not shortcut]
+    chains = [(end, _chain_back(end)) for end in ends]
+    for chain in chains:
+        yield from _along(found, *chain, steps=slice(0, 1))
+    for chain in chains:
+        yield from _along(found, *chain, steps=slice(1, None))
+
+
+def _chain_back(end: Node) -> list[Node]:
+    """`end` and what lies before it on a way that could be a shortcut."""
+    chain = [end]
+    weights = [node for node in chain if node.kind is Kind.WEIGHT]
+    while len(main_inputs(chain[-1])) == 1 and len(chain) < _CHAIN_LIMIT:
+        chain.append(main_inputs(chain[-1])[0])
+        weights += [chain[-1]] if chain[-1].kind is Kind.WEIGHT else []
+        if len(weights) > 2:
+            break
+    return chain
+
+
+def _along(found: Sum, end: Node, chain: Sequence[Node], *, steps: slice) -> Iterator[tuple[Branch, list[Branch]]]:
+    others = [operand for operand in found.operands if operand is not end]
+    paths = [(other, between(chain[steps][-1].index, other)) for other in others] if chain[steps] else []
+    for depth, split in list(enumerate(chain))[steps]:
+        sides = [leading(split, other, path) for other, path in paths]
+        branches = [side for side in sides if side is not None]
+        outside = [other for other, side in zip(others, sides, strict=True) if side is None]
+        if branches and all(other.numel < found.node.numel for other in outside):
+            yield Branch(split, end, tuple(reversed(chain[:depth]))), branches
+            return
+
+
+def _residual_of(found: Sum, shortcut: Branch, branches: Sequence[Branch]) -> ResidualAdd | None:
+    is_projection = bool(shortcut.of_kind(Kind.WEIGHT))
+    rank = _shortcut_rank(shortcut)
+    if not _is_plain(shortcut) or any(_resizes(branch) != _resizes(shortcut) for branch in branches):
+        return None
+    for branch in branches:
+        if _shortcut_rank(branch) <= rank or _only_rescales(branch) or not _ends_in(found, branch):
+            return None
+        if is_projection and branch.end.numel < found.node.numel:
+            return None
+        if branch.end in found.subtracted and not branch.of_kind(Kind.WEIGHT):
+            return None
+    if all(_reads_other_part(shortcut, branch) for branch in branches):
+        return None
+    return ResidualAdd(found.node, shortcut.split, shortcut, tuple(branches), "projection" if is_projection else "identity")
+
+
+def _is_plain(shortcut: Branch) -> bool:
+    """Linear, with at most one weight layer (or a depthwise and a pointwise one), which a pre-activation of its own may precede."""
+    weights = shortcut.of_kind(Kind.WEIGHT)
+    is_separable = len(weights) == 2 and "conv" in weights[0].op and weights[0].argument("groups", 6, 1) > 1
+    bends = shortcut.of_kind(Kind.ACTIVATION, Kind.ATTENTION, Kind.SOFTMAX)
+    return (len(weights) <= 1 or is_separable) and all(
+        weights and node.kind is Kind.ACTIVATION and node.index < weights[0].index for node in bends
+    )
+
+
+def _shortcut_rank(side: Branch) -> tuple[int, int, int]:
+    """Sorts the sides of an addition: the fewer weights, non-linearities and operations, the more it is a shortcut."""
+    nonlinear = len(side.of_kind(Kind.ACTIVATION, Kind.ATTENTION, Kind.SOFTMAX))
+    others = sum(node.kind not in PASSING and node.kind not in (Kind.WEIGHT, Kind.ACTIVATION) for node in side.nodes)
+    return (len(side.of_kind(Kind.WEIGHT)), nonlinear, others)
+
+
+def _resizes(side: Branch) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The changes of resolution by resizing: a side that alone was resized joins levels (a decoder's long skip)."""
+    resizes = [node for node in side.nodes if node.kind is Kind.RESIZE or node.is_transposed_convolution]
+    return [(node.inputs[0].shape[2:], node.shape[2:]) for node in resizes]
+
+
+def _is_pointwise(node: Node) -> bool:
+    return node.kind in _POINTWISE_KINDS or node.op in _POINTWISE
+
+
+def _only_rescales(branch: Branch) -> bool:
+    """Whether a side is arithmetic on the split alone, as in rotary embeddings, response normalization and an activation written out.
+
+    Also a value copied back behind the reach of gradients (straight-through estimators).
+    """
+    return branch.end.op == "detach" or all(map(_is_pointwise, branch.nodes))
+
+
+def _ends_in(found: Sum, branch: Branch) -> bool:
+    """Whether nothing but the sum, and perhaps the model's output, takes the branch's value."""
+    node = branch.end
+    inside = {found.node, *found.absorbed, *(stack for stack in found.node.inputs if stack.op == "stack")}
+    while True:
+        if any(user.users for user in node.users if user not in inside):
+            return False
+        if node.kind not in PASSING or node.op in _PARTS or len(node.inputs) != 1 or node.inputs[0] is branch.split:
+            return True
+        inside, node = {node}, node.inputs[0]
+
+
+def _reads_other_part(shortcut: Branch, branch: Branch) -> bool:
+    """Whether the two start from different slices of the split (Res2Net's hierarchy, cascaded heads): they share no value."""
+    starts = [{node for node in side.nodes if side.split in node.inputs} for side in (shortcut, branch)]
+    return all(start and all(node.op in _SLICES for node in start) for start in starts) and not starts[0] & starts[1]
+
+
+def _is_recurrence(found: Sum) -> bool:
+    """Whether operands are made, point by point, from different positions of one value (a scan over time), or all from single ones."""
+    slices = [_slices_behind(operand) for operand in found.operands]
+    if all(parts and all(part.op == "select" for part in parts) for parts in slices):
+        return True
+    sources = [{part.inputs[0]: part for part in parts} for parts in slices]
+    return any(
+        first[source] is not second[source]
+        for index, first in enumerate(sources)
+        for second in sources[index + 1 :]
+        for source in first.keys() & second.keys()
+        if first[source].op == "select"
+    )
+
+
+def _slices_behind(end: Node) -> list[Node]:
+    """The slices that `end` is made of by arithmetic alone."""
+    seen: set[Node] = {end}
+    pending, parts = [end], []
+    while pending and len(seen) < _REGION_LIMIT:
+        node = pending.pop()
+        if node.op in _SLICES:
+            parts.append(node)
+        elif _is_pointwise(node):
+            new = [source for source in node.inputs if source not in seen]
+            seen.update(new)
+            pending += new
+    return parts
+
+
+def joins_features(found: Sum) -> bool:
+    """Whether two operands or more fill the sum, and it is neither an attention score nor arithmetic on one value.
+
+    A broadcast shift (a condition, a position) fuses nothing.
+    """
+    is_addition = found.node.kind is Kind.ADD or (found.node.op == "sum" and len(found.node.shape) > 2)
+    if not is_addition or sum(operand.shape == found.node.shape for operand in found.operands) < 2:
+        return False
+    if _feeds_attention(found.node) or _is_recurrence(found) or _adds_again(found):
+        return False
+    sides = [walk_branch(found.split, operand) for operand in found.operands] if found.split is not None else []
+    return not sides or not all(all(map(_is_pointwise, side.nodes)) for side in sides)
+
+
+def _adds_again(found: Sum) -> bool:
+    """Whether an operand is added to what became of it while that lives on beside the sum (positions added anew in each layer)."""
+    for operand in found.operands:
+        for other in found.operands:
+            lead = leading(operand, other, between(operand.index, other)) if operand.index < other.index else None
+            if lead is not None and not _ends_in(found, lead):
+                return True
+    return False
+
+
+def is_attention(softmax: Node) -> bool:
+    """Whether a softmax weighs the values of an attention written out."""
+    return any(user.kind is Kind.MATMUL and len(user.inputs) > 1 for score in _scores_from(softmax) for user in score.users)
+
+
+def _is_score(found: Sum) -> bool:
+    """Whether the sum is a product of queries and keys with a mask or a bias added."""
+    return any(map(_is_product, found.operands)) and _feeds_attention(found.node)
+
+
+def _is_product(end: Node) -> bool:
+    node = end
+    for _ in range(_CHAIN_LIMIT):
+        if node.kind is Kind.MATMUL and len(node.inputs) > 1:
+            return True
+        if not (_is_pointwise(node) or node.op in ("gather", "index")) or not node.inputs:
+            return False
+        node = main_inputs(node)[0]
+    return False
+
+
+def _feeds_attention(node: Node) -> bool:
+    """Whether `node` is an attention score, or a bias added to it."""
+    return any(user.kind is Kind.SOFTMAX and is_attention(user) for score in _scores_from(node) for user in score.users)
+
+
+def _scores_from(start: Node) -> list[Node]:
+    """`start` and what scaling, masking, reshaping, dropping or mixing heads makes of it."""
+    scores = [start]
+    seen = {start}
+    for node in scores:
+        for user in node.users:
+            mixes_heads = user.kind is Kind.WEIGHT and user.shape == node.shape
+            passes = user.kind in (*PASSING, Kind.MUL, Kind.ADD) or user.op in ("div", "masked_fill") or mixes_heads
+            if passes and user not in seen:
+                seen.add(user)
+                scores.append(user)
+    return scores

@@ -1,0 +1,186 @@
+"""Which sums are residual additions: every spelling of one, a second input inside a block, and sums that only look like one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pl_normkit.graph import ModelGraph
+
+X = torch.zeros(2, 8, 8, 8)
+TOKENS = torch.zeros(2, 6, 8)
+
+
+class Written(nn.Module):
+    """A branch, a projection, an embedding of a second input, and whatever `forward` the case gives."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+        self.second = nn.Conv2d(8, 8, 3, padding=1)
+        self.project = nn.Conv2d(8, 8, 1)
+        self.up = nn.ConvTranspose2d(8, 8, 2, 2)
+        self.embed = nn.Linear(4, 8)
+        self.q, self.k, self.v, self.out = (nn.Linear(8, 8) for _ in range(4))
+        self.norm = nn.LayerNorm(8)
+        self.scale = nn.Parameter(torch.ones(1))
+        self.written = forward
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.written(self, *inputs)
+
+
+def adds(forward: Callable[..., Any], *inputs: Tensor) -> tuple[int, int]:
+    kinds = [add.kind for add in ModelGraph.from_model(Written(forward), inputs).residual_adds]
+    return kinds.count("identity"), kinds.count("projection")
+
+
+def fusions(forward: Callable[..., Any], *inputs: Tensor) -> int:
+    return len(ModelGraph.from_model(Written(forward), inputs).fusions)
+
+
+def _in_place(m: Written, x: Tensor) -> Tensor:
+    x = x.clone()
+    x += m.branch(x)
+    return x
+
+
+SPELLINGS: dict[str, Callable[..., Any]] = {
+    "x + f(x)": lambda m, x: x + m.branch(x),
+    "x += f(x)": _in_place,
+    "x.add(f(x), alpha)": lambda m, x: torch.add(x, m.branch(x), alpha=0.5),
+    "x - f(x)": lambda m, x: x - m.branch(x),
+    "rsub(f(x), x)": lambda m, x: torch.rsub(m.branch(x), x),
+    "x.sub_(f(x))": lambda m, x: x.clone().sub_(m.branch(x)),
+    "lerp": lambda m, x: torch.lerp(x, m.branch(x), 0.3),
+    "lerp_, learned weight": lambda m, x: torch.lerp(x, m.branch(x), m.scale),
+    "addcmul": lambda m, x: torch.addcmul(x, m.branch(x), m.scale),
+    "addcdiv": lambda m, x: torch.addcdiv(x, m.branch(x), m.scale),
+    "stack and sum": lambda m, x: torch.stack([x, m.branch(x)]).sum(0),
+    "stack and mean, last dimension": lambda m, x: torch.stack([x, m.branch(x)], dim=-1).mean(-1),
+    "python's sum": lambda m, x: sum([x, m.branch(x)]),
+    "scaled": lambda m, x: (x + m.branch(x)) / 2**0.5,
+    "parallel branches": lambda m, x: x + m.branch(x) + m.second(x).relu(),
+    "resized alike on both sides": lambda m, x: F.interpolate(x, scale_factor=2) + m.branch(F.interpolate(x.relu(), scale_factor=2)),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_every_spelling_of_an_identity_shortcut_is_read(name: str) -> None:
+    assert (adds(SPELLINGS[name], X), fusions(SPELLINGS[name], X)) == ((1, 0), 0)
+
+
+def _film(m: Written, x: Tensor, t: Tensor) -> Tensor:
+    return m.project(x) + m.second(m.branch(x) * (1 + m.embed(t)[:, :, None, None]) + m.embed(t)[:, :, None, None])
+
+
+CONDITIONED: dict[str, tuple[Callable[..., Any], tuple[int, int]]] = {
+    "time added in the branch": (lambda m, x, t: x + m.second((m.branch(x) + m.embed(t)[:, :, None, None]).relu()), (1, 0)),
+    "projection, time added in the branch": (
+        lambda m, x, t: m.project(x) + m.second((m.branch(x) + m.embed(t)[:, :, None, None]).relu()),
+        (0, 1),
+    ),
+    "projection, FiLM in the branch": (_film, (0, 1)),
+    "condition beside the branch": (lambda m, x, t: x + m.branch(x) + m.embed(t)[:, :, None, None], (1, 0)),
+    "resized projection with a condition": (
+        lambda m, x, t: (
+            m.project(F.interpolate(x, scale_factor=2)) + m.branch(F.interpolate((x + m.embed(t)[:, :, None, None]).relu(), scale_factor=2))
+        ),
+        (0, 1),
+    ),
+    "transposed on both sides with a condition": (
+        lambda m, x, t: m.up(x) + m.branch(m.up((m.second(x) + m.embed(t)[:, :, None, None]).relu())),
+        (0, 1),
+    ),
+    "two blocks that share the condition": (
+        lambda m, x, t: _film(m, _film(m, x, t).relu(), t),
+        (0, 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONDITIONED)
+def test_a_second_input_inside_a_block_hides_no_addition(name: str) -> None:
+    forward, expected = CONDITIONED[name]
+    assert (adds(forward, X, torch.zeros(2, 4)), fusions(forward, X, torch.zeros(2, 4))) == (expected, 0)
+
+
+def _masked_attention(m: Written, x: Tensor, mask: Tensor) -> Tensor:
+    for _ in range(2):
+        scores = m.q(x) @ m.k(x).transpose(1, 2) + mask
+        x = x + m.out(scores.softmax(-1) @ m.v(x))
+    return x
+
+
+def _positions_again(m: Written, x: Tensor, position: Tensor) -> Tensor:
+    for _ in range(3):
+        y = x + position
+        x = m.norm(x + m.out(F.scaled_dot_product_attention(m.q(y), m.k(y), m.v(x))))
+    return x
+
+
+def _own_positions_again(m: Written, x: Tensor) -> Tensor:
+    return _positions_again(m, x, x)
+
+
+def _gelu_written_out(m: Written, x: Tensor) -> Tensor:
+    return m.out(x * 0.5 * (1 + torch.tanh(0.8 * (x + 0.044715 * x**3))))
+
+
+def _normalised_and_back(m: Written, x: Tensor) -> Tensor:
+    mean, deviation = x.mean(1, keepdim=True), x.std(1, keepdim=True)
+    return m.out(m.q((x - mean) / deviation).relu()) * deviation + mean
+
+
+def _scan(m: Written, x: Tensor) -> Tensor:
+    gates, values = m.q(x).sigmoid(), m.v(x)
+    state = values[:, 0]
+    for step in range(1, x.shape[1]):
+        state = gates[:, step] * state + values[:, step]
+    return m.out(state)
+
+
+def _straight_through(m: Written, x: Tensor) -> Tensor:
+    return x + (m.out(x).relu() - x).detach()
+
+
+LOOK_ALIKES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], int]] = {
+    "attention with an additive mask, twice": (_masked_attention, (TOKENS, torch.zeros(2, 6, 6)), 2),
+    "positions added anew": (_positions_again, (TOKENS, torch.zeros(2, 6, 8)), 3),
+    "the first value added anew": (_own_positions_again, (TOKENS,), 3),
+    "GELU written out": (_gelu_written_out, (TOKENS,), 0),
+    "normalised, and undone at the end": (_normalised_and_back, (TOKENS,), 0),
+    "scan over time": (_scan, (TOKENS,), 0),
+    "straight-through estimator": (_straight_through, (TOKENS,), 0),
+    "f(x) - x": (lambda m, x: m.branch(x) - x, (X,), 0),
+    "x - pool(x)": (lambda m, x: x - F.avg_pool2d(x, 3, 1, 1), (X,), 0),
+    "decoder's long skip": (lambda m, x: m.project(x) + F.interpolate(m.branch(F.max_pool2d(x, 2)), scale_factor=2), (X,), 0),
+    "levels brought to one size": (
+        lambda m, x: F.interpolate(m.project(x), size=16) + F.interpolate(m.branch(F.max_pool2d(x, 2)), size=16),
+        (X,),
+        0,
+    ),
+    "gate as wide as the features": (lambda m, x: torch.lerp(m.branch(x), x, m.second(x).sigmoid()), (X,), 0),
+}
+
+
+@pytest.mark.parametrize("name", LOOK_ALIKES)
+def test_sums_that_only_look_like_one_are_left_out(name: str) -> None:
+    forward, inputs, expected = LOOK_ALIKES[name]
+    assert adds(forward, *inputs) == (expected, 0)
+
+
+@pytest.mark.parametrize("forward", [_own_positions_again, _scan, _gelu_written_out, _normalised_and_back])
+def test_they_are_no_fusions_either(forward: Callable[..., Any]) -> None:
+    assert fusions(forward, TOKENS) == 0
+
+
+@pytest.mark.parametrize("name", ["decoder's long skip", "levels brought to one size"])
+def test_levels_that_join_stay_fusions(name: str) -> None:
+    forward, inputs, _ = LOOK_ALIKES[name]
+    assert fusions(forward, *inputs) == 1
