@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from pl_normkit.errors import EditError, TraceError
 from pl_normkit.findings import Finding, FixSafety, Note, NoteKind, Place
+from pl_normkit.first_step import read_step
 from pl_normkit.graph import ModelGraph
 from pl_normkit.preserve import preserved
 from pl_normkit.report import Report
@@ -80,6 +81,8 @@ def audit_subject(subject: Subject, selection: Selection, *, needing: Set[Needs]
     if any(Needs.GRAPH in rule.needs for rule in rules):
         subject = traced(subject)
         notes += _graph_notes(subject)
+    if any(Needs.STEP in rule.needs for rule in rules):
+        subject = _with_step(subject)
     findings: list[Finding] = []
     with preserved(subject.model if subject.model is not None else nn.Module(), buffers=True):
         for rule in rules:
@@ -129,6 +132,13 @@ def traced(subject: Subject) -> Subject:
         return replace(subject, graph=ModelGraph.from_model(subject.model, subject.example_inputs))
     except TraceError as error:
         return replace(subject, trace_failure=str(error))
+
+
+def _with_step(subject: Subject) -> Subject:
+    """The subject with the facts of the step that its loss is of; itself where they are known, or cannot be had."""
+    if subject.step is not None or subject.model is None or subject.loss is None:
+        return subject
+    return replace(subject, step=read_step(subject.model, subject.example_inputs, subject.loss, run=subject.measure))
 
 
 def _graph_notes(subject: Subject) -> list[Note]:
