@@ -121,6 +121,11 @@ class GraphView:
     def parameters(self) -> frozenset[str]:
         return frozenset(name for node in self.nodes if (name := self.name_of(node)))
 
+    def without(self, node: Node) -> list[Node]:
+        """What is reached from the roots by paths that do not lead through `node`."""
+        roots = [root for root in self.roots if root is not node]
+        return list(_reachable(roots, lambda inner: [following for following in behind(inner) if following is not node]))
+
     def ahead_of(self, node: Node) -> set[Node]:
         """Every node that `node` feeds."""
         return set(_reachable([node], lambda inner: [user for user, _ in self.users[inner]])) - {node}

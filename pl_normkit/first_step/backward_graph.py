@@ -176,7 +176,8 @@ def silenced(graph: GraphView, parameters: Mapping[str, Tensor]) -> tuple[Silenc
             op = f"{_WORDS[name]} over one value"
         elif name in _SATURATING and _SATURATING[name][1](node):
             exact = name in ("Sigmoid", "Tanh", "Softmax")  # needs arguments beyond 9, which chance does not give
-            op = _SATURATING[name][0] if exact or units >= _ENOUGH_UNITS or _is_pushed(graph, node, parameters) else ""
+            is_sure = exact or units >= _ENOUGH_UNITS or _is_pushed(graph, node, parameters) or _is_far_outside(node)
+            op = _SATURATING[name][0] if is_sure else ""
         elif name == "Mul" and _is_zero_mask(node) and _holds_all_paths(graph, node):
             op = "a product with zeros"
         if op:
@@ -201,6 +202,16 @@ def _is_pushed(graph: GraphView, node: Node, parameters: Mapping[str, Tensor]) -
     return any(bool((value < (-1 if value.dim() <= 1 else 0)).all()) for value in map(Tensor.detach, seen))
 
 
+def _is_far_outside(node: Node) -> bool:
+    """Whether everything lies beyond one end of a clamp by twice the clamp's width."""
+    value = saved_tensor(node, "self")
+    ends = [saved(node, name) for name in (("min_val", "max_val") if base(node) == "Hardtanh" else ("min", "max"))]
+    if value is None or base(node) not in ("Clamp", "Hardtanh") or any(isinstance(end, Tensor) or end is None for end in ends):
+        return False
+    low, high = (float(end) for end in ends)
+    return bool((value < low - 2 * (high - low)).all() or (value > high + 2 * (high - low)).all())
+
+
 def _is_zero_mask(node: Node) -> bool:
     """Whether a factor without gradient is 0 everywhere."""
     for edge, name in zip(node.next_functions, ("self", "other"), strict=False):
@@ -213,13 +224,11 @@ def _is_zero_mask(node: Node) -> bool:
 def _holds_all_paths(graph: GraphView, node: Node) -> bool:
     """Whether everything before `node` reaches the loss through it alone: no expert beside it, no shortcut around it."""
     ahead = graph.ahead_of(node)
+    around = [inner for inner in graph.without(node) if graph.name_of(inner)]
     before = graph.parameters_behind(node)
-    beside = {
-        name
-        for inner in graph.nodes
-        if (name := graph.name_of(inner)) and any(user not in ahead for user, _ in graph.users[inner]) and name not in before
-    }
-    return bool(before) and not beside and not any(before & graph.parameters_behind(user) - before for user in ahead)
+    return bool(before) and all(
+        graph.name_of(inner) not in before and all(user in ahead for user, _ in _consumers(graph, inner)) for inner in around
+    )
 
 
 _FACTOR_AT = {

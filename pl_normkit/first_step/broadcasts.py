@@ -14,7 +14,7 @@ from pl_normkit.first_step.autograd_nodes import GraphView, base, output_shape, 
 from pl_normkit.first_step.facts import Broadcast
 
 Shape = tuple[int, ...]
-_ELEMENTWISE = {"Sub": "-", "Add": "+", "Mul": "*", "Div": "/", "Rsub": "-", "Maximum": "maximum", "Minimum": "minimum"}
+_ELEMENTWISE = {"Sub": "subtraction", "Add": "addition", "Mul": "multiplication", "Div": "division", "Rsub": "subtraction", "Maximum": "maximum", "Minimum": "minimum"}
 _LOSSES = {"MseLoss": "mse_loss", "SmoothL1Loss": "smooth_l1_loss", "HuberLoss": "huber_loss"}
 _EXPLICIT = frozenset(("Unsqueeze", "Transpose", "Permute", "T", "Repeat", "Movedim"))
 """Whoever writes one of these in front of an operation means it to broadcast."""
@@ -91,7 +91,7 @@ def _other_operand(graph: GraphView, node: Node, known: Shape, result: Shape) ->
     """
     padded = (1,) * (len(result) - len(known)) + known
     free = [dim for dim, size in enumerate(padded) if size == 1 and result[dim] > 1]  # the other operand varies here
-    kept = next((value for user, _ in graph.users[node] for name in ("self", "input") if (value := saved_tensor(user, name)) is not None), None)
+    kept = _value_of(graph, node)
     if not free or kept is None or tuple(kept.shape) != result or base(node) not in ("Sub", "Add", "Rsub"):
         return None
     varying = kept.double()
@@ -107,6 +107,19 @@ def _other_operand(graph: GraphView, node: Node, known: Shape, result: Shape) ->
     while shape and shape[0] == 1:
         shape.pop(0)
     return tuple(shape)
+
+
+def _value_of(graph: GraphView, node: Node, depth: int = 2) -> Tensor | None:
+    """What `node` computed, where a node behind it keeps it, as it is or divided by a constant."""
+    for user, position in graph.users[node]:
+        value = saved_tensor(user, ("self", "other", "")[min(position, 2)])
+        if value is not None:
+            return value
+        factor = saved_tensor(user, "other") if base(user) == "Div" and depth else None
+        quotient = _value_of(graph, user, depth - 1) if factor is not None else None
+        if quotient is not None and factor is not None:
+            return quotient * factor
+    return None
 
 
 def _is_unasked(seen: Broadcast) -> bool:

@@ -24,7 +24,9 @@ from pl_normkit.first_step.autograd_nodes import GraphView
 from pl_normkit.first_step.facts import Cut, Dropout, FirstInput, ForwardFacts, NormCall, ReverseRead
 from pl_normkit.graph.nodes import shorten
 
-_HIDDEN = (str(Path(torch.__file__).parent) + "/", str(Path(__file__).parents[1] / "first_step") + "/")
+_OWN = f"{Path(__file__).parents[1]}/"
+_HIDDEN = (f"{Path(torch.__file__).parent}/", _OWN)
+_CALLERS = ("recorder.py", "measure.py", "auditing.py")
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -219,6 +221,7 @@ class ForwardWatch(TorchFunctionMode):
         if name in ("__setitem__", "__set__"):
             self._see_in_place(name, args, sources)
         elif name in operations.VALUE_READS:
+            self._read |= {self._names[id(tensor)] for tensor in sources if id(tensor) in self._names}
             for tensor in sources:
                 self._used |= self._marks.get(tensor, frozenset())
             if any(tensor.requires_grad for tensor in sources):
@@ -282,9 +285,11 @@ def _bases(tensor: Tensor) -> list[Tensor]:
 
 
 def source_line(frame: FrameType | None) -> str:
-    """`file.py:line` of the innermost frame outside torch and this package."""
+    """`file.py:line` of the innermost frame outside torch and this package; "" where this package called the model itself."""
     while frame is not None:
         file = frame.f_code.co_filename
+        if file.startswith(_OWN) and file.endswith(_CALLERS):
+            return ""
         if not file.startswith(_HIDDEN) and not file.startswith("<"):
             return f"{shorten(file)}:{frame.f_lineno}"
         frame = frame.f_back

@@ -258,9 +258,8 @@ def norm_of_one_value(subject: Subject) -> Iterator[Observation]:
     for is_batch in (True, False):
         found = [call for call in seen.values() if (call.kind == "batch") is is_batch]
         if found:
-            what = "a batch of one leaves" if is_batch else "each statistic is taken over"
             yield Observation(
-                f"{what} one value to normalize",
+                "a batch of one leaves one value to normalize" if is_batch else "the norm runs over a single value and returns its bias",
                 [call.place for call in found],
                 "set drop_last=True and use larger batches, or a norm that does not need the batch"
                 if is_batch

@@ -274,7 +274,7 @@ def activation_before_loss(subject: Subject) -> Iterator[Observation]:
     for seen in _facts(subject).stacked:
         repeats = seen.first == seen.second == "log_softmax"
         loss = seen.loss or "the loss"
-        verb = f"{loss} expects log_softmax" if seen.second == "nll_loss" else f"{loss}, which applies {_applied(seen)} itself"
+        verb = f"{loss}, which expects log_softmax" if seen.second == "nll_loss" else f"{loss}, which applies {_applied(seen)} itself"
         message = f"{seen.first} in front of {verb}"
         yield Observation(
             f"{message}; it changes nothing here" if repeats else message,

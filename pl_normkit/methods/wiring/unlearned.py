@@ -57,25 +57,20 @@ def _cut_off(model: nn.Module, step: StepFacts, missing: Sequence[str]) -> Itera
         return
     lost = [name for name in missing if name in forward.read and name not in forward.reached | forward.written]
     lost = [name for name in lost if not has_trained_twin(model, name, step.gradients)]
-    by_cut: dict[int, list[str]] = defaultdict(list)
+    by_cut: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name in lost:
-        ends = [index for index, cut in enumerate(forward.cuts) if name in cut.parameters]
-        by_cut[ends[0] if ends else -1].append(name)
-    for index, names in by_cut.items():
-        if index < 0:
+        ends = [(cut.how, cut.place.source) for cut in forward.cuts if name in cut.parameters]
+        by_cut[ends[0] if ends else ("", "")].append(name)
+    for (how, line), names in by_cut.items():
+        if not how:
             yield _observation(
                 model, names, "the result of these parameters is thrown away", "use it, or take the module out of the model", "thrown away"
             )
         else:
-            cut = forward.cuts[index]
             yield _observation(
-                model, names, f"{cut.how} cuts the gradient of these parameters{_at(cut.place)}",
-                f"take {cut.how} out of the path to the loss, or freeze the parameters with requires_grad_(False)", f"cut by {cut.how}",
+                model, names, f"{how} cuts the gradient of these parameters{f' at {line}' if line else ''}",
+                f"take {how} out of the path to the loss, or freeze the parameters with requires_grad_(False)", f"cut by {how}",
             )  # fmt: skip
-
-
-def _at(place: Place) -> str:
-    return f" at {place.source}" if place.source else ""
 
 
 def has_trained_twin(model: nn.Module, name: str, gradients: Mapping[str, float | None]) -> bool:
