@@ -1,9 +1,12 @@
 """What one training step shows of a model's wiring, as plain data that rules judge.
 
-    facts.py            StepFacts and its parts
-    backward_graph.py   reads the autograd graph of the loss: which parameters, which activations, what broadcasts, what is dead
-    watch.py            sees the operations of one forward pass
-    recorder.py         takes the facts of a step: `read_step` for a loss in hand, `StepRecorder` for a training loop
+facts.py            StepFacts and its parts
+autograd_nodes.py   nodes of the autograd graph: names, what they keep, what lies behind them
+backward_graph.py   what the graph of a loss shows: stacked activations, dead units, zero-initialised layers
+broadcasts.py       what broadcasts in a loss
+operations.py       what the functions of torch do, by name
+watch.py            sees the operations of one forward pass
+recorder.py         takes the facts of a step: `read_step` for a loss in hand, `StepRecorder` for a training loop
 """
 
 from __future__ import annotations

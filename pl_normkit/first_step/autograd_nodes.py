@@ -14,17 +14,18 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import Node
 
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 ACCUMULATE = "AccumulateGrad"
-WEIGHT_OPS = frozenset(
-    """Addmm Mm Bmm Baddbmm Mv Linear Convolution ConvolutionOverrideable MkldnnLinear SlowConv2D ThnnConv2D ConvDepthwise2D
+WEIGHT_OPS = _words("""Addmm Mm Bmm Baddbmm Mv Linear Convolution ConvolutionOverrideable MkldnnLinear SlowConv2D ThnnConv2D ConvDepthwise2D
     NativeBatchNorm CudnnBatchNorm MiopenBatchNorm NativeLayerNorm NativeGroupNorm FusedRmsNorm Embedding EmbeddingBag CudnnRnn
-    MkldnnRnnLayer MiopenRnn Lstm LstmMps""".split()
-)
+    MkldnnRnnLayer MiopenRnn Lstm LstmMps""")
 """Nodes that, where they read a parameter, are a layer of the network rather than a part of its loss."""
-RESHAPES = frozenset(
-    """View UnsafeView ReshapeAlias Permute Transpose T Squeeze Unsqueeze Slice Select Index Clone ToCopy Alias Flatten Unflatten
-    Split SplitWithSizes Unbind Movedim Swapaxes Narrow IndexSelect MaskedSelect ViewAs Detach""".split()
-)
+RESHAPES = _words("""View UnsafeView ReshapeAlias Permute Transpose T Squeeze Unsqueeze Slice Select Index Clone ToCopy Alias
+    Flatten Unflatten Split SplitWithSizes Unbind Movedim Swapaxes Narrow IndexSelect MaskedSelect ViewAs Detach""")
 
 
 def base(node: Node) -> str:

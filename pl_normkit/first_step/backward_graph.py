@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from pl_normkit.first_step.autograd_nodes import GraphView, base, behind, output_shape, saved, saved_tensor, through_reshapes
+from pl_normkit.first_step.autograd_nodes import RESHAPES, GraphView, base, behind, output_shape, saved, saved_tensor, through_reshapes
 from pl_normkit.first_step.facts import InitialLoss, Silenced, StackedActivation
 
 _WORDS = {
@@ -252,7 +252,7 @@ def _consumers(graph: GraphView, node: Node) -> Iterator[tuple[Node, int]]:
     waiting = [node]
     while waiting:
         for user, position in graph.users[waiting.pop()]:
-            if base(user) in ("T", "Transpose", "Permute", "View", "UnsafeView", "Expand", "Unsqueeze", "ToCopy", "Tanh", "Slice", "Select"):
+            if base(user) in RESHAPES | {"Expand", "Tanh"}:
                 waiting.append(user)
             else:
                 yield user, position

@@ -14,7 +14,15 @@ from pl_normkit.first_step.autograd_nodes import GraphView, base, output_shape, 
 from pl_normkit.first_step.facts import Broadcast
 
 Shape = tuple[int, ...]
-_ELEMENTWISE = {"Sub": "subtraction", "Add": "addition", "Mul": "multiplication", "Div": "division", "Rsub": "subtraction", "Maximum": "maximum", "Minimum": "minimum"}
+_ELEMENTWISE = {
+    "Sub": "subtraction",
+    "Add": "addition",
+    "Mul": "multiplication",
+    "Div": "division",
+    "Rsub": "subtraction",
+    "Maximum": "maximum",
+    "Minimum": "minimum",
+}
 _LOSSES = {"MseLoss": "mse_loss", "SmoothL1Loss": "smooth_l1_loss", "HuberLoss": "huber_loss"}
 _EXPLICIT = frozenset(("Unsqueeze", "Transpose", "Permute", "T", "Repeat", "Movedim"))
 """Whoever writes one of these in front of an operation means it to broadcast."""

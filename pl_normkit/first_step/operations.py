@@ -30,27 +30,24 @@ from torch import Tensor
 from pl_normkit.findings import Place
 from pl_normkit.first_step.facts import FirstInput, NormCall
 
-WEIGHT_LAYERS = frozenset(
-    """conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear addmm matmul __matmul__ mm lstm gru rnn_tanh
-    rnn_relu multi_head_attention_forward bilinear""".split()
-)
-NORMS = frozenset("batch_norm group_norm layer_norm instance_norm rms_norm".split())
-LOOKUPS = frozenset("embedding embedding_bag one_hot".split())
-CASTS = frozenset("to float double half bfloat16 type type_as".split())
-VIEWS = frozenset(
-    """view reshape flatten unflatten permute transpose movedim swapaxes squeeze unsqueeze contiguous expand expand_as t
-    __getitem__ narrow select chunk split unbind clone unfold view_as mT""".split()
-)
-DROPOUTS = frozenset(
-    """dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout
-    scaled_dot_product_attention multi_head_attention_forward""".split()
-)
-SHAPE_ONLY = frozenset(
-    """zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones new_empty new_full new_tensor size
-    bernoulli_ uniform_ normal_ fill_ zero_""".split()
-)
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+WEIGHT_LAYERS = _words("""conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear addmm matmul __matmul__ mm
+    lstm gru rnn_tanh rnn_relu multi_head_attention_forward bilinear""")
+NORMS = _words("batch_norm group_norm layer_norm instance_norm rms_norm")
+LOOKUPS = _words("embedding embedding_bag one_hot")
+CASTS = _words("to float double half bfloat16 type type_as")
+VIEWS = _words("""view reshape flatten unflatten permute transpose movedim swapaxes squeeze unsqueeze contiguous expand expand_as t
+    __getitem__ narrow select chunk split unbind clone unfold view_as mT""")
+DROPOUTS = _words("""dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout
+    scaled_dot_product_attention multi_head_attention_forward""")
+SHAPE_ONLY = _words("""zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones new_empty
+    new_full new_tensor size bernoulli_ uniform_ normal_ fill_ zero_""")
 """Their result has the shape of the argument and none of its values."""
-VALUE_READS = frozenset("item tolist numpy __bool__ __int__ __float__ __index__ __array__ __contains__ is_nonzero equal allclose".split())
+VALUE_READS = _words("item tolist numpy __bool__ __int__ __float__ __index__ __array__ __contains__ is_nonzero equal allclose")
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
@@ -81,8 +78,10 @@ def drop_probability(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     return float(_argument(args, kwargs, 1, "p", 0.5)) if _argument(args, kwargs, 2, "training", True) else 0.0
 
 
-def reads_last(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], time: int) -> bool:
-    """Whether the call picks the last position along dimension `time`."""
+def reads_last(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], time: int | None) -> bool:
+    """Whether the call picks the last position along dimension `time` (never where that is None)."""
+    if time is None:
+        return False
     if name == "select":
         dim, index = _argument(args, kwargs, 1, "dim"), _argument(args, kwargs, 2, "index")
     else:

@@ -207,7 +207,7 @@ class _Clearing:
         if self._watched is None:
             self.close()
         else:
-            self._handles.append(self._watched.register_hook(self._before_accumulation))
+            self._handles.append(self._watched.register_hook(self._before_accumulation))  # type: ignore[no-untyped-call]
 
     def _before_accumulation(self, _: Tensor) -> None:
         assert self._watched is not None

@@ -183,9 +183,8 @@ class ForwardWatch(TorchFunctionMode):
             probability = operations.drop_probability(name, args, kwargs)
             if probability > 0:
                 self._dropouts.append(Dropout(self._place(), name, probability))
-        elif name in ("__getitem__", "select") and args[0] in self._reverse:
-            if operations.reads_last(name, args, kwargs, self._reverse[args[0]]):
-                self._reverse_reads.append(ReverseRead(self._place()))
+        elif name in ("__getitem__", "select") and operations.reads_last(name, args, kwargs, self._reverse.get(args[0])):
+            self._reverse_reads.append(ReverseRead(self._place()))
 
     def _see_write(self, name: str, args: Sequence[Any], results: Sequence[Tensor]) -> None:
         """A forward pass that moves a parameter itself: a codebook or a teacher by moving average."""

@@ -11,7 +11,9 @@ from torch import nn
 
 _BUILDERS = ("init", "reset", "extra_repr", "flops", "no_weight_decay")
 """Methods with these words in their names set modules up; that they name an attribute does not read it."""
-_ANY_NAME = frozenset(("getattr", "children", "named_children", "modules", "named_modules", "_modules", "get_submodule", "__dict__", "__getattr__"))
+_ANY_NAME = frozenset(
+    ("getattr", "children", "named_children", "modules", "named_modules", "_modules", "get_submodule", "__dict__", "__getattr__")
+)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
@@ -50,7 +52,9 @@ def _names_of(kind: type) -> set[str]:
     return {
         name
         for base in kind.__mro__
-        if base not in (nn.Module, object) and not _is_of_torch(base) and not base.__module__.startswith(("lightning.", "pytorch_lightning."))
+        if base not in (nn.Module, object)
+        and not _is_of_torch(base)
+        and not base.__module__.startswith(("lightning.", "pytorch_lightning."))
         for method, value in vars(base).items()
         if not any(word in method for word in _BUILDERS)
         for code in _codes(value)

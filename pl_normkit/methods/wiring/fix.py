@@ -63,8 +63,13 @@ class _Freeze:
         return not model.get_parameter(self.parameter).requires_grad
 
     def apply(self, model: nn.Module) -> tuple[Change, Undo]:
-        parameter = model.get_parameter(self.parameter).requires_grad_(False)
-        return Change(self.parameter, "is not trained: the norm behind it removes it"), lambda: parameter.requires_grad_(True) and None
+        parameter = model.get_parameter(self.parameter)
+        parameter.requires_grad = False
+
+        def undo() -> None:
+            parameter.requires_grad = True
+
+        return Change(self.parameter, "is not trained: the norm behind it removes it"), undo
 
 
 def keep_norms_in_eval(model: nn.Module, example_inputs: Any = None, *, filter_fn: Filter | None = None) -> Changes:

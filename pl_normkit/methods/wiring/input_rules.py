@@ -175,7 +175,11 @@ def _judge(seen: FirstInput) -> tuple[str, str, tuple[Evidence, ...]] | None:
     if seen.far_column is not None and seen.far_column[2] > 0:
         index, mean, std = seen.far_column
         if abs(mean) > max(10.0, 20 * std):
-            return f"feature {index} lies far from 0", "subtract its mean", (_value("mean over standard deviation", abs(mean) / std, "below 20"),)
+            return (
+                f"feature {index} lies far from 0",
+                "subtract its mean",
+                (_value("mean over standard deviation", abs(mean) / std, "below 20"),),
+            )
     return None
 
 
@@ -186,4 +190,4 @@ def _value(what: str, value: float, expected: str) -> Evidence:
 def _is_raw_image(seen: FirstInput) -> bool:
     rank = len(seen.shape)
     has_channels = (rank == 4 and seen.shape[1] in (1, 3, 4)) or (rank == 5 and {seen.shape[1], seen.shape[2]} & {1, 3, 4})
-    return bool(has_channels) and 0 <= seen.low and 128 <= seen.high <= 255.5 and (seen.is_whole or seen.high > 200)
+    return bool(has_channels) and seen.low >= 0 and 128 <= seen.high <= 255.5 and (seen.is_whole or seen.high > 200)

@@ -248,7 +248,9 @@ def _explained(runner: _Runner, leaves: list[Any], changed: list[Any], rows: int
         nonlocal position
         before = results[position] if position < len(results) else []
         position += 1
-        if not first and any(_is_by_sample(a, rows) and _differ(a, b, others) for a, b in zip(before, tensors_in(seen.result), strict=False)):
+        if not first and any(
+            _is_by_sample(a, rows) and _differ(a, b, others) for a, b in zip(before, tensors_in(seen.result), strict=False)
+        ):
             first.append(seen)
 
     runner.watched(changed, compare)
@@ -262,9 +264,7 @@ def _judged(runner: _Runner, seen: Seen) -> Mixing | None:
         if getattr(module, "batch_first", None) is not False or _is_time_first(runner):
             return None
         kind = type(module).__name__
-        return Mixing(
-            seen.place, seen.op, f"{kind} reads dimension 0, the batch, as the sequence", f"build {kind} with batch_first=True"
-        )
+        return Mixing(seen.place, seen.op, f"{kind} reads dimension 0, the batch, as the sequence", f"build {kind} with batch_first=True")
     if seen.op in _VIEWS:
         advice = "permute the batch back to dimension 0 before the view, or reshape per sample"
         return Mixing(seen.place, seen.op, f"{seen.op} after a permutation puts parts of different samples into one row", advice)

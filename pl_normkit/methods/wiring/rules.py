@@ -279,7 +279,9 @@ def activation_before_loss(subject: Subject) -> Iterator[Observation]:
         yield Observation(
             f"{message}; it changes nothing here" if repeats else message,
             [_place_of(subject, seen.first)],
-            f"use log_softmax instead of {seen.first}" if seen.second == "nll_loss" else f"drop the {seen.first} and give the loss the scores",
+            f"use log_softmax instead of {seen.first}"
+            if seen.second == "nll_loss"
+            else f"drop the {seen.first} and give the loss the scores",
             severity=Severity.NOTE if repeats else None,
             cause=f"{seen.first} {seen.second}",
         )

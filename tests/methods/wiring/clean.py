@@ -523,5 +523,7 @@ def loader_without_a_last_batch_of_one() -> Setup:
 
 @clean
 def weight_norm_and_parametrizations() -> Setup:
-    net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(32, 64)), nn.ReLU(), nn.utils.parametrizations.spectral_norm(nn.Linear(64, 10)))
+    net = nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Linear(32, 64)), nn.ReLU(), nn.utils.parametrizations.spectral_norm(nn.Linear(64, 10))
+    )
     return Setup(net, torch.randn(16, 32), cross_entropy(classes(16)))

@@ -214,8 +214,8 @@ def attention_dropout_always() -> Setup:
 @names("dropout-active-in-evaluation")
 def dropout_kept_in_training_mode() -> Setup:
     class Always(nn.Dropout):
-        def forward(self, input: Tensor) -> Tensor:
-            return F.dropout(input, self.p, training=True)
+        def forward(self, x: Tensor) -> Tensor:
+            return F.dropout(x, self.p, training=True)
 
     net = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), Always(0.2), nn.Linear(64, 10))
     return Setup(net, torch.randn(16, 32), cross_entropy(classes(16)))

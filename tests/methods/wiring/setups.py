@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from pl_normkit import Loaders, audit
+from pl_normkit.graph import call_arguments
 from pl_normkit.report import Report
 
 
@@ -27,10 +28,10 @@ class Setup:
     select: list[str] | None = field(default_factory=lambda: ["NK0"])
 
     def report(self) -> Report:
-        inputs = self.inputs
-        output = self.model(**inputs) if isinstance(inputs, dict) else self.model(*inputs) if isinstance(inputs, tuple) else self.model(inputs)
+        args, kwargs = call_arguments(self.inputs)
+        output = self.model(*args, **kwargs)
         optimizers = self.optimizers or [AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-3)]
-        return audit(self.model, inputs, loss=self.loss(output), optimizers=optimizers, loaders=self.loaders, select=self.select)
+        return audit(self.model, self.inputs, loss=self.loss(output), optimizers=optimizers, loaders=self.loaders, select=self.select)
 
 
 def cross_entropy(target: Tensor) -> Callable[[Tensor], Tensor]:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
-import torch
 
 from tests.methods.wiring.clean import CLEAN
 from tests.methods.wiring.mistakes import MISTAKES
