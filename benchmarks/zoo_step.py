@@ -3,7 +3,7 @@
     python benchmarks/zoo_step.py [--only timm.resnet/] [--output benchmarks/results/zoo_step.csv]
 
 One model of every timm family, every smp architecture, torchvision's models and small transformers, on random normalized images or
-tokens and random targets, batches of 4. Images are as small as the model takes. Models above 120 million parameters are left out.
+tokens and random targets, batches of 4. Images are as small as the model takes. Models with more than `--largest` parameters are left out.
 """
 
 from __future__ import annotations
@@ -22,14 +22,13 @@ import rich.progress
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from zoo import Case, smp_cases, timm_cases, torchvision_cases
+from zoo import SIZES, TORCHVISION, TORCHVISION_SEGMENTATION, Case, smp_cases, timm_cases
 
 from pl_normkit import audit
 from pl_normkit.first_step import tensors_in
 
 RESULTS = Path(__file__).parent / "results" / "zoo_step.csv"
 BATCH = 4
-LARGEST = 120e6
 COLUMNS = ["family", "model", "parameters", "seconds", "findings", "notes"]
 
 
@@ -44,7 +43,19 @@ class Step:
 
 
 def image_steps() -> Iterator[Step]:
-    for case in (*timm_cases(), *smp_cases(), *torchvision_cases()):
+    import torchvision
+
+    shipped = [
+        Case(
+            f"torchvision.{name}",
+            name,
+            "shipped",
+            lambda name=name: torchvision.models.get_model(name, weights=None),
+            (3, *2 * (SIZES.get(name, 224),)),
+        )
+        for name in (*TORCHVISION, *TORCHVISION_SEGMENTATION)
+    ]
+    for case in (*timm_cases(), *smp_cases(), *shipped):
         if case.form == "shipped":
             yield Step(case.family, case.name, case.build, lambda model, case=case: _images(model, case))
 
@@ -148,12 +159,13 @@ def loss_of(output: Any) -> Tensor:
     return torch.stack(losses).sum()
 
 
-def judge(step: Step) -> dict[str, Any] | None:
+def judge(step: Step, largest: float) -> dict[str, Any] | None:
+    with torch.device("meta"):
+        if sum(p.numel() for p in step.build().parameters()) > largest:
+            return None
     torch.manual_seed(0)
     model = step.build().train()
     row: dict[str, Any] = {"family": step.family, "model": step.name, "parameters": sum(p.numel() for p in model.parameters())}
-    if row["parameters"] > LARGEST:
-        return None
     failure = ""
     for inputs in step.inputs(model):
         try:
@@ -161,7 +173,7 @@ def judge(step: Step) -> dict[str, Any] | None:
             if not bool(torch.isfinite(loss)):
                 raise ValueError("the loss is not finite")
         except Exception as error:
-            failure = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+            failure = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
             continue
         started = time.perf_counter()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
@@ -177,13 +189,14 @@ def main() -> int:
     """Exit status 1 when anything was said."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="part of FAMILY/MODEL")
+    parser.add_argument("--largest", type=float, default=60e6, help="number of parameters")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     steps = [step for step in (*transformer_steps(), *image_steps()) if options.only in f"{step.family}/{step.name}"]
     rows = []
     for step in rich.progress.track(steps, description="one step each"):
-        row = judge(step)
+        row = judge(step, options.largest)
         if row is not None:
             rows.append(row)
             with options.output.open("w", newline="") as file:

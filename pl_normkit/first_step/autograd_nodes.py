@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
 
@@ -126,6 +127,11 @@ class GraphView:
         """What is reached from the roots by paths that do not lead through `node`."""
         roots = [root for root in self.roots if root is not node]
         return list(_reachable(roots, lambda inner: [following for following in behind(inner) if following is not node]))
+
+    @property
+    def has_hidden_paths(self) -> bool:
+        """Whether a function of the user's own may run a backward inside its own, as reentrant checkpoints and reversible blocks do."""
+        return any(isinstance(node, BackwardCFunction) for node in self.nodes)
 
     def ahead_of(self, node: Node) -> set[Node]:
         """Every node that `node` feeds."""

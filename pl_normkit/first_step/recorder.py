@@ -37,7 +37,7 @@ def read_step(model: nn.Module, inputs: Any, loss: Tensor, *, run: bool = True) 
         run: whether the model may be called once more to see its forward pass.
 
     Returns:
-        None where the loss has no graph, or one that cannot be walked twice (its backward has run, a reentrant checkpoint).
+        None where the loss has no graph, or one that cannot be walked (its backward has run).
     """
     if loss.grad_fn is None or loss.numel() != 1:
         return None
@@ -48,6 +48,8 @@ def read_step(model: nn.Module, inputs: Any, loss: Tensor, *, run: bool = True) 
         except RuntimeError:
             return None
         sizes = dict(zip(parameters, (None if gradient is None else _largest(gradient) for gradient in gradients), strict=True))
+        if GraphView.of([loss], {}).has_hidden_paths:  # those get their gradients in a real backward alone
+            sizes = {name: size for name, size in sizes.items() if size is not None}
         facts = replace(_before_backward(model, loss, parameters), gradients=sizes)
     return replace(facts, forward=_forward_facts(model, inputs)) if run and inputs is not None else facts
 

@@ -174,10 +174,11 @@ def _mixing(runner: _Runner, whole: list[Tensor]) -> Mixing | None:
     rows = _row_count(runner, whole)
     leaves = [_some_rows(leaf, batch, rows) for leaf in runner.leaves]
     try:
+        before = runner.run(leaves)
         for changed_row in (0, rows - 1):
             others = [row for row in range(rows) if row != changed_row]
             changed = [_with_row(leaf, rows, changed_row) for leaf in leaves]
-            before, after = runner.run(leaves), runner.run(changed)
+            after = runner.run(changed)
             if any(_differ(a, b, others) for a, b in zip(before, after, strict=True) if _is_by_sample(a, rows)):
                 return _explained(runner, leaves, changed, rows, others)
     except Exception:  # a model that takes batches of one size alone
