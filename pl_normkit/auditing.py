@@ -92,7 +92,15 @@ def audit_subject(subject: Subject, selection: Selection, *, needing: Set[Needs]
     findings.sort(key=lambda finding: (-finding.severity.rank, finding.code))
     root = subject.root if subject.root is not None else subject.model
     name = type(root).__name__ if root is not None else "loss"
-    return Report(findings, name, notes, about=_about(subject), landmarks=_landmarks(subject))
+    return Report(
+        findings,
+        name,
+        notes,
+        about=_about(subject),
+        landmarks=_landmarks(subject),
+        curves={} if subject.step is None else subject.step.curves(),
+        numbers={} if subject.step is None else subject.step.numbers(),
+    )
 
 
 def _about(subject: Subject) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What a training step showed: plain data, no behaviour beyond its own fields."""
+"""What a training step showed: plain data, and the sums over it that reports tell."""
 
 from __future__ import annotations
 
@@ -190,3 +190,14 @@ class StepFacts:
     needs_all_gradients: bool = False
     not_cleared: tuple[str, ...] = ()
     in_train_mode: tuple[str, ...] = ()
+
+    def numbers(self) -> dict[str, float]:
+        """For a report: how many parameters got no gradient, and the mean share of dead units over the ReLUs."""
+        found = {"unused_parameters": float(sum(size is None for size in self.gradients.values()))}
+        if self.dead_shares:
+            found["dead_share"] = sum(self.dead_shares.values()) / len(self.dead_shares)
+        return found
+
+    def curves(self) -> dict[str, dict[str, float]]:
+        """For a report: the share of dead units from the first ReLU to the last, where any is dead."""
+        return {"Share of dead units": dict(reversed(list(self.dead_shares.items())))} if any(self.dead_shares.values()) else {}
