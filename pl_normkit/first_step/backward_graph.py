@@ -178,8 +178,8 @@ def silenced(graph: GraphView, parameters: Mapping[str, Tensor]) -> tuple[Silenc
             exact = name in ("Sigmoid", "Tanh", "Softmax")  # needs arguments beyond 9, which chance does not give
             is_sure = exact or units >= _ENOUGH_UNITS or _is_pushed(graph, node, parameters) or _is_far_outside(node)
             op = _SATURATING[name][0] if is_sure else ""
-        elif name == "Mul" and _is_zero_mask(node) and _holds_all_paths(graph, node):
-            op = "a product with zeros"
+        elif name in ("Mul", "Where", "MaskedFill") and _is_zero_mask(node) and _holds_all_paths(graph, node):
+            op = "a mask that removes everything"
         if op:
             found.append(Silenced(op, units, graph.parameters_behind(node)))
     return tuple(found)
@@ -213,7 +213,14 @@ def _is_far_outside(node: Node) -> bool:
 
 
 def _is_zero_mask(node: Node) -> bool:
-    """Whether a factor without gradient is 0 everywhere."""
+    """Whether a factor without gradient is 0 everywhere, or a selection takes nothing of its input."""
+    if base(node) == "MaskedFill":
+        mask = saved_tensor(node, "mask")
+        return mask is not None and bool(mask.all())
+    if base(node) == "Where":
+        mask = saved_tensor(node, "condition")
+        (first, _), (second, _) = node.next_functions[-2:]
+        return mask is not None and ((second is None and not bool(mask.any())) or (first is None and bool(mask.all())))
     for edge, name in zip(node.next_functions, ("self", "other"), strict=False):
         if edge[0] is None:
             mask = saved_tensor(node, name)

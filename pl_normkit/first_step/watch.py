@@ -43,6 +43,9 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
         yield from tensors_in(list(vars(value).values()))
 
 
+_PLAIN = (nn.Module, str, bytes, int, float, type(None), type)
+
+
 @dataclasses.dataclass(frozen=True)
 class Seen:
     """One operation: its name, result, and where it ran."""
@@ -254,7 +257,7 @@ class ForwardWatch(TorchFunctionMode):
 
     def facts(self) -> ForwardFacts:
         """All that was seen; what the outermost modules returned counts as the output."""
-        ends = [*tensors_in(self._outputs), *(tensor for module in self._paths for tensor in tensors_in(_left_in(module)))]
+        ends = [*_reachable(self._outputs, 4), *(tensor for module in self._paths for tensor in tensors_in(_left_in(module)))]
         used = frozenset().union(*(self._marks.get(tensor, frozenset()) for tensor in ends)) | self._used
         return ForwardFacts(
             read=frozenset(self._read),
@@ -267,6 +270,24 @@ class ForwardWatch(TorchFunctionMode):
             reverse_reads=tuple(self._reverse_reads),
             inputs_used=used,
         )
+
+
+def _reachable(value: Any, depth: int) -> Iterator[Tensor]:
+    """As `tensors_in`, and into the attributes of objects: a model may return a distribution."""
+    if isinstance(value, (Tensor, *_PLAIN)) or depth == 0:
+        yield from tensors_in(value)
+        return
+    items = (
+        value.values()
+        if isinstance(value, Mapping)
+        else value
+        if isinstance(value, (list, tuple))
+        else vars(value).values()
+        if hasattr(value, "__dict__")
+        else ()
+    )
+    for item in items:
+        yield from _reachable(item, depth - 1)
 
 
 def _left_in(module: nn.Module) -> list[Any]:

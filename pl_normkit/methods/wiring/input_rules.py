@@ -6,6 +6,7 @@ __all__ = ["input_ignored", "input_out_of_range", "samples_mixed"]
 
 import inspect
 from collections.abc import Iterator, Mapping
+from math import prod
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from pl_normkit.rules import Mark, Needs, Observation, Subject, rule
 
 SOURCE = "derived here, measured on the step's own inputs; tests/methods/wiring"
 _STEP = (Needs.MODEL, Needs.STEP)
+_ENOUGH, _FLAT_PIXELS = 32, 64
 
 
 @rule("NK011", "samples-mixed", mark=Mark.DERIVED, source=SOURCE, needs=_STEP)
@@ -169,7 +171,7 @@ def _judge(seen: FirstInput) -> tuple[str, str, tuple[Evidence, ...]] | None:
     if seen.is_cast_from_integers and max(abs(seen.low), abs(seen.high)) >= 50:
         advice = "look codes up in nn.Embedding, or scale counts to about -1..1"
         return "integers reach the first layer as numbers", advice, (_value("largest value", seen.high, "about 1"),)
-    distance = abs(seen.mean) / seen.std if seen.std > 0 else 0.0
+    distance = abs(seen.mean) / seen.std if seen.std > 0 and prod(seen.shape) >= _ENOUGH else 0.0
     if distance > 20:
         return "the inputs lie far from 0", "subtract their mean", (_value("mean over standard deviation", distance, "below 20"),)
     if seen.far_column is not None and seen.far_column[2] > 0:
@@ -189,5 +191,7 @@ def _value(what: str, value: float, expected: str) -> Evidence:
 
 def _is_raw_image(seen: FirstInput) -> bool:
     rank = len(seen.shape)
+    if rank == 2 and seen.shape[1] >= _FLAT_PIXELS:
+        return seen.low == 0 and 200 <= seen.high <= 255 and seen.is_whole
     has_channels = (rank == 4 and seen.shape[1] in (1, 3, 4)) or (rank == 5 and {seen.shape[1], seen.shape[2]} & {1, 3, 4})
     return bool(has_channels) and seen.low >= 0 and 128 <= seen.high <= 255.5 and (seen.is_whole or seen.high > 200)

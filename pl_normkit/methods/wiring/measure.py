@@ -243,30 +243,31 @@ def _explained(runner: _Runner, leaves: list[Any], changed: list[Any], rows: int
     results: list[list[Tensor]] = []
     runner.watched(leaves, lambda seen: results.append(list(tensors_in(seen.result))))
     position = 0
-    first: list[Seen] = []
+    first: list[tuple[Seen, float]] = []
 
     def compare(seen: Seen) -> None:
         nonlocal position
         before = results[position] if position < len(results) else []
         position += 1
-        if not first and any(
-            _is_by_sample(a, rows) and _differ(a, b, others) for a, b in zip(before, tensors_in(seen.result), strict=False)
-        ):
-            first.append(seen)
+        for a, b in zip(before, tensors_in(seen.result), strict=False) if not first else ():
+            if _is_by_sample(a, rows) and _differ(a, b, others):
+                first.append((seen, float((a != b).double().mean())))
+                break
 
     runner.watched(changed, compare)
-    return _judged(runner, first[0]) if first else None
+    return _judged(runner, *first[0], rows) if first else None
 
 
-def _judged(runner: _Runner, seen: Seen) -> Mixing | None:
+def _judged(runner: _Runner, seen: Seen, changed_share: float, rows: int) -> Mixing | None:
     """The operations that nobody lets mix samples on purpose; statistics and products over the batch may be meant."""
     if seen.op in _RECURRENT | _ATTENTION:
         module = runner.model.get_submodule(seen.place.module)
-        if getattr(module, "batch_first", None) is not False or _is_time_first(runner):
+        is_unbatched = isinstance(seen.args[0], Tensor) and seen.args[0].dim() > 1 and seen.args[0].shape[1] == 1
+        if getattr(module, "batch_first", None) is not False or is_unbatched or _is_time_first(runner):
             return None
         kind = type(module).__name__
         return Mixing(seen.place, seen.op, f"{kind} reads dimension 0, the batch, as the sequence", f"build {kind} with batch_first=True")
-    if seen.op in _VIEWS:
+    if seen.op in _VIEWS and changed_share < 1.5 / rows:  # one sample's values, spread over the rows; nothing computed with others'
         advice = "permute the batch back to dimension 0 before the view, or reshape per sample"
         return Mixing(seen.place, seen.op, f"{seen.op} after a permutation puts parts of different samples into one row", advice)
     if seen.op in _OVER_BATCH and _dim_of(seen) == 0:

@@ -149,8 +149,8 @@ def _advice_for(op: str) -> str:
         return "return the score itself and use binary_cross_entropy_with_logits, or give the layer one output for each class"
     if op.endswith("()"):
         return f"take {op} out of the path of the gradient, or pass it straight through: x + ({op[:-2]}(x) - x).detach()"
-    if op == "a product with zeros":
-        return "check the mask: it removes everything"
+    if op.startswith("a mask"):
+        return "check the mask, and whether it is inverted"
     return "initialise the layer before it so that its outputs spread around 0, or scale its inputs down"
 
 

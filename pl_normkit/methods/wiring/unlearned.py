@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["has_trained_twin", "not_updated", "without_gradient"]
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -14,6 +15,9 @@ from pl_normkit.findings import Evidence, Place
 from pl_normkit.first_step import StepFacts
 from pl_normkit.methods.wiring.code_names import is_never_read
 from pl_normkit.rules import Observation, Subject
+
+_TEACHER = re.compile(r"teacher|target|ema|average|momentum|slow|shadow|key")
+"""Names of single layers that are copies of a trained one; larger parts are told by their shapes alone."""
 
 
 def without_gradient(subject: Subject, step: StepFacts) -> Iterator[Observation]:
@@ -79,7 +83,8 @@ def has_trained_twin(model: nn.Module, name: str, gradients: Mapping[str, float 
     for depth in range(len(path) - 1):
         holder, part = model.get_submodule(".".join(path[:depth])), path[depth]
         own = holder.get_submodule(part)
-        if part.isdigit() or not any(True for _ in own.children()):
+        is_single = not any(True for _ in own.children())
+        if part.isdigit() or (is_single and not _TEACHER.search(part.lower())):
             continue
         shapes = [(inner, p.shape) for inner, p in own.named_parameters()]
         for other, module in holder.named_children():

@@ -527,3 +527,77 @@ def weight_norm_and_parametrizations() -> Setup:
         nn.utils.parametrizations.weight_norm(nn.Linear(32, 64)), nn.ReLU(), nn.utils.parametrizations.spectral_norm(nn.Linear(64, 10))
     )
     return Setup(net, torch.randn(16, 32), cross_entropy(classes(16)))
+
+
+@clean
+def a_policy_that_returns_a_distribution() -> Setup:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.actor, self.critic = nn.Linear(32, 16), nn.Linear(16, 4), nn.Linear(16, 1)
+
+        def forward(self, x: Tensor) -> tuple[torch.distributions.Distribution, torch.distributions.Distribution]:
+            x = self.body(x).tanh()
+            return torch.distributions.Categorical(logits=self.actor(x)), torch.distributions.Normal(self.critic(x), 1.0)
+
+    action, advantage = classes(16, 4), torch.randn(16)
+    return Setup(Net(), torch.randn(16, 32), lambda output: -(output[0].log_prob(action) * advantage).mean())
+
+
+@clean
+def attention_between_samples() -> Setup:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.last = nn.MultiheadAttention(48, 4, batch_first=True), nn.Linear(48, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows = x.reshape(1, x.shape[0], -1)
+            return self.last(self.attention(rows, rows, rows)[0].reshape(x.shape[0], -1))
+
+    return Setup(Net(), torch.randn(6, 4, 12), cross_entropy(classes(6)))
+
+
+@clean
+def a_sequence_without_a_batch() -> Setup:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.last = nn.LSTM(16, 32), nn.Linear(32, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.rnn(x)[0])
+
+    return Setup(Net(), torch.randn(12, 16), cross_entropy(classes(12)))
+
+
+@clean
+def teacher_of_one_layer() -> Setup:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.online, self.target = nn.Linear(32, 16), nn.Linear(32, 16)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.online(x), self.target(x).detach()
+
+    return Setup(Net(), torch.randn(16, 32), lambda output: F.mse_loss(*output))
+
+
+@clean
+def auxiliary_network_with_weight_zero() -> Setup:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.main, self.auxiliary = mlp(), mlp()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.main(x), self.auxiliary(x)
+
+    target = classes(16)
+    return Setup(Net(), torch.randn(16, 32), lambda output: F.cross_entropy(output[0], target) + 0.0 * F.cross_entropy(output[1], target))
+
+
+@clean
+def small_integers_as_floats() -> Setup:
+    return Setup(mlp(64), torch.randint(0, 17, (16, 64)).float(), cross_entropy(classes(16)))

@@ -432,3 +432,28 @@ def codes_as_numbers() -> Setup:
             return self.net(codes.float())
 
     return Setup(Net(), torch.randint(0, 5000, (16, 4)), cross_entropy(classes(16)))
+
+
+@names("input-out-of-range")
+def flat_pixels() -> Setup:
+    return Setup(mlp(784), torch.randint(0, 256, (16, 784)).float(), cross_entropy(classes(16)))
+
+
+@names("gradient-always-zero")
+def inverted_padding_mask() -> Setup:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.last = nn.Embedding(100, 32), nn.Linear(32, 10)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.last(self.table(ids).masked_fill((ids != 0)[..., None], 0.0).mean(1))
+
+    return Setup(Net(), torch.randint(1, 100, (8, 12)), cross_entropy(classes(8)))
+
+
+@names("gradient-always-zero")
+def loss_over_nothing() -> Setup:
+    weight = torch.zeros(16)
+    target = classes(16)
+    return Setup(mlp(), torch.randn(16, 32), lambda output: (F.cross_entropy(output, target, reduction="none") * weight).sum())
