@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from pl_normkit.first_step.autograd_nodes import GraphView
 from pl_normkit.first_step.backward_graph import dead_shares
 
-_LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-
 
 @dataclass(frozen=True)
 class BlockHealth:
@@ -44,9 +42,16 @@ def _block(model: nn.Module, name: str) -> str:
         is_only = sum(any(True for _ in child.parameters()) for child in holder.children()) == 1
         holder = holder.get_submodule(parts[depth])
         depth += 1
-        if not is_only and not isinstance(holder, _LISTS):
+        if not is_only and not _holds_blocks(holder):
             break
     return ".".join(parts[:depth])
+
+
+def _holds_blocks(holder: nn.Module) -> bool:
+    """A list, or a sequence of more than single layers."""
+    if isinstance(holder, nn.Sequential):
+        return any(True for child in holder for _ in child.children())
+    return isinstance(holder, (nn.ModuleList, nn.ModuleDict))
 
 
 class HealthMeter:
@@ -75,12 +80,14 @@ class HealthMeter:
 
     def before_backward(self, loss: Tensor) -> None:
         """Begin to measure this step: read the ReLUs of the loss's graph."""
+        if self._dead is not None:
+            return  # the first of the backwards that make a step
         names = {id(parameter): name for name, parameter in self._model.named_parameters()}
         self._dead = dead_shares(GraphView.of([loss], names))
 
     def before_step(self) -> None:
         """Read the gradients and keep the weights, where this step is measured."""
-        if self._dead is None:
+        if self._dead is None or self._before:
             return
         trainable = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
         with_gradient = {name: p.grad for name, p in trainable.items() if p.grad is not None and not p.grad.is_sparse}

@@ -131,22 +131,25 @@ class StepRecorder:
         self._clearing = [_Clearing(optimizer) for optimizer in optimizers]
 
     def forward(self, inputs: Any = None) -> _Watched:
-        """A context for the forward pass and the loss; it watches the first time and costs nothing later."""
+        """A context for the forward pass; it watches the first time and costs nothing later."""
         return _Watched(self, inputs)
 
     def before_forward(self, inputs: Any = None) -> None:
-        if not self._is_done and self._watch is None:
+        if not self._is_done and self._watch is None and self._forward is None:
             self._watch = ForwardWatch(self._model, inputs)
             self._watch.start()
 
     def after_forward(self) -> None:
+        """`before_backward` calls it too."""
         if self._watch is not None and self._forward is None:
             self._watch.stop()
             self._forward = self._watch.facts()
         self._watch = None
 
     def before_backward(self, loss: Tensor) -> None:
-        if not self._is_done and loss.grad_fn is not None:
+        """The first loss counts, where a step has several."""
+        self.after_forward()
+        if not self._is_done and self._pending is None and loss.grad_fn is not None:
             self._pending = _before_backward(self._model, loss, _trainable(self._model))
 
     def after_backward(self) -> None:
@@ -165,9 +168,11 @@ class StepRecorder:
 
     def late_facts(self) -> StepFacts | None:
         """The facts with what the second optimizer step showed."""
-        names = {id(parameter): name for name, parameter in self._model.named_parameters()}
-        kept = [names[id(p)] for clearing in self._clearing for p in clearing.not_cleared if id(p) in names]
-        return replace(self.facts, not_cleared=tuple(kept)) if self.facts is not None and kept else self.facts
+        kept = [tensor for clearing in self._clearing for tensor in clearing.take()]
+        if kept and self.facts is not None:
+            names = {id(parameter): name for name, parameter in self._model.named_parameters()}
+            self.facts = replace(self.facts, not_cleared=tuple(names[id(tensor)] for tensor in kept if id(tensor) in names))
+        return self.facts
 
     def close(self) -> None:
         """Take all hooks away, also when the loop ends early."""
@@ -193,7 +198,7 @@ class _Clearing:
     """Sees whether one parameter's gradient is cleared between the first two steps of an optimizer."""
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self.not_cleared: list[Tensor] = []
+        self._not_cleared: list[Tensor] = []
         self._optimizer = optimizer
         self._watched: Tensor | None = None
         self._was_cleared = self._has_grown = False
@@ -202,7 +207,7 @@ class _Clearing:
     def _after_step(self, *_: Any) -> None:
         if self._watched is not None:
             if self._has_grown and not self._was_cleared:
-                self.not_cleared = [p for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
+                self._not_cleared = [p for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
             self.close()
             return
         self._watched = _smallest_with_gradient(self._optimizer.param_groups)
@@ -216,6 +221,11 @@ class _Clearing:
         grad = self._watched.grad
         self._has_grown = True
         self._was_cleared |= grad is None or not bool(grad.any())
+
+    def take(self) -> list[Tensor]:
+        """Parameters whose gradients were found uncleared, once."""
+        found, self._not_cleared = self._not_cleared, []
+        return found
 
     def close(self) -> None:
         while self._handles:

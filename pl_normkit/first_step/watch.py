@@ -7,7 +7,7 @@ __all__ = ["ForwardWatch", "Seen", "tensors_in"]
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -97,25 +97,29 @@ class ForwardWatch(TorchFunctionMode):
         self._mark_inputs(inputs)
         self._used: set[int] = set()
         self._outputs: list[Any] = []
-        self._open: ExitStack | None = None
+        self._is_on = False
+        self._handles: list[Any] = []
 
     # Switching it on and off.
 
     def start(self) -> None:
-        """Begin to watch; `stop` ends it."""
-        self._open = stack = ExitStack()
+        """Begin to watch: from now on each outermost call of the model, or of a part of it, until `stop`."""
+        self._is_on = True
         before = torch_module.register_module_forward_pre_hook(self._enter)
-        stack.callback(before.remove)
-        after = torch_module.register_module_forward_hook(self._leave, with_kwargs=True, always_call=True)
-        stack.callback(after.remove)
+        after = torch_module.register_module_forward_hook(self._leave, always_call=True)
+        self._handles = [before, after]
         if not self._marks:
-            stack.callback(self._model.register_forward_pre_hook(self._take_inputs, with_kwargs=True).remove)
-        stack.enter_context(self)
+            self._handles.append(self._model.register_forward_pre_hook(self._take_inputs, with_kwargs=True))
 
     def stop(self) -> None:
-        if self._open is not None:
-            self._open.close()
-            self._open = None
+        """Watch no more; inside a call of the model the hooks stay, idle, until it ends."""
+        self._is_on = False
+        if not self._stack:
+            self._remove_hooks()
+
+    def _remove_hooks(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
 
     @contextmanager
     def watching(self) -> Iterator[ForwardWatch]:
@@ -136,12 +140,18 @@ class ForwardWatch(TorchFunctionMode):
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         if module in self._paths:
+            if not self._stack:
+                self.__enter__()  # type: ignore[no-untyped-call]
             self._stack.append(self._paths[module])
 
-    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if module in self._paths:
             self._stack.pop()
             if not self._stack:
+                self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+                if not self._is_on:
+                    self._remove_hooks()
+                    return
                 self._outputs.append(output)
             if isinstance(module, nn.RNNBase) and module.bidirectional:
                 for tensor in list(tensors_in(output))[:1]:
@@ -151,6 +161,8 @@ class ForwardWatch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
+        if not self._is_on:
+            return func(*args, **kwargs)
         if func is torch._C._set_grad_enabled:
             self._switched_off = "" if args[0] else source_line(sys._getframe(1))
             return func(*args, **kwargs)
@@ -256,13 +268,13 @@ class ForwardWatch(TorchFunctionMode):
     # What it tells.
 
     def facts(self) -> ForwardFacts:
-        """All that was seen; what the outermost modules returned counts as the output."""
+        """All that was seen; what the outermost modules returned counts as the output, and before they return nothing is lost yet."""
         ends = [*_reachable(self._outputs, 4), *(tensor for module in self._paths for tensor in tensors_in(_left_in(module)))]
         used = frozenset().union(*(self._marks.get(tensor, frozenset()) for tensor in ends)) | self._used
         return ForwardFacts(
             read=frozenset(self._read),
             written=frozenset(self._written),
-            reached=GraphView.of(ends, self._names).parameters,
+            reached=frozenset(self._read) if self._stack else GraphView.of(ends, self._names).parameters,
             cuts=tuple(Cut(cut.how, cut.place, cut.parameters | _behind(cut, self._names)) for cut in self._cuts[:200]),
             norms=tuple(self._norms),
             first_inputs=tuple(self._first_inputs),
