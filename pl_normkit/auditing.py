@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from pl_normkit.errors import EditError, TraceError
 from pl_normkit.findings import Finding, FixSafety, Note, NoteKind, Place
+from pl_normkit.first_step import read_step
 from pl_normkit.graph import ModelGraph
 from pl_normkit.preserve import preserved
 from pl_normkit.report import Report
@@ -79,6 +80,8 @@ def audit_subject(subject: Subject, selection: Selection, *, needing: Set[Needs]
     if any(Needs.GRAPH in rule.needs for rule in rules):
         subject = traced(subject)
         notes += _graph_notes(subject, [rule.code for rule in rules if Needs.GRAPH in rule.needs])
+    if any(Needs.STEP in rule.needs for rule in rules):
+        subject = _with_step(subject)
     findings: list[Finding] = []
     with preserved(subject.model if subject.model is not None else nn.Module(), buffers=True):
         for rule in rules:
@@ -88,7 +91,15 @@ def audit_subject(subject: Subject, selection: Selection, *, needing: Set[Needs]
     findings.sort(key=lambda finding: (-finding.severity.rank, finding.code))
     root = subject.root if subject.root is not None else subject.model
     name = type(root).__name__ if root is not None else "loss"
-    return Report(findings, name, notes, about=_about(subject), landmarks=_landmarks(subject))
+    return Report(
+        findings,
+        name,
+        notes,
+        about=_about(subject),
+        landmarks=_landmarks(subject),
+        curves={} if subject.step is None else subject.step.curves(),
+        numbers={} if subject.step is None else subject.step.numbers(),
+    )
 
 
 def _about(subject: Subject) -> dict[str, str]:
@@ -128,6 +139,13 @@ def traced(subject: Subject) -> Subject:
         return replace(subject, graph=ModelGraph.from_model(subject.model, subject.example_inputs, partly=True))
     except TraceError as error:
         return replace(subject, trace_failure=str(error))
+
+
+def _with_step(subject: Subject) -> Subject:
+    """The subject with the facts of the step that its loss is of; itself where they are known, or cannot be had."""
+    if subject.step is not None or subject.model is None or subject.loss is None:
+        return subject
+    return replace(subject, step=read_step(subject.model, subject.example_inputs, subject.loss, run=subject.measure))
 
 
 def _graph_notes(subject: Subject, codes: Sequence[str]) -> list[Note]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
+    from pl_normkit.first_step import StepFacts
     from pl_normkit.graph import ModelGraph
 
 T = TypeVar("T")
@@ -28,6 +29,7 @@ class Needs(StrEnum):
     OPTIMIZERS = "optimizers"
     LOSS = "loss"
     LOADERS = "loaders"
+    STEP = "step"
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Subject:
         loss: the scalar loss of a real step, with its autograd graph.
         loss_call: how `loss` was called, so that rules may call it again with other arguments.
         loaders: the data of the run.
+        step: what one training step showed of the wiring.
         measure: whether rules may run the model and draw batches to measure; never True for a model on the meta device.
         graph: the traced model; None where there was nothing to trace, where tracing failed, or before it was tried.
         trace_failure: why tracing failed, "" where it did not; it is not tried again.
@@ -69,6 +72,7 @@ class Subject:
     loss: Tensor | None = None
     loss_call: Any = None
     loaders: Loaders | None = None
+    step: StepFacts | None = None
     measure: bool = True
     graph: ModelGraph | None = None
     trace_failure: str = ""

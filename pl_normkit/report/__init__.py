@@ -30,6 +30,7 @@ class Report:
         landmarks: norms, dropouts, fusions, heads and the like in the order in which they run, for the map of the page.
         curves: title -> (module path -> number) in depth order, such as a measured ratio at every norm.
         run: what the training run came to, for the page.
+        numbers: what else was counted or measured, by name: "unused_parameters", "dead_share".
     """
 
     findings: Sequence[Finding] = field(default_factory=list)
@@ -41,6 +42,7 @@ class Report:
     landmarks: Sequence[Landmark] = field(default_factory=list)
     curves: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     run: RunResult | None = None
+    numbers: Mapping[str, float] = field(default_factory=dict)
 
     def counts(self) -> dict[Severity, int]:
         """Number of findings by severity, zeros included."""
@@ -51,6 +53,16 @@ class Report:
         """Findings of this severity or a higher one."""
         limit = Severity(severity).rank
         return [finding for finding in self.findings if finding.severity.rank >= limit]
+
+    def summary(self) -> dict[str, float]:
+        """Plain numbers for a logger: findings by severity and by rule, then `numbers`.
+
+        >>> Report(numbers={"unused_parameters": 2.0}).summary()
+        {'notes': 0.0, 'warnings': 0.0, 'errors': 0.0, 'unused_parameters': 2.0}
+        """
+        by_severity = {f"{severity.value}s": float(count) for severity, count in self.counts().items()}
+        by_rule = Counter(finding.code for finding in self.findings)
+        return {**by_severity, **{code: float(by_rule[code]) for code in sorted(by_rule)}, **self.numbers}
 
     @property
     def failures(self) -> list[Note]:
@@ -106,4 +118,5 @@ def merge_reports(subject: str, reports: Sequence[Report]) -> Report:
         [landmark for report in reports for landmark in report.landmarks],
         {title: curve for report in reports for title, curve in report.curves.items()},
         next((report.run for report in reports if report.run is not None), None),
+        {name: number for report in reports for name, number in report.numbers.items()},
     )

@@ -28,6 +28,7 @@ def to_json(report: Report) -> str:
         "fixed": list(report.fixed),
         "about": dict(report.about),
         "landmarks": [asdict(landmark) for landmark in report.landmarks],
+        "numbers": dict(report.numbers),
     }
     return json.dumps(document, indent=2, allow_nan=False)
 
@@ -47,6 +48,7 @@ def from_json(text: str) -> Report:
             document["fixed"],
             about=document["about"],
             landmarks=[Landmark(**fields) for fields in document["landmarks"]],
+            numbers=document.get("numbers", {}),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise DataError("this is no report in JSON", evidence=f"{type(error).__name__}: {error}") from error

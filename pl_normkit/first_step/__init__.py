@@ -1,0 +1,47 @@
+"""What one training step shows of a model's wiring, as plain data that rules judge.
+
+facts.py            StepFacts and its parts
+autograd_nodes.py   nodes of the autograd graph: names, what they keep, what lies behind them
+backward_graph.py   what the graph of a loss shows: stacked activations, dead units, zero-initialised layers
+broadcasts.py       what broadcasts in a loss
+operations.py       what the functions of torch do, by name
+watch.py            sees the operations of one forward pass
+recorder.py         takes the facts of a step: `read_step` for a loss in hand, `StepRecorder` for a training loop
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "Broadcast",
+    "Cut",
+    "Dropout",
+    "FirstInput",
+    "ForwardFacts",
+    "ForwardWatch",
+    "InitialLoss",
+    "NormCall",
+    "ReverseRead",
+    "Seen",
+    "Silenced",
+    "StackedActivation",
+    "StepFacts",
+    "StepRecorder",
+    "read_step",
+    "tensors_in",
+]
+
+from pl_normkit.first_step.facts import (
+    Broadcast,
+    Cut,
+    Dropout,
+    FirstInput,
+    ForwardFacts,
+    InitialLoss,
+    NormCall,
+    ReverseRead,
+    Silenced,
+    StackedActivation,
+    StepFacts,
+)
+from pl_normkit.first_step.recorder import StepRecorder, read_step
+from pl_normkit.first_step.watch import ForwardWatch, Seen, tensors_in

@@ -1,0 +1,237 @@
+"""Takes the facts of a training step: from a loss in hand by `torch.autograd.grad`, or beside a training loop at its own backward."""
+
+from __future__ import annotations
+
+__all__ = ["StepRecorder", "read_step"]
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from pl_normkit.first_step import backward_graph
+from pl_normkit.first_step.autograd_nodes import GraphView
+from pl_normkit.first_step.broadcasts import broadcasts
+from pl_normkit.first_step.facts import ForwardFacts, StepFacts
+from pl_normkit.first_step.watch import ForwardWatch
+from pl_normkit.graph import call_arguments
+from pl_normkit.preserve import preserved
+from pl_normkit.wrappers import unwrapped
+
+_MODAL = (_NormBase, _DropoutNd)
+
+
+def read_step(model: nn.Module, inputs: Any, loss: Tensor, *, run: bool = True) -> StepFacts | None:
+    """The facts of the step that gave `loss`, before its backward; everything is as it was afterwards, the loss's graph too.
+
+    Args:
+        model: the module, in the mode it trains in.
+        inputs: what it was called with, None where that is not known.
+        loss: a scalar, with its autograd graph.
+        run: whether the model may be called once more to see its forward pass.
+
+    Returns:
+        None where the loss has no graph, or one that cannot be walked (its backward has run).
+    """
+    if loss.grad_fn is None or loss.numel() != 1:
+        return None
+    parameters = _trainable(model)
+    with preserved(model, buffers=True):
+        try:
+            gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
+        except RuntimeError:
+            return None
+        sizes = dict(zip(parameters, (None if gradient is None else _largest(gradient) for gradient in gradients), strict=True))
+        if GraphView.of([loss], {}).has_hidden_paths:  # those get their gradients in a real backward alone
+            sizes = {name: size for name, size in sizes.items() if size is not None}
+        facts = replace(_before_backward(model, loss, parameters), gradients=sizes)
+    return replace(facts, forward=_forward_facts(model, inputs)) if run and inputs is not None else facts
+
+
+def _forward_facts(model: nn.Module, inputs: Any) -> ForwardFacts | None:
+    """One more forward pass in the mode the model is in; None where the model cannot be run with these inputs."""
+    args, kwargs = call_arguments(inputs)
+    watch = ForwardWatch(model, inputs)
+    with preserved(model, buffers=True), torch.enable_grad():
+        try:
+            with watch.watching():
+                model(*args, **kwargs)
+        except Exception:  # the inputs are an example's; what they cannot do is not this step's mistake
+            return None
+        return watch.facts()
+
+
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _largest(gradient: Tensor) -> float:
+    values = gradient.coalesce().values() if gradient.is_sparse else gradient
+    return float(values.detach().abs().amax()) if values.numel() else 0.0
+
+
+def _before_backward(model: nn.Module, loss: Tensor, parameters: Mapping[str, Tensor]) -> StepFacts:
+    graph = GraphView.of([loss], {id(parameter): name for name, parameter in parameters.items()})
+    return StepFacts(
+        explained=backward_graph.explained_by_zeros(graph, parameters),
+        stacked=backward_graph.stacked_activations(graph),
+        broadcasts=broadcasts(graph),
+        silenced=backward_graph.silenced(graph, parameters),
+        dead_shares=backward_graph.dead_shares(graph),
+        initial_loss=backward_graph.initial_loss(graph),
+        in_eval_mode=_modal(model, training=False),
+    )
+
+
+def _modal(model: nn.Module, *, training: bool) -> tuple[str, ...]:
+    return tuple(
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, _MODAL) and module.training is training and getattr(module, "p", 1) > 0
+    )
+
+
+class StepRecorder:
+    """Takes the facts of the first training step of a loop, from what the loop does anyway; nothing more runs.
+
+    Call the methods where their names say; after the second optimizer step it holds nothing and hooks nothing. For a plain loop:
+
+        recorder = StepRecorder(model, optimizers=[optimizer])
+        for x, y in loader:
+            with recorder.forward():
+                loss = loss_fn(model(x), y)
+            recorder.before_backward(loss)
+            loss.backward()
+            recorder.after_backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    Args:
+        model: the module that trains; under DistributedDataParallel the wrapper.
+        optimizers: those of the run, to see whether gradients are cleared between their steps.
+
+    Attributes:
+        facts: what is known so far, None before `after_backward`.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> None:
+        self.facts: StepFacts | None = None
+        self._model = unwrapped(model)
+        self._needs_all = isinstance(model, DistributedDataParallel) and not model.find_unused_parameters
+        self._watch: ForwardWatch | None = None
+        self._forward: ForwardFacts | None = None
+        self._pending: StepFacts | None = None
+        self._is_done = False
+        self._clearing = [_Clearing(optimizer) for optimizer in optimizers]
+
+    def forward(self, inputs: Any = None) -> _Watched:
+        """A context for the forward pass; it watches the first time and costs nothing later."""
+        return _Watched(self, inputs)
+
+    def before_forward(self, inputs: Any = None) -> None:
+        if not self._is_done and self._watch is None and self._forward is None:
+            self._watch = ForwardWatch(self._model, inputs)
+            self._watch.start()
+
+    def after_forward(self) -> None:
+        """`before_backward` calls it too."""
+        if self._watch is not None and self._forward is None:
+            self._watch.stop()
+            self._forward = self._watch.facts()
+        self._watch = None
+
+    def before_backward(self, loss: Tensor) -> None:
+        """The first loss counts, where a step has several."""
+        self.after_forward()
+        if not self._is_done and self._pending is None and loss.grad_fn is not None:
+            self._pending = _before_backward(self._model, loss, _trainable(self._model))
+
+    def after_backward(self) -> None:
+        """Read the gradients the backward left; they may be scaled or accumulated, only 0 and absence are judged."""
+        if self._is_done or self._pending is None:
+            return
+        self._is_done = True
+        gradients = {name: None if p.grad is None else _largest(p.grad) for name, p in _trainable(self._model).items()}
+        self.facts = replace(self._pending, gradients=gradients, forward=self._forward, needs_all_gradients=self._needs_all)
+        self._pending = self._forward = None
+
+    def during_evaluation(self) -> None:
+        """Call inside an evaluation step, when the model should be in eval mode."""
+        if self.facts is not None and not self.facts.in_train_mode:
+            self.facts = replace(self.facts, in_train_mode=_modal(self._model, training=True))
+
+    def late_facts(self) -> StepFacts | None:
+        """The facts with what the second optimizer step showed."""
+        kept = [tensor for clearing in self._clearing for tensor in clearing.take()]
+        if kept and self.facts is not None:
+            names = {id(parameter): name for name, parameter in self._model.named_parameters()}
+            self.facts = replace(self.facts, not_cleared=tuple(names[id(tensor)] for tensor in kept if id(tensor) in names))
+        return self.facts
+
+    def close(self) -> None:
+        """Take all hooks away, also when the loop ends early."""
+        if self._watch is not None:
+            self._watch.stop()
+            self._watch = None
+        for clearing in self._clearing:
+            clearing.close()
+
+
+class _Watched:
+    def __init__(self, recorder: StepRecorder, inputs: Any) -> None:
+        self._recorder, self._inputs = recorder, inputs
+
+    def __enter__(self) -> None:
+        self._recorder.before_forward(self._inputs)
+
+    def __exit__(self, *_: Any) -> None:
+        self._recorder.after_forward()
+
+
+class _Clearing:
+    """Sees whether one parameter's gradient is cleared between the first two steps of an optimizer."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._not_cleared: list[Tensor] = []
+        self._optimizer = optimizer
+        self._watched: Tensor | None = None
+        self._was_cleared = self._has_grown = False
+        self._handles: list[Any] = [optimizer.register_step_post_hook(self._after_step)]
+
+    def _after_step(self, *_: Any) -> None:
+        if self._watched is not None:
+            if self._has_grown and not self._was_cleared:
+                self._not_cleared = [p for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
+            self.close()
+            return
+        self._watched = _smallest_with_gradient(self._optimizer.param_groups)
+        if self._watched is None:
+            self.close()
+        else:
+            self._handles.append(self._watched.register_hook(self._before_accumulation))  # type: ignore[no-untyped-call]
+
+    def _before_accumulation(self, _: Tensor) -> None:
+        assert self._watched is not None
+        grad = self._watched.grad
+        self._has_grown = True
+        self._was_cleared |= grad is None or not bool(grad.any())
+
+    def take(self) -> list[Tensor]:
+        """Parameters whose gradients were found uncleared, once."""
+        found, self._not_cleared = self._not_cleared, []
+        return found
+
+    def close(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+
+def _smallest_with_gradient(groups: Iterable[Mapping[str, Any]]) -> Tensor | None:
+    held = [p for group in groups for p in group["params"] if p.grad is not None and not p.grad.is_sparse and bool(p.grad.any())]
+    return min(held, key=torch.Tensor.numel, default=None)

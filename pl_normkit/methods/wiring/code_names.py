@@ -1,0 +1,87 @@
+"""Which attributes the code of a model's classes reads, told from its bytecode: no source is needed."""
+
+from __future__ import annotations
+
+__all__ = ["is_never_read"]
+
+import types
+from collections.abc import Iterator
+
+from torch import nn
+
+_BUILDERS = ("init", "reset", "extra_repr", "flops", "no_weight_decay")
+"""Methods with these words in their names set modules up; that they name an attribute does not read it."""
+_ANY_NAME = frozenset(
+    ("getattr", "children", "named_children", "modules", "named_modules", "_modules", "get_submodule", "__dict__", "__getattr__")
+)
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+def is_never_read(model: nn.Module, parameter: str, roots: tuple[nn.Module, ...] = ()) -> bool:
+    """Whether no code of the model's classes could read the module (or the bare parameter) that `parameter` belongs to.
+
+    Args:
+        model: the model.
+        parameter: name as in `model.named_parameters()`.
+        roots: further modules whose code may reach into the model, such as the LightningModule around it.
+    """
+    path = parameter.split(".")
+    names = _names_read(model, roots)
+    for depth in range(len(path)):
+        holder = model.get_submodule(".".join(path[:depth]))
+        if isinstance(holder, _CONTAINERS):
+            continue
+        if _is_of_torch(type(holder)):
+            return False  # torch's own layers read what they register
+        if path[depth] not in names and not _names_of(type(holder)) & _ANY_NAME:
+            return True
+    return False
+
+
+def _is_of_torch(kind: type) -> bool:
+    return kind.__module__.startswith("torch.nn")
+
+
+def _names_read(model: nn.Module, roots: tuple[nn.Module, ...]) -> set[str]:
+    kinds = {type(module) for root in (model, *roots) for module in root.modules()}
+    return {name for kind in kinds for name in _names_of(kind)}
+
+
+def _names_of(kind: type) -> set[str]:
+    """Every attribute, global and string constant that the methods of a class name, its builders left out."""
+    return {
+        name
+        for base in kind.__mro__
+        if base not in (nn.Module, object)
+        and not _is_of_torch(base)
+        and not base.__module__.startswith(("lightning.", "pytorch_lightning."))
+        for method, value in vars(base).items()
+        if not any(word in method for word in _BUILDERS)
+        for code in _codes(value)
+        for name in _names_in(code)
+    }
+
+
+def _codes(value: object) -> Iterator[types.CodeType]:
+    if isinstance(value, property):
+        for function in (value.fget, value.fset):
+            yield from _codes(function)
+    elif isinstance(value, (staticmethod, classmethod)):
+        yield from _codes(value.__func__)
+    else:
+        seen: set[int] = set()
+        while value is not None and id(value) not in seen:  # decorators that name what they wrap
+            seen.add(id(value))
+            code = getattr(value, "__code__", None)
+            if isinstance(code, types.CodeType):
+                yield code
+            value = getattr(value, "__wrapped__", None)
+
+
+def _names_in(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names_in(constant)
+        elif isinstance(constant, str):
+            yield constant

@@ -1,0 +1,138 @@
+"""Which parameters will not learn, and why: the judgements of NK001 and NK003."""
+
+from __future__ import annotations
+
+__all__ = ["has_trained_twin", "not_updated", "without_gradient"]
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pl_normkit.findings import Evidence, Place
+from pl_normkit.first_step import StepFacts
+from pl_normkit.methods.wiring.code_names import is_never_read
+from pl_normkit.rules import Observation, Subject
+
+_TEACHER = re.compile(r"teacher|target|ema|average|momentum|slow|shadow|key")
+"""Names of single layers that are copies of a trained one; larger parts are told by their shapes alone."""
+
+
+def without_gradient(subject: Subject, step: StepFacts) -> Iterator[Observation]:
+    """NK001: parameters without a gradient, by cause."""
+    model = subject.model
+    assert model is not None
+    missing = _missing(model, step, subject.optimizers)
+    if not missing or len(missing) == len(step.gradients):
+        return  # a loss of another network
+    if step.needs_all_gradients:
+        yield _observation(
+            model, missing, "no gradient reaches these parameters, and DistributedDataParallel waits for all of them",
+            "remove them or freeze them, or pass find_unused_parameters=True", "ddp",
+        )  # fmt: skip
+        return
+    roots = (subject.root,) if subject.root is not None else ()
+    unread = [name for name in missing if not _is_read(step, name) and is_never_read(model, name, roots)]
+    if unread:
+        yield _observation(
+            model, unread, "forward never reads these parameters", "call the module in forward, or take it out of the model", "never read"
+        )
+    yield from _cut_off(model, step, missing)
+
+
+def _is_read(step: StepFacts, name: str) -> bool:
+    return step.forward is not None and name in step.forward.read
+
+
+def _missing(model: nn.Module, step: StepFacts, optimizers: Sequence[Optimizer]) -> list[str]:
+    """Names without a gradient that some optimizer means to move in this step."""
+    names = [name for name, size in step.gradients.items() if size is None]
+    parameters = dict(model.named_parameters())
+    held = [{id(p) for group in optimizer.param_groups for p in group["params"]} for optimizer in optimizers]
+    acting = [ids for ids in held if any(size is not None and id(parameters[name]) in ids for name, size in step.gradients.items())]
+    return [name for name in names if not held or any(id(parameters[name]) in ids for ids in acting)]
+
+
+def _cut_off(model: nn.Module, step: StepFacts, missing: Sequence[str]) -> Iterator[Observation]:
+    forward = step.forward
+    if forward is None:
+        return
+    lost = [name for name in missing if name in forward.read and name not in forward.reached | forward.written]
+    lost = [name for name in lost if not has_trained_twin(model, name, step.gradients)]
+    by_cut: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for name in lost:
+        ends = [(cut.how, cut.place.source) for cut in forward.cuts if name in cut.parameters]
+        by_cut[ends[0] if ends else ("", "")].append(name)
+    for (how, line), names in by_cut.items():
+        if not how:
+            yield _observation(
+                model, names, "the result of these parameters is thrown away", "use it, or take the module out of the model", "thrown away"
+            )
+        else:
+            yield _observation(
+                model, names, f"{how} cuts the gradient of these parameters{f' at {line}' if line else ''}",
+                f"take {how} out of the path to the loss, or freeze the parameters with requires_grad_(False)", f"cut by {how}",
+            )  # fmt: skip
+
+
+def has_trained_twin(model: nn.Module, name: str, gradients: Mapping[str, float | None]) -> bool:
+    """Whether a part of the same shape beside the parameter's own is trained: a teacher, or a target network, next to its student."""
+    path = name.split(".")
+    for depth in range(len(path) - 1):
+        holder, part = model.get_submodule(".".join(path[:depth])), path[depth]
+        own = holder.get_submodule(part)
+        is_single = not any(True for _ in own.children())
+        if part.isdigit() or (is_single and not _TEACHER.search(part.lower())):
+            continue
+        shapes = [(inner, p.shape) for inner, p in own.named_parameters()]
+        for other, module in holder.named_children():
+            if other == part or [(inner, p.shape) for inner, p in module.named_parameters()] != shapes:
+                continue
+            if any(gradients.get(".".join((*path[:depth], other, inner))) is not None for inner, _ in shapes):
+                return True
+    return False
+
+
+def not_updated(subject: Subject, step: StepFacts) -> Iterator[Observation]:
+    """NK003: parameters with a gradient that the optimizers will leave where they are."""
+    model = subject.model
+    assert model is not None
+    parameters = {name: p for name, p in model.named_parameters() if step.gradients.get(name)}
+    groups = [group for optimizer in subject.optimizers for group in optimizer.param_groups]
+    resting = {id(p) for group in groups if _rests(group) for p in group["params"]}
+    moving = {id(p) for group in groups if not _rests(group) for p in group["params"]}
+    names = [name for name, p in parameters.items() if id(p) in resting - moving]
+    if names:
+        yield _observation(
+            model, names, "the learning rate of these parameters is 0",
+            "give their group a learning rate, or freeze them with requires_grad_(False)", "learning rate 0",
+        )  # fmt: skip
+    lost = {name: p for name, p in parameters.items() if id(p) not in resting | moving}
+    if lost and _are_elsewhere(lost.values(), groups, subject.root if subject.root is not None else model):
+        yield _observation(
+            model, list(lost), "the optimizer holds other tensors in the place of these parameters",
+            "build the optimizer after the model is complete: after copying it, replacing layers or loading it anew", "another copy",
+        )  # fmt: skip
+
+
+def _rests(group: Mapping[str, object]) -> bool:
+    """Whether the group's learning rate is 0 and no scheduler is going to raise it."""
+    rate, start = group.get("lr"), group.get("initial_lr", 0.0)
+    return isinstance(rate, (int, float, Tensor)) and float(rate) == 0.0 and isinstance(start, (int, float, Tensor)) and float(start) == 0.0
+
+
+def _are_elsewhere(lost: object, groups: Sequence[Mapping[str, object]], root: nn.Module) -> bool:
+    """Whether the optimizers hold tensors of all these shapes that are not the model's."""
+    own = {id(p) for p in root.parameters()}
+    foreign = Counter(tuple(p.shape) for group in groups for p in group["params"] if id(p) not in own)  # type: ignore[attr-defined]
+    wanted = Counter(tuple(p.shape) for p in lost)  # type: ignore[attr-defined]
+    return wanted <= foreign
+
+
+def _observation(model: nn.Module, names: Sequence[str], message: str, advice: str, cause: str) -> Observation:
+    sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    share = sum(sizes[name] for name in names) / max(1, sum(sizes.values()))
+    evidence = Evidence("share of all trainable elements", share, "0", is_measured=False)
+    return Observation(message, [Place(name) for name in names], advice, (evidence,), cause=cause)

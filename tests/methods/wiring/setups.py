@@ -1,0 +1,57 @@
+"""What the set-ups share: how one is described, and small networks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from pl_normkit import Loaders, audit
+from pl_normkit.graph import call_arguments
+from pl_normkit.report import Report
+
+
+@dataclass
+class Setup:
+    """A model, its inputs, how the loss is made of its output, and the optimizers."""
+
+    model: nn.Module
+    inputs: Any
+    loss: Callable[[Any], Tensor]
+    optimizers: list[Optimizer] | None = None
+    loaders: Loaders | None = None
+    select: list[str] | None = field(default_factory=lambda: ["NK0"])
+
+    def report(self) -> Report:
+        args, kwargs = call_arguments(self.inputs)
+        output = self.model(*args, **kwargs)
+        optimizers = self.optimizers or [AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-3)]
+        return audit(self.model, self.inputs, loss=self.loss(output), optimizers=optimizers, loaders=self.loaders, select=self.select)
+
+
+def cross_entropy(target: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda output: F.cross_entropy(output, target)
+
+
+def classes(samples: int, count: int = 10) -> Tensor:
+    return torch.randint(0, count, (samples,))
+
+
+def mlp(width: int = 32, hidden: int = 64, out: int = 10) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, out))
+
+
+def cnn(channels: int = 8, out: int = 10) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, channels, 3, padding=1, bias=False),
+        nn.BatchNorm2d(channels),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(channels, out),
+    )
