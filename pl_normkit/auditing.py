@@ -56,6 +56,12 @@ def audit(
 
     Raises:
         ConfigError: for an unknown rule or a pattern that matches no module.
+
+    >>> import torch
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> report = audit(model, torch.zeros(2, 4), optimizers=torch.optim.Adam(model.parameters(), weight_decay=0.1))
+    >>> [finding.code for finding in report.findings if finding.severity == "warning"]
+    ['NK205']
     """
     subject = Subject(
         model=model,
@@ -234,6 +240,14 @@ def fix_findings(
 
     Raises:
         whatever a fix raises beside EditError; the model is as before then.
+
+    >>> import torch
+    >>> model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64))
+    >>> images = torch.zeros(2, 3, 8, 8)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> findings = audit(model, images, select=["NK811"], optimizers=optimizer).findings
+    >>> print(fix_findings(model, images, findings, allow_unsafe=True))
+    1: group norm of 32 groups in place of batch norm
     """
     return apply_fixes(model, example_inputs, plan_fixes(findings, allow_unsafe=allow_unsafe), network=network)
 

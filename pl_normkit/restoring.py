@@ -35,6 +35,9 @@ def restore_edits(model: nn.Module, checkpoint: Mapping[str, Any]) -> Changes:
     Raises:
         ConfigError: for something that is no Trainer's checkpoint.
         EditError: where the model has no such modules. It is as it was then.
+
+    >>> restore_edits(nn.Linear(2, 2), {"callbacks": {}}).made
+    []
     """
     states = checkpoint.get("callbacks") if isinstance(checkpoint, Mapping) else None
     if not isinstance(states, Mapping):

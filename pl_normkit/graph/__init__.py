@@ -17,9 +17,10 @@ __all__ = [
     "ResidualAdd",
     "Step",
     "call_arguments",
+    "placeholder_name",
 ]
 
-from pl_normkit.graph.export import call_arguments
+from pl_normkit.graph.export import call_arguments, placeholder_name
 from pl_normkit.graph.model import ModelGraph
 from pl_normkit.graph.nodes import Kind, Node, Read, Step
 from pl_normkit.graph.structure import Attention, Branch, Dropout, Fusion, FusionInput, Head, Norm, ResidualAdd

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-__all__ = ["Arguments", "call_arguments", "export_model", "place_arguments", "without_root"]
+__all__ = ["Arguments", "call_arguments", "export_model", "place_arguments", "placeholder_name", "without_root"]
 
 import dataclasses
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,11 @@ _ROOT = "model"
 
 def without_root(name: str) -> str:
     return "" if name == _ROOT else name.removeprefix(f"{_ROOT}.")
+
+
+def placeholder_name(kind: Literal["p", "b"], name: str) -> str:
+    """What an export calls the input that stands for the parameter ("p") or buffer ("b") `name` of the model, in lower case."""
+    return f"{kind}_{_ROOT}_{re.sub('[^a-zA-Z0-9]', '_', name)}".lower()
 
 
 def export_model(model: nn.Module, arguments: Arguments, training: bool) -> ExportedProgram:

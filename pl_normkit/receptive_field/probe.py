@@ -53,6 +53,11 @@ def effective_receptive_field(
         DataError: for an empty loader, batches without images, images of several sizes, gradients that are not finite.
 
     Source: OpenERF for backbones; for logits derived from it (the definition of arXiv 2307.14179 is not known to us).
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1))
+    >>> field = effective_receptive_field(model, torch.rand(2, 3, 9, 9), layer="1", gradient="absolute")
+    >>> int((field.map > 0).sum())
+    25
     """
     _check_options(max_images, gradient, batch_size)
     model = unwrapped(model)

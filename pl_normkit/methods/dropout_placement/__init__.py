@@ -6,8 +6,7 @@ states the two placements; the graph criteria here are derived from them.
 
 from __future__ import annotations
 
-__all__ = ["BranchDropout", "measure_variance_shift", "place_dropout", "read_branch_dropouts"]
+__all__ = ["measure_variance_shift", "place_dropout"]
 
-from pl_normkit.methods.dropout_placement.find import BranchDropout, read_branch_dropouts
 from pl_normkit.methods.dropout_placement.fix import place_dropout
 from pl_normkit.methods.dropout_placement.measure import measure_variance_shift

@@ -51,6 +51,19 @@ def place_dropout(model: nn.Module, example_inputs: Any, *, filter_fn: Filter | 
     Raises:
         NothingMatchedError: when the model has no active dropout.
         TraceError: when the model cannot be read.
+
+    >>> import timm, torch
+    >>> from torch import nn
+    >>> class Block(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.conv1, self.drop, self.norm, self.conv2 = nn.Conv2d(4, 4, 1), nn.Dropout(0.2), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+    ...     def forward(self, x):
+    ...         return x + self.conv2(self.norm(self.drop(self.conv1(x))).relu())
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), Block())
+    >>> changes = place_dropout(model, torch.rand(2, 3, 8, 8))
+    >>> len(changes.made) > 0
+    True
     """
     model = unwrapped(model)
     graph = ModelGraph.from_model(model, example_inputs)

@@ -39,6 +39,14 @@ def measure_variance_shift(model: nn.Module, batch: Any) -> dict[str, float]:
 
     Raises:
         ValueError: from torch, when a batch norm sees one value per channel.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from pl_normkit import measure_variance_shift
+    >>> model = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(8))
+    >>> shift = measure_variance_shift(model, torch.randn(4096, 8))
+    >>> 0.4 < shift["1"] < 0.6
+    True
     """
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(device), call_arguments(batch))

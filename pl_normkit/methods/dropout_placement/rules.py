@@ -113,10 +113,36 @@ def dropout_before_batch_norm(subject: Subject) -> Iterator[Observation]:
     The variance of the norm's input in eval over train mode, measured on this model and batch with dropout off and on.
 
     Example
-    conv1 - Dropout(0.3) - bn2 - relu - conv2 in a WideResNet block.
+    The branch of a WideResNet block:
+
+    ```python
+    from torch import nn
+
+    branch = nn.Sequential(
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.Conv2d(64, 64, 3, padding=1),
+        nn.Dropout(0.3),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.Conv2d(64, 64, 3, padding=1),
+    )  # beside a shortcut
+    ```
 
     Use instead
-    One dropout after the last batch norm and before the last weight layer: conv1 - bn2 - relu - Dropout(0.3) - conv2.
+    One dropout after the last batch norm and before the last weight layer:
+
+    ```python
+    branch = nn.Sequential(
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.Conv2d(64, 64, 3, padding=1),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.Dropout(0.3),
+        nn.Conv2d(64, 64, 3, padding=1),
+    )
+    ```
 
     Fix and its safety
     place_dropout moves it there and keeps p; safe: the output in eval mode is the same. A branch that ends in a batch
@@ -151,10 +177,32 @@ def dropout_after_last_weight(subject: Subject) -> Iterator[Observation]:
     The place in the traced branch: no weight layer and no batch norm follows the dropout before the addition.
 
     Example
-    bn1 - relu - conv1 - bn2 - relu - conv2 - Dropout(0.3), then the addition.
+    ```python
+    from torch import nn
+
+    branch = nn.Sequential(
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.Conv2d(64, 64, 3, padding=1),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.Conv2d(64, 64, 3, padding=1),
+        nn.Dropout(0.3),
+    )  # beside a shortcut
+    ```
 
     Use instead
-    bn1 - relu - conv1 - bn2 - relu - Dropout(0.3) - conv2.
+    ```python
+    branch = nn.Sequential(
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.Conv2d(64, 64, 3, padding=1),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.Dropout(0.3),
+        nn.Conv2d(64, 64, 3, padding=1),
+    )
+    ```
 
     Fix and its safety
     place_dropout moves it before the last weight layer and keeps p; safe: the output in eval mode is the same. Where a
@@ -188,10 +236,35 @@ def several_dropouts_in_branch(subject: Subject) -> Iterator[Observation]:
     The number of active dropouts in the branch.
 
     Example
-    bn1 - relu - Dropout(0.2) - conv1 - bn2 - relu - Dropout(0.2) - conv2.
+    ```python
+    from torch import nn
+
+    branch = nn.Sequential(
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.Dropout(0.3),
+        nn.Conv2d(64, 64, 3, padding=1),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.Dropout(0.3),
+        nn.Conv2d(64, 64, 3, padding=1),
+    )  # beside a shortcut
+    ```
 
     Use instead
-    Keep the one before the last weight layer.
+    The one before the last weight layer alone:
+
+    ```python
+    branch = nn.Sequential(
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.Conv2d(64, 64, 3, padding=1),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.Dropout(0.3),
+        nn.Conv2d(64, 64, 3, padding=1),
+    )
+    ```
 
     Fix and its safety
     place_dropout keeps the one in the admissible slot (or moves the first there) and switches the others off; safe: the
@@ -236,10 +309,18 @@ def dropout_after_global_pooling(subject: Subject) -> Iterator[Observation]:
     The number of positions that the pooling averages.
 
     Example
-    AdaptiveAvgPool2d(1) - flatten - Dropout(0.2) - Linear, the head of torchvision's EfficientNet.
+    The head of torchvision's EfficientNet:
+
+    ```python
+    from torch import nn
+
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(1280, 1000))
+    ```
 
     Use instead
-    Element-wise Dropout(0.2) - AdaptiveAvgPool2d(1) - flatten - Linear.
+    ```python
+    head = nn.Sequential(nn.Dropout(0.2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1280, 1000))
+    ```
 
     Fix and its safety
     place_dropout puts an element-wise dropout of the same p before the pooling; safe: the output in eval mode is the same.
@@ -284,10 +365,37 @@ def dropout_upstream_of_batch_norm(subject: Subject) -> Iterator[Observation]:
     The variance of the norm's input in eval over train mode, measured on this model and batch; silent where it is within 0.05 of 1.
 
     Example
-    conv - bn - relu - Dropout(0.3) - conv - bn in a VGG with batch norm; drop_rate in a DenseNet.
+    A VGG with batch norm; drop_rate in a DenseNet:
+
+    ```python
+    from torch import nn
+
+    layers = nn.Sequential(
+        nn.Conv2d(64, 64, 3, padding=1),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.Dropout(0.3),
+        nn.Conv2d(64, 64, 3, padding=1),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+    )
+    ```
 
     Use instead
-    Dropout after the last batch norm of the network, before the global pooling.
+    Dropout after the last batch norm of the network, before the global pooling:
+
+    ```python
+    layers = nn.Sequential(
+        nn.Conv2d(64, 64, 3, padding=1),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.Conv2d(64, 64, 3, padding=1),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.Dropout(0.3),
+        nn.AdaptiveAvgPool2d(1),
+    )
+    ```
 
     Fix and its safety
     Advice only.

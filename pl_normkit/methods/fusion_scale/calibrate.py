@@ -57,6 +57,13 @@ def calibrate_scales(
     Raises:
         NothingMatchedError: when the model holds no equalizer.
         DataError: for an empty loader, values that are not finite, or a fusion that did not run. No equalizer is set then.
+
+    >>> import segmentation_models_pytorch as smp
+    >>> from pl_normkit import insert_equalizers
+    >>> model, images = smp.FPN("resnet18", encoder_weights=None, decoder_merge_policy="cat"), torch.rand(2, 3, 64, 64)
+    >>> changes = insert_equalizers(model, images)
+    >>> len(calibrate_scales(model, [images]).made) == len(changes.made)
+    True
     """
     model = unwrapped(model)
     equalizers = equalizers_of(model)

@@ -79,6 +79,13 @@ def equalize_scales(
 
     Source: arXiv 2402.01149, abstract and public review, for the equalizer and its use as an initialization; where it
     stands in a given network, both forms and their difference in training are derived here.
+
+    >>> import segmentation_models_pytorch as smp
+    >>> import torch
+    >>> model = smp.FPN("resnet18", encoder_weights=None, decoder_merge_policy="cat")
+    >>> changes = equalize_scales(model, [torch.rand(2, 3, 64, 64)])
+    >>> len(changes.made) > 0
+    True
     """
     check_options(mode, granularity, border)
     model = unwrapped(model)
@@ -126,6 +133,12 @@ def insert_equalizers(model: nn.Module, example_inputs: Any, *, sums: bool = Fal
 
     Raises:
         NothingMatchedError, EditError, TraceError: as `equalize_scales`.
+
+    >>> import segmentation_models_pytorch as smp
+    >>> import torch
+    >>> model = smp.FPN("resnet18", encoder_weights=None, decoder_merge_policy="cat")
+    >>> len(insert_equalizers(model, torch.rand(2, 3, 64, 64)).made) > 0
+    True
     """
     model = unwrapped(model)
     sites, skipped = plan_sites(model, example_inputs, sums=sums)

@@ -51,6 +51,14 @@ def fold(model: nn.Module, *, border: Border = "keep") -> Changes:
         ConfigError: for another `border`.
 
     Source: derived here; arXiv 2402.01149 calls its equalizer a cost-free initialization of the fusion weights (public review).
+
+    >>> import segmentation_models_pytorch as smp
+    >>> from pl_normkit import equalize_scales
+    >>> model = smp.FPN("resnet18", encoder_weights=None, decoder_merge_policy="cat")
+    >>> changes = equalize_scales(model, [torch.rand(2, 3, 64, 64)])
+    >>> folded = fold(model, border="ignore")
+    >>> [name for name, module in model.named_modules() if isinstance(module, ScaleEqualizer)]
+    []
     """
     if border not in BORDERS:
         raise ConfigError(f"unknown border {border!r}", mend=f"one of {', '.join(BORDERS)}")

@@ -114,6 +114,12 @@ def measure_fusion_scales(
 
     Source: variance as the measure of scale is stated in a public review of arXiv 2402.01149; shares and the traced
     criterion are derived here.
+
+    >>> import segmentation_models_pytorch as smp
+    >>> import torch
+    >>> model = smp.FPN("resnet18", encoder_weights=None, decoder_merge_policy="cat")
+    >>> [len(fusion.branches) for fusion in measure_fusion_scales(model, [torch.rand(2, 3, 64, 64)])][-1]
+    4
     """
     model = unwrapped(model)
     if example_inputs is None:

@@ -41,10 +41,24 @@ def fusion_scale_disequilibrium(subject: Subject) -> Iterator[Observation]:
     on batch statistics and dropout off.
 
     Example
-    torch.cat([F.interpolate(coarse, size), skip], 1) with standard deviations 0.6 and 1.3.
+    Branches with standard deviations of 0.6 and 1.3, say:
+
+    ```python
+    import segmentation_models_pytorch as smp
+
+    model = smp.FPN("resnet18", encoder_weights=None, decoder_merge_policy="cat")
+    ```
 
     Use instead
-    equalize_scales(model, loader) or the ScaleEqualization callback, before training.
+    The ScaleEqualization callback, or before training:
+
+    ```python
+    import torch
+
+    from pl_normkit import equalize_scales
+
+    changes = equalize_scales(model, [torch.rand(2, 3, 64, 64)])
+    ```
 
     Fix and its safety
     Advice only: the remedy needs the training data, and a network that has been trained already would change its function.

@@ -58,6 +58,12 @@ def add_gaussian_bias(
 
     Source: arXiv 2305.04722 for the bias (published for timm's vit_relpos, where it is added to the learned relative position bias);
     the ways into the other models are derived here.
+
+    >>> import timm
+    >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2)
+    >>> changes = add_gaussian_bias(model)
+    >>> len(changes.made) > 0, "blocks.0.attn.gaussian_bias.amplitude" in model.state_dict()
+    (True, True)
     """
     model = unwrapped(model)
     check_amplitude(amplitude)

@@ -41,6 +41,10 @@ def gaussian_bias(grid_size: Grid, amplitude: Tensor, sigma: Tensor, num_prefix_
 
     Returns:
         (heads, L, L) in float32 (float64 for such parameters), L = num_prefix_tokens + rows * columns.
+
+    >>> bias = gaussian_bias((1, 2), torch.ones(1), torch.ones(1))
+    >>> [round(float(value), 3) for value in bias.flatten()]
+    [1.0, 0.607, 0.607, 1.0]
     """
     rows, columns = grid_size
     dtype = torch.promote_types(amplitude.dtype, torch.float32)

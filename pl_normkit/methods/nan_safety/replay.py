@@ -133,6 +133,10 @@ def replay(path: str | Path, module: nn.Module | None = None, step: Callable[[An
 
     Raises:
         DataError: the file is missing or no replay file.
+
+    >>> replay("nan_guard/no_such_file.pt")
+    Traceback (most recent call last):
+    pl_normkit.errors.DataError: ...
     """
     document = _read(Path(path))
     saved = Diagnosis(**document["diagnosis"])

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 __all__ = ["PositionalSite", "added_positions", "find_site", "patch_variance", "trace_site"]
 
-import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from pl_normkit.errors import NothingMatchedError, TraceError
-from pl_normkit.graph import Kind, ModelGraph, Node
+from pl_normkit.graph import Kind, ModelGraph, Node, placeholder_name
 from pl_normkit.wrappers import unwrapped
 
 _TOKENS = (nn.Conv2d, nn.Conv3d, nn.Linear, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
@@ -183,14 +183,19 @@ def added_positions(model: nn.Module, site: PositionalSite, positions: Tensor | 
     """
     operand = next(node for node in site.node.target.all_input_nodes if node is not site.node.inputs[0].target)
     named: dict[str, Tensor] = {}
-    for prefix, tensors in (("p", model.named_parameters(remove_duplicate=False)), ("b", model.named_buffers(remove_duplicate=False))):
-        named |= {f"{prefix}_{re.sub('[^a-zA-Z0-9]', '_', name)}".lower(): tensor.detach() for name, tensor in tensors}
+    for prefix, tensors in _tensors_of(model):
+        named |= {placeholder_name(prefix, name): tensor.detach() for name, tensor in tensors}
     if positions is not None:
         embedding = model.get_parameter(site.parameter)
         same = [name for name, value in named.items() if value.data_ptr() == embedding.data_ptr() and value.shape == embedding.shape]
         named |= dict.fromkeys(same, positions)
     added = _evaluate(operand, {}, named, site).reshape(site.node.shape[1:])
     return added.flatten(0, -2) if added.shape[-1] == site.width else added.flatten(1).T
+
+
+def _tensors_of(model: nn.Module) -> Iterator[tuple[Literal["p", "b"], Iterable[tuple[str, Tensor]]]]:
+    yield "p", model.named_parameters(remove_duplicate=False)
+    yield "b", model.named_buffers(remove_duplicate=False)
 
 
 def _evaluate(node: torch.fx.Node, known: dict[torch.fx.Node, Tensor], named: dict[str, Tensor], site: PositionalSite) -> Tensor:

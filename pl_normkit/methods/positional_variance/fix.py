@@ -45,6 +45,15 @@ def rescale_positional_embedding(
 
     Source: the scaling by 1 / sqrt(k) is published (public reviews of arXiv 2405.14115); the definition of k, variance over channels
     and mean over patch positions, and the recovery of the original are derived here.
+
+    >>> import timm
+    >>> model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1)
+    >>> before = model.pos_embed.detach().clone()
+    >>> state = timm.create_model("vit_tiny_patch16_224", depth=1).state_dict()
+    >>> changes = rescale_positional_embedding(model, original=state)
+    >>> changes.undo()
+    >>> torch.equal(model.pos_embed, before)
+    True
     """
     network = unwrapped(model)
     site = _site(network, example_inputs)

@@ -121,6 +121,13 @@ def measure_positional_variance(
 
     Source: the condition Var[X_train]/Var[P_train] = Var[X_test]/Var[P_test] is published (public reviews of arXiv 2405.14115);
     over what the variance is taken is derived here.
+
+    >>> import timm
+    >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1)
+    >>> train, test = [torch.randn(8, 3, 32, 32)], [torch.randn(8, 3, 32, 32)]
+    >>> report = measure_positional_variance(model, train, test)
+    >>> 0.8 < report.rho < 1.25
+    True
     """
     if max_batches < 1:
         raise ConfigError("max_batches must be at least 1", evidence=str(max_batches))

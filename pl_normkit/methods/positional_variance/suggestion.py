@@ -55,6 +55,10 @@ def suggest_augmentation(
 
     Source: CutMix, no Mixup, mode "pixel" and the default statistics are published (public reviews of arXiv 2405.14115); noise for other
     statistics is derived here.
+
+    >>> suggestion = suggest_augmentation()
+    >>> type(suggestion).__name__
+    'Suggestion'
     """
     if len(mean) != len(std) or min(std, default=0.0) <= 0.0:
         raise ConfigError("mean and std have one positive std per channel", evidence=f"{tuple(mean)} and {tuple(std)}")

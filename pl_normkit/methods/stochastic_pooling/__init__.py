@@ -13,7 +13,6 @@ __all__ = [
     "StochasticAdaptiveAvgPool2d",
     "StochasticAvgPool1d",
     "StochasticAvgPool2d",
-    "matching_scale",
     "measure_second_moments",
     "pool_roles",
     "stochastic_adaptive_avg_pool",
@@ -22,7 +21,7 @@ __all__ = [
 ]
 
 from pl_normkit.methods.stochastic_pooling.fix import Role, pool_roles, stochastic_pooling
-from pl_normkit.methods.stochastic_pooling.functional import matching_scale, stochastic_adaptive_avg_pool, stochastic_avg_pool
+from pl_normkit.methods.stochastic_pooling.functional import stochastic_adaptive_avg_pool, stochastic_avg_pool
 from pl_normkit.methods.stochastic_pooling.measure import SecondMoments, measure_second_moments
 from pl_normkit.methods.stochastic_pooling.modules import (
     StochasticAdaptiveAvgPool1d,

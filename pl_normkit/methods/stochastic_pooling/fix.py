@@ -54,6 +54,9 @@ def pool_roles(model: nn.Module) -> dict[str, Role]:
 
     Read from the names and classes around the pool: the squeeze of channel attention (a gate stands beside it), a branch of
     spatial pyramid pooling (ASPP, PSP), a DenseNet transition, a global pool before the classifier, or none of these.
+
+    >>> {path: str(role) for path, role in pool_roles(nn.Sequential(nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(1))).items()}
+    {'0': 'other', '1': 'head'}
     """
     return {path: _role(model, path, module) for path, module in model.named_modules() if _is_average_pool(module)}
 
@@ -121,6 +124,11 @@ def stochastic_pooling(
         TraceError: when `example_inputs` are given and the model cannot be traced. The model is untouched in each case.
 
     Source: arXiv 2409.16630 for swapping pools; which ones by default is derived here.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    >>> changes = stochastic_pooling(model, keep=0.1)
+    >>> type(model[1]).__name__
+    'StochasticAdaptiveAvgPool2d'
     """
     model = unwrapped(model)
     keep, scale = check_keep(keep), check_scale(scale)

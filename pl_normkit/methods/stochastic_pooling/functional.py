@@ -138,6 +138,10 @@ def stochastic_avg_pool(
         DataError: for tensors of another rank, of integers, or smaller than a window.
 
     Source: definition derived in this project from public summaries of arXiv 2409.16630 (subset, sqrt scale, shared over channels).
+
+    >>> x = torch.arange(16.0).view(1, 1, 4, 4)
+    >>> stochastic_avg_pool(x, 2, training=False).flatten().tolist()
+    [2.5, 4.5, 10.5, 12.5]
     """
     keep, scale = check_keep(keep), check_scale(scale)
     spec = _sliding_spec(kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override, dims)
@@ -189,6 +193,10 @@ def stochastic_adaptive_avg_pool(
         ConfigError, DataError: as `stochastic_avg_pool`.
 
     Source: as `stochastic_avg_pool`.
+
+    >>> x = torch.arange(16.0).view(1, 1, 4, 4)
+    >>> stochastic_adaptive_avg_pool(x, 1, training=False).item()
+    7.5
     """
     keep, scale = check_keep(keep), check_scale(scale)
     spec = _adaptive_spec(output_size, dims)

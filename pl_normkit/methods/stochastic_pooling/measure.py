@@ -72,6 +72,11 @@ def measure_second_moments(
         NothingMatchedError: when no pool was chosen or none of the chosen ran.
 
     Source: derived here (second moment of a mean of n out of N without replacement).
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1))
+    >>> (moments,) = measure_second_moments(model, torch.rand(2, 3, 8, 8))
+    >>> moments.module
+    '1'
     """
     keep = check_keep(keep)
     wanted = filter_fn or is_default_pool(model)

@@ -32,11 +32,25 @@ def dropout_after_average_pool(subject: Subject) -> Iterator[Observation]:
     The drop probability as read from the trace.
 
     Example
-    `x = self.avgpool(x).flatten(1); return self.fc(self.dropout(x))`
+    ```python
+    from torch import nn
+
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(64, 10))
+    ```
 
     Use instead
-    `stochastic_pooling(model, keep=0.5)` without the dropout. Ask `measure_second_moments(model, images)` which scale suits
-    the features; after a ReLU the default sqrt scale about halves their second moment.
+    Stochastic pooling without the dropout. `measure_second_moments` says which scale suits the features; after a ReLU the default sqrt
+    scale about halves their second moment.
+
+    ```python
+    import torch
+
+    from pl_normkit import measure_second_moments, stochastic_pooling
+
+    model[3].p = 0.0
+    changes = stochastic_pooling(model, keep=0.1)
+    moments = measure_second_moments(model, torch.rand(2, 3, 32, 32))
+    ```
 
     Fix and its safety
     None is made: it changes what is trained, and which of the two regularizes better differs from task to task

@@ -17,7 +17,6 @@ clean twins. The facts they judge are those of one training step (`pl_normkit.fi
 
 from __future__ import annotations
 
-__all__ = ["EvalRun", "freeze_biases_before_norms", "keep_norms_in_eval", "measure_eval_run"]
+__all__ = ["freeze_biases_before_norms", "keep_norms_in_eval"]
 
 from pl_normkit.methods.wiring.fix import freeze_biases_before_norms, keep_norms_in_eval
-from pl_normkit.methods.wiring.measure import EvalRun, measure_eval_run

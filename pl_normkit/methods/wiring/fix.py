@@ -107,6 +107,12 @@ def freeze_biases_before_norms(model: nn.Module, example_inputs: Any, *, filter_
 
     Raises:
         TraceError: when the model cannot be traced.
+
+    >>> import torch
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    >>> changes = freeze_biases_before_norms(model, torch.rand(2, 3, 8, 8))
+    >>> model[0].bias.requires_grad
+    False
     """
     plain = unwrapped(model)
     found = find_biases_before_norms(plain, ModelGraph.from_model(plain, example_inputs))
