@@ -4,27 +4,26 @@ from __future__ import annotations
 
 __all__ = ["WatchedRun"]
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
 from pl_normkit.callbacks._fit import Fit
-from pl_normkit.callbacks._lightning import is_compiled, is_sharded
+from pl_normkit.callbacks._lightning import has_compiled_part, is_compiled, is_sharded
 from pl_normkit.callbacks._network_calls import NetworkCalls, networks_in
 from pl_normkit.callbacks._report_of_run import loaders_of
 from pl_normkit.callbacks.gamma_decay import GammaDecay
 from pl_normkit.findings import NoteKind
+from pl_normkit.first_step import StepRecorder
 from pl_normkit.graph.sharing import shared_traces
 from pl_normkit.restoring import edit_records
 from pl_normkit.rules import load_rules
 from pl_normkit.run_audit import RunAudit
 from pl_normkit.selection import Selection
 from pl_normkit.subject import Needs
-
-if TYPE_CHECKING:
-    pass
 
 
 class WatchedRun:
@@ -50,6 +49,7 @@ class WatchedRun:
         self._example_inputs = example_inputs
         self._fix = fix
         self._watch: NetworkCalls | None = None
+        self._recorder: StepRecorder | None = None
         self._batch: Any = None
         self._batches_told = self._known = 0
         self._is_first = True
@@ -70,18 +70,51 @@ class WatchedRun:
         module = self._fit.pl_module
         if self._watch is None and not is_compiled(module):  # what runs compiled takes no hooks
             self._watch = NetworkCalls(module, is_wrapped=self._fit.trainer.strategy.model is not module)
+        if self._is_first and self._can_record:
+            self._recorder = self._recorder or StepRecorder(self._trained_module, self._fit.trainer.optimizers)
+            self._recorder.before_forward(batch)
+
+    @property
+    def _can_record(self) -> bool:
+        """One loss with one backward a step, whose operations nothing compiles and whose parameters no rank holds in part."""
+        module, trainer = self._fit.pl_module, self._fit.trainer
+        is_plain = module.automatic_optimization and len(trainer.optimizers) == 1
+        return is_plain and not is_compiled(module) and not has_compiled_part(module) and not is_sharded(trainer)
+
+    @property
+    def _trained_module(self) -> nn.Module:
+        wrapper = self._fit.trainer.strategy.model
+        return wrapper if isinstance(wrapper, DistributedDataParallel) else self._fit.pl_module
 
     def before_backward(self, loss: Any) -> None:
         """Each loss of the first step that has one."""
         if self._is_first and not self._is_inside_compiled_step:
             self._has_loss = True
             self.audit.judge_loss(loss)
+            if self._recorder is not None and isinstance(loss, Tensor):
+                self._recorder.before_backward(loss)
+
+    def after_backward(self) -> None:
+        """The gradients of the first step, as the backward leaves them."""
+        if self._recorder is not None:
+            self._recorder.after_backward()
+            self._note_facts()
+
+    def _note_facts(self) -> None:
+        facts = None if self._recorder is None else self._recorder.late_facts()
+        if facts is not None:
+            self.audit.parts["step"] = facts
 
     def before_optimizer_step(self) -> bool:
         return self._has_loss and not self._is_concluded and not self._is_inside_compiled_step and self._conclude()
 
     def end_batch(self) -> bool:
         """What ran after the first optimizer step is judged here, and all where the optimizers stepped out of sight."""
+        if self._recorder is not None:
+            self._note_facts()
+            if not self._has_loss:  # a step without a loss shows nothing
+                self._recorder.close()
+                self._recorder = None
         if not (self._has_loss or is_compiled(self._fit.pl_module)):
             return False
         self._is_first = False
@@ -111,7 +144,9 @@ class WatchedRun:
     def stop(self) -> None:
         if self._watch is not None:
             self._watch.finish()
-        self._watch = self._batch = None
+        if self._recorder is not None:
+            self._recorder.close()
+        self._watch = self._batch = self._recorder = None
         self._fit.traces.forget()
 
     def _conclude(self) -> bool:

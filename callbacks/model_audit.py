@@ -40,13 +40,9 @@ class ModelAudit(Callback):
         config: whether `[tool.pl-normkit]` of pyproject.toml applies.
         output: file the report is also written to, as its ending says: .sarif, .json or .html.
 
-    Attributes:
-        report: the last report, None before the audit.
-        changes: what the fixes changed; its `undo()` gives the model back.
+    Attributes: `report`, the last one, None before the audit; `changes`, what the fixes changed, with `undo()`.
 
-    Raises:
-        ConfigError: for an unknown rule, pattern or option.
-        AuditFailedError: when a finding reaches `fail_on`.
+    Raises: ConfigError for an unknown rule, pattern or option; AuditFailedError when a finding reaches `fail_on`.
     """
 
     def __init__(
@@ -129,6 +125,10 @@ class ModelAudit(Callback):
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Any) -> None:
         if self._watched is not None:
             self._watched.before_backward(loss)
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._watched is not None:
+            self._watched.after_backward()
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         if self._watched is not None and self._watched.before_optimizer_step():

@@ -17,6 +17,7 @@ __all__ = [
 ]
 
 import difflib
+import os
 from collections.abc import Iterable
 
 
@@ -88,5 +89,8 @@ class NormkitWarning(UserWarning):
 def nearest(word: str, known: Iterable[str]) -> str:
     """A "did you mean" clause for `word`, or the empty string when nothing in `known` is close."""
     names = {name.lower(): name for name in known}
-    close = difflib.get_close_matches(word.lower(), names, n=1, cutoff=0.5)
-    return f"did you mean {names[close[0]]!r}?" if close else ""
+    close = difflib.get_close_matches(word.lower(), names, n=10, cutoff=0.5)
+    ratios = [
+        (difflib.SequenceMatcher(None, found, word.lower()).ratio(), len(os.path.commonprefix([found, word.lower()]))) for found in close
+    ]
+    return f"did you mean {names[close[ratios.index(max(ratios))]]!r}?" if close else ""

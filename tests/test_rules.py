@@ -68,11 +68,11 @@ def test_names_are_unique() -> None:
 
 
 def test_a_family_belongs_to_one_room() -> None:
-    """The hundreds name the family, and a family is one room under `methods`; NK106 speaks of dropout from the pooling room."""
+    """The hundreds name the family, the tens a room under `methods`; NK106 speaks of dropout from the pooling room."""
     rooms: dict[str, set[str]] = {}
     for code, known in ALL_RULES.items():
         room = known.check.__module__.removeprefix("pl_normkit.methods.").partition(".")[0]
-        rooms.setdefault(code if code == "NK106" else code[:3], set()).add(room)
+        rooms.setdefault(code if code == "NK106" else code[:4], set()).add(room)
     assert {family: found for family, found in rooms.items() if len(found) != 1} == {}
 
 

@@ -166,9 +166,8 @@ def test_decay_of_a_network_that_cannot_be_traced_goes_by_modules():
     network = _Untraceable()
     with pytest.warns(NormkitWarning) as caught:
         groups = layer_decay_groups(network, 0.1, 0.05, 1.0, torch.zeros(2, 1, 4, 4))
-    reason, effect = (str(warning.message) for warning in caught)
+    (reason,) = (str(warning.message) for warning in caught)
     assert "weight decay goes by the types of modules alone" in reason
-    assert "norm.weight" in effect
     decays = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
     assert {name: decays[id(parameter)] for name, parameter in network.named_parameters()} == {
         "norm.weight": 0.0,

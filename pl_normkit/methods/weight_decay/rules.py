@@ -372,7 +372,7 @@ def decay_on_norm_scales(subject: Subject) -> Iterator[Observation]:
     Advice only.
 
     Source
-    Common practice in model libraries; no published effect size is claimed.
+    Derived from common practice in model libraries; no published effect size is claimed.
     """
     known, held = subject.once(_known), subject.once(_decays)
     decayed = _with_role(subject, *GAMMAS, decayed=True)

@@ -407,8 +407,8 @@ def test_images_that_are_not_finite_are_not_judged(model: nn.Module) -> None:
 def test_what_is_computed_is_not_called_measured(model: nn.Module) -> None:
     loaders = (timm_loader(re_prob=0.5), loader(normalised()))
     shown = " ".join(audit(model, INPUTS, loaders=loaders, select=["NK7"]).to_html().split())
-    assert "computed</span> Var[X] by the settings of this step" in shown
-    assert "measured</span> Var[X] of all batches" in shown
+    assert "computed</small> Var[X] by the settings of this step" in shown
+    assert "measured</small> Var[X] of all batches" in shown
 
 
 def test_other_models_are_none_of_its_business() -> None:

@@ -162,7 +162,7 @@ def epsilon_lost(subject: Subject) -> Iterator[Observation]:
 
 @rule(
     "NK409",
-    "overflow",
+    "value-overflow",
     mark=Mark.DERIVED,
     source="tests/methods/nan_safety/test_witness.py",
     needs=(Needs.LOSS,),

@@ -1,0 +1,139 @@
+"""What `ModelAudit` sees of the wiring in the first real step, and that clean runs hear nothing of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from pl_normkit.callbacks import ModelAudit
+
+
+class Net(pl.LightningModule):
+    """Clean: every layer learns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), 1e-2, weight_decay=0.0)
+
+
+class Unused(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.Linear(6, 6)
+
+
+class Cut(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[3](self.net[2](self.net[1](self.net[0](x))).detach())
+
+
+class SoftmaxTwice(Net):
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]).softmax(-1), batch[1])
+
+
+class NoRate(Net):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+class FrozenBody(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[:3].requires_grad_(False)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+
+class WarmUp(Net):
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 10)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+class NoLossAtFirst(Net):
+    def training_step(self, batch: Any, index: int) -> Any:
+        return None if index == 0 else super().training_step(batch, index)
+
+
+class Gan(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.other = nn.Linear(3, 1)
+
+    def training_step(self, batch: Any, index: int) -> None:  # type: ignore[override]
+        first, second = self.optimizers()
+        for optimizer, part in ((first, self.net), (second, self.other)):
+            optimizer.zero_grad()
+            made = self.net(batch[0])
+            self.manual_backward(self.other(made if part is self.net else made.detach()).square().mean())
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.net, self.other)]
+
+
+def wiring_of(module: pl.LightningModule, folder: Path, **options: Any) -> set[str]:
+    audit = ModelAudit(config=False)
+    data = DataLoader(TensorDataset(torch.randn(16, 6), torch.randint(0, 3, (16,))), 4)
+    settings: dict[str, Any] = {"max_epochs": 1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(
+        accelerator="cpu", callbacks=[audit], enable_model_summary=False, default_root_dir=folder, **{**settings, **options}
+    )
+    trainer.fit(module, data)
+    assert audit.report is not None
+    assert [str(note) for note in audit.report.failures] == []
+    assert torch._C._len_torch_function_stack() == 0
+    return {finding.name for finding in audit.report.findings if finding.code.startswith("NK0")}
+
+
+@pytest.mark.filterwarnings("ignore:.*returned `None`.*")
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        (Net, set()),
+        (WarmUp, set()),
+        (NoLossAtFirst, set()),
+        (Gan, set()),
+        (Unused, {"parameter-without-gradient"}),
+        (Cut, {"parameter-without-gradient"}),
+        (SoftmaxTwice, {"activation-before-loss"}),
+        (NoRate, {"parameter-not-updated"}),
+        (FrozenBody, {"statistics-of-frozen-norm"}),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "",
+)
+def test_what_is_said_of_the_first_step(kind: type[pl.LightningModule], expected: set[str], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    assert wiring_of(kind(), tmp_path) == expected
+
+
+def test_accumulation_is_silent(tmp_path: Path) -> None:
+    assert wiring_of(Net(), tmp_path, accumulate_grad_batches=2) == set()
+
+
+def test_nothing_is_watched_after_the_second_batch(tmp_path: Path) -> None:
+    module = Net()
+    wiring_of(module, tmp_path)
+    hooks = [part for part in module.modules() if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks]
+    assert hooks == []
+    assert not torch.nn.modules.module._global_forward_hooks
