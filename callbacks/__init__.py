@@ -12,6 +12,7 @@ __all__ = [
     "PositionalVariance",
     "ScaleEqualization",
     "StochasticPooling",
+    "TimestepEmbedding",
 ]
 
 from pl_normkit.callbacks.atrous_rates import AtrousRates
@@ -23,3 +24,4 @@ from pl_normkit.callbacks.nan_guard import NaNGuard
 from pl_normkit.callbacks.positional_variance import PositionalVariance
 from pl_normkit.callbacks.scale_equalization import ScaleEqualization
 from pl_normkit.callbacks.stochastic_pooling import StochasticPooling
+from pl_normkit.callbacks.timestep_embedding import TimestepEmbedding

@@ -8,9 +8,11 @@ __all__ = [
     "BinaryLogLoss",
     "CosineClassifier",
     "DeformableKernelNetwork",
+    "FiLMNorm",
     "GaussianAttentionBias",
     "JointFilter",
     "NoiseAwareLoss",
+    "PositionalTimeEmbedding",
     "PoweredLoss",
     "RMSELoss",
     "SILogLoss",
@@ -19,6 +21,7 @@ __all__ = [
     "StochasticAdaptiveAvgPool2d",
     "StochasticAvgPool1d",
     "StochasticAvgPool2d",
+    "TimeAfterNorm",
     "VarianceSafeErasing",
     "VarianceSafeMixup",
     "safe_log",
@@ -40,3 +43,4 @@ from pl_normkit.methods.stochastic_pooling import (
     StochasticAvgPool1d,
     StochasticAvgPool2d,
 )
+from pl_normkit.methods.timestep_embedding.modules import FiLMNorm, PositionalTimeEmbedding, TimeAfterNorm

@@ -17,11 +17,11 @@ from pl_normkit.graph.structure import PASSING
 
 Layout = Literal["channels first", "channels last"]
 
-_FILLS = frozenset("ones ones_like new_ones zeros zeros_like new_zeros full full_like new_full scalar_tensor".split())
-_ELEMENTWISE_VIEWS = frozenset("expand expand_as repeat to _to_copy contiguous clone alias detach type_as float half bfloat16".split())
+_FILLS = frozenset(["ones", "ones_like", "new_ones", "zeros", "zeros_like", "new_zeros", "full", "full_like", "new_full", "scalar_tensor"])
+_ELEMENTWISE_VIEWS = frozenset(["expand", "expand_as", "repeat", "to", "_to_copy", "contiguous", "clone", "alias", "detach", "type_as", "float", "half", "bfloat16"])
 _RATIOS = frozenset(("div", "neg", "sub", "rsub"))
-_LINEAR = frozenset("linear conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d conv_transpose3d".split())
-_AVERAGES = frozenset("avg_pool1d avg_pool2d avg_pool3d".split())
+_LINEAR = frozenset(["linear", "conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"])
+_AVERAGES = frozenset(["avg_pool1d", "avg_pool2d", "avg_pool3d"])
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,8 @@ def apply_positional_time(model: nn.Module, example_inputs: Any, *, filter_fn: F
             skipped.append(plan)
         else:
             edits += plan
-    if not edits and not any("already" in change.what for change in skipped):
+    has_it = any(isinstance(module, (AddAtPositions, PositionalPlane)) for module in model.modules())
+    if not edits and not has_it:
         raise _nothing("no time that could vary over positions enters before a norm", skipped)
     return apply_edits(model, edits, skipped)
 

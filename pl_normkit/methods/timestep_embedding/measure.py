@@ -68,7 +68,7 @@ class NormAwareness:
 
     @property
     def verdict(self) -> str:
-        """"vanished" below a share of .1, "weakened" below .6 (both thresholds derived), "kept" above; "no time" where none arrives."""
+        """ "vanished" below a share of .1, "weakened" below .6 (both thresholds derived), "kept" above; "no time" where none arrives."""
         if math.isnan(self.circular):
             return "no time"
         return "vanished" if self.circular < VANISHED else "weakened" if self.circular < WEAKENED else "kept"
@@ -280,7 +280,17 @@ def _awareness(path: str, module: nn.Module, before: Tensor, after: Tensor) -> N
     # a difference of rounding alone is no time
     share = leaving / arriving if arriving > 1e-12 else math.nan
     return NormAwareness(
-        path, type(module).__name__, channels, groups, arriving, leaving, share, math.nan, math.nan, relative, predicted if groups else math.nan
+        path,
+        type(module).__name__,
+        channels,
+        groups,
+        arriving,
+        leaving,
+        share,
+        math.nan,
+        math.nan,
+        relative,
+        predicted if groups else math.nan,
     )
 
 
