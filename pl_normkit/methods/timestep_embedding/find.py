@@ -17,10 +17,10 @@ from pl_normkit.graph.structure import PASSING
 
 Layout = Literal["channels first", "channels last"]
 
-_FILLS = frozenset(["ones", "ones_like", "new_ones", "zeros", "zeros_like", "new_zeros", "full", "full_like", "new_full", "scalar_tensor"])
-_ELEMENTWISE_VIEWS = frozenset(["expand", "expand_as", "repeat", "to", "_to_copy", "contiguous", "clone", "alias", "detach", "type_as", "float", "half", "bfloat16"])
+_FILLS = frozenset("ones ones_like new_ones zeros zeros_like new_zeros full full_like new_full scalar_tensor".split())  # noqa: SIM905
+_ELEMENTWISE_VIEWS = frozenset("expand expand_as repeat to _to_copy contiguous clone alias detach type_as float half".split())  # noqa: SIM905
 _RATIOS = frozenset(("div", "neg", "sub", "rsub"))
-_LINEAR = frozenset(["linear", "conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"])
+_CONVOLUTIONS = frozenset("conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d conv_transpose3d".split())  # noqa: SIM905
 _AVERAGES = frozenset(["avg_pool1d", "avg_pool2d", "avg_pool3d"])
 
 
@@ -217,8 +217,10 @@ def _time_norm(norm: Norm, shared: bool) -> TimeNorm:
 
 def _keeps_offsets(node: Node, layout: Layout) -> bool:
     """Linear operations: what is constant over positions comes out constant, but for what zero padding does at the border."""
-    if node.kind in (*PASSING, Kind.ADD) or node.op in _LINEAR:
+    if node.kind in (*PASSING, Kind.ADD) or node.op in _CONVOLUTIONS:
         return True
+    if node.op == "linear":  # it reads the last axis
+        return layout == "channels last" or len(node.shape) == 2
     if node.kind is Kind.RESIZE:
         return "grid" not in node.op and "shuffle" not in node.op
     if (node.kind is Kind.MUL or node.op in _RATIOS) and len(node.inputs) == 1:

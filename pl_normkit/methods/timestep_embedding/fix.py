@@ -28,14 +28,15 @@ _CHILD = "positional_time"
 def apply_positional_time(model: nn.Module, example_inputs: Any, *, filter_fn: Filter | None = None) -> Changes:
     """Let a time that a norm takes away vary over positions.
 
-    Where e = Linear(time) is added before a norm, a second linear layer of the same input gives e2, and e2 pi is added before the norm; where
-    t is concatenated as a constant plane, the plane becomes t pi. Pi has mean 0 and variance 1 over positions. Works on a diffusers UNet
-    as it is. The layer starts as torch starts a linear layer, so the function changes: apply it before training, or train on.
+    Where e = Linear(time) is added before a norm, a second linear layer of the same input gives e2, and e2 pi is added before the norm;
+    where t is concatenated as a constant plane, the plane becomes t pi. Pi has mean 0 and variance 1 over positions. Works on a
+    diffusers UNet as it is. The layer starts as torch starts a linear layer, so the function changes: apply it before training, or
+    train on.
 
     Args:
         model: edited in place; its new parameters have keys of their own below the time layers.
         example_inputs: what it is called with, the time as a tensor among them.
-        filter_fn: called with (norm, path), or for planes with (convolution, path), says whether to act there.
+        filter_fn: called with (norm, path), says whether to act before it.
 
     Returns:
         what was done; `skipped` lists the places that were left alone, and why.
@@ -81,7 +82,8 @@ def apply_time_bias(model: nn.Module, example_inputs: Any, *, filter_fn: Filter 
 
     Args:
         model: edited in place, before training: values only. `undo` writes the old values back.
-        example_inputs, filter_fn: as for `apply_positional_time`.
+        example_inputs: as for `apply_positional_time`.
+        filter_fn: called with (norm, path), says whether to act there.
 
     Raises:
         NothingMatchedError: when there is no such pair of layers. The model is untouched.
@@ -131,7 +133,8 @@ def apply_fewer_groups(
 
     Args:
         model: edited in place.
-        example_inputs, filter_fn: as for `apply_positional_time`.
+        example_inputs: as for `apply_positional_time`.
+        filter_fn: called with (norm, path), says whether to act there.
         channels_per_group: fewest channels in a group; a norm with fewer channels gets one group.
 
     Raises:
@@ -223,8 +226,9 @@ def _plan_planes(model: nn.Module, injection: TimeInjection, filter_fn: Filter |
     host = get_module(model, path)
     if not isinstance(host, _ConvNd):
         return Change(path, "the planes do not enter one convolution")
-    if filter_fn is not None and not filter_fn(host, path):
-        return Change(path, "not chosen by the filter")
+    norm = _first_taking(injection).module
+    if filter_fn is not None and not filter_fn(get_module(model, norm), norm):
+        return Change(norm, "not chosen by the filter")
     first = 0
     for operand in injection.node.target.args[0]:  # type: ignore[union-attr]
         if operand is injection.signal.target:

@@ -28,6 +28,8 @@ from pl_normkit.wrappers import unwrapped
 
 VANISHED = 0.1
 WEAKENED = 0.6
+ROUNDING = 1e-10
+"""A sensitivity below it is float32's rounding behind a norm that took everything, and no time."""
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -277,8 +279,7 @@ def _awareness(path: str, module: nn.Module, before: Tensor, after: Tensor) -> N
     arriving = _sensitivity(before, after)
     leaving = _sensitivity(_normalized(module, before), _normalized(module, after))
     relative, predicted = (math.nan, math.nan) if is_last or before.dim() < 3 else _variances(before, after, channels, groups)
-    # a difference of rounding alone is no time
-    share = leaving / arriving if arriving > 1e-12 else math.nan
+    share = leaving / arriving if arriving > ROUNDING else math.nan
     return NormAwareness(
         path,
         type(module).__name__,

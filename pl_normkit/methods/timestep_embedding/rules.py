@@ -25,7 +25,7 @@ SOURCE = "arXiv 2405.14126, abstract; thresholds derived here: tests/methods/tim
 
 @dataclass(frozen=True)
 class _Judged:
-    """A norm that takes something of a time: the share that is left, and what was measured; a share that follows from the settings has None."""
+    """A norm that takes something of a time: the share that is left, and what was measured (None for a share by the settings)."""
 
     injection: TimeInjection
     norm: TimeNorm
@@ -158,7 +158,7 @@ def time_weakened(subject: Subject) -> Iterator[Observation]:
             message="The norm right behind the time takes much of it away",
             places=[judged.place for judged in found],
             evidence=[_evidence(min(found, key=lambda judged: judged.share), WEAKENED)],
-            advice="Use fewer groups (pl_normkit.apply_fewer_groups) or let the time vary over positions (pl_normkit.apply_positional_time)",
+            advice="Use fewer groups (pl_normkit.apply_fewer_groups), or let the time vary over positions (apply_positional_time)",
         )
 
 
@@ -267,8 +267,8 @@ def train_and_eval_differ(subject: Subject) -> Iterator[Observation]:
     ```
 
     Fix and its safety
-    apply_positional_time lets the time vary over positions; unsafe: the function changes. A group norm of few groups keeps the time alike in
-    training and evaluation.
+    apply_positional_time lets the time vary over positions; unsafe: the function changes. A group norm of few groups keeps the time
+    alike in training and evaluation.
 
     Source
     Derived. The abstract of arXiv 2405.14126 states that the batch norm cancels the time.
@@ -299,15 +299,15 @@ def _judge(subject: Subject) -> list[_Judged]:
     """Norms that take something of a time. Where the model can be run, the share is measured; a norm that no time reaches is left out."""
     assert subject.graph is not None
     reached = {
-        norm.module: (injection, norm)
+        norm.norm.node: (injection, norm)
         for injection in find_time_injections(subject.graph)
         for norm in injection.norms
         if norm.kept < 1  # a norm behind several times is judged once
     }
     measured = _measure(subject, subject.graph, [injection for injection, _ in reached.values()]) if reached else {}
     found = []
-    for path, (injection, norm) in reached.items():
-        numbers = measured.get(path)
+    for injection, norm in reached.values():
+        numbers = measured.get(norm.module)
         share = norm.kept if numbers is None else numbers.circular
         if not math.isnan(share):
             found.append(_Judged(injection, norm, share, numbers))
