@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pl_normkit.methods.timestep_embedding.modules import position_pattern
 
 RESULTS = Path(__file__).parent / "results" / "timestep_toy.csv"
-CHANNELS, SIZE, BATCH = 16, 8, 16
+CHANNELS, SIZE, BATCH = 32, 8, 16
 NORMS: dict[str, Callable[[], nn.Module]] = {
     "batch": lambda: nn.BatchNorm2d(CHANNELS),
     "instance": lambda: nn.InstanceNorm2d(CHANNELS, affine=True),
@@ -32,18 +32,21 @@ INJECTIONS = ("scalar", "positional", "after norm", "scale and shift")
 
 
 class Network(nn.Module):
-    """Convolution, norm, ReLU, convolution; the time enters around the norm."""
+    """Convolution, norm, ReLU, two convolutions more; the time, as sines and cosines, enters around the norm."""
 
     def __init__(self, norm: nn.Module, injection: str) -> None:
         super().__init__()
         self.injection = injection
         self.first = nn.Conv2d(1, CHANNELS, 3, padding=1, padding_mode="circular")
         self.norm = norm
-        self.time = nn.Sequential(nn.Linear(1, 32), nn.SiLU(), nn.Linear(32, 2 * CHANNELS))
-        self.last = nn.Conv2d(CHANNELS, 1, 3, padding=1, padding_mode="circular")
+        self.time = nn.Sequential(nn.Linear(8, 64), nn.SiLU(), nn.Linear(64, 2 * CHANNELS))
+        self.last = nn.Sequential(
+            nn.ReLU(), nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, padding_mode="circular"), nn.ReLU(), nn.Conv2d(CHANNELS, 1, 1)
+        )
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        one, two = self.time(t[:, None])[:, :, None, None].chunk(2, 1)
+        waves = 2 * math.pi * t[:, None] * torch.tensor([1.0, 2.0, 3.0, 4.0])
+        one, two = self.time(torch.cat([waves.sin(), waves.cos()], 1))[:, :, None, None].chunk(2, 1)
         h = self.first(x)
         if self.injection == "scalar":
             h = self.norm(h + one)
@@ -53,14 +56,14 @@ class Network(nn.Module):
             h = self.norm(h) + one
         else:
             h = self.norm(h) * (1 + one) + two
-        out: Tensor = self.last(h.relu())
+        out: Tensor = self.last(h)
         return out
 
 
 def loss_of(norm: str, injection: str, is_shared: bool, seed: int, steps: int = 500) -> float:
     torch.manual_seed(seed)
     model = Network(NORMS[norm](), injection)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(steps):
         x = torch.randn(BATCH, 1, SIZE, SIZE)

@@ -50,7 +50,7 @@ class OdeFunction(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """As in DDPM: a time for each sample, projected and added before the second norm. Tanh keeps the static offsets small."""
+    """As in DDPM: a time for each sample, projected and added before the second norm. Biases start at zero, as there."""
 
     def __init__(self, norm: NormOf, channels: int = 64, features: int = 16, dims: int = 2) -> None:
         super().__init__()
@@ -58,6 +58,8 @@ class ResBlock(nn.Module):
         self.block1 = nn.Sequential(norm(3), nn.Tanh(), conv(3, channels, 3, padding=1, padding_mode="circular"))
         self.temb_proj = nn.Sequential(nn.SiLU(), nn.Linear(features, channels))
         self.block2 = nn.Sequential(norm(channels), nn.SiLU(), conv(channels, 3, 3, padding=1, padding_mode="circular"))
+        for layer in (self.block1[2], self.temb_proj[1]):
+            nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         h = self.block1(x)

@@ -119,7 +119,7 @@ def test_a_norm_without_its_time_layer_says_so() -> None:
 def test_zero_and_non_zero_biases() -> None:
     model, inputs = res_block("group of 2"), ResBlock.inputs()
     linear = model.temb_proj[1]
-    nn.init.zeros_(linear.bias)
+    nn.init.ones_(model.block1[2].bias)
     conv_bias = model.block1[2].bias.detach().clone()
     changes = apply_time_bias(model, inputs)
     assert not model.block1[2].bias.any()
