@@ -176,6 +176,8 @@ def measure_time_awareness(
     if torch.equal(torch.as_tensor(_argument(first, key)), torch.as_tensor(_argument(second, key))):
         raise ConfigError("the two times are the same", where="times", evidence=repr(times[0]))
     found = compare_calls(model, first, second)
+    if not found.norms:
+        raise NothingMatchedError("no norm ran")
     if loss is None:
         return found
     before, shuffled = _losses(model, arguments, key, loss)
@@ -183,15 +185,13 @@ def measure_time_awareness(
 
 
 def compare_calls(model: nn.Module, first: Call, second: Call) -> TimeAwareness:
-    """What two calls of a model that differ in time alone make of its norms and output."""
+    """What two calls of a model that differ in time alone make of its norms and output; norms that are no modules are not seen."""
     with _measuring(model):
         plain, sensitivity = _differences(model, first, second)
         with _circular(model):
             circular, circular_sensitivity = _differences(model, first, second)
         has_statistics = any(isinstance(module, _BatchNorm) and module.running_mean is not None for module in model.modules())
         evaluation = _differences(_evaluating(model), first, second)[0] if has_statistics else {}
-    if not plain:
-        raise NothingMatchedError("no norm ran")
     norms = []
     for path, found in plain.items():
         module = model.get_submodule(path)

@@ -105,3 +105,16 @@ def test_networks_without_a_time_are_silent() -> None:
     timm = pytest.importorskip("timm")
     for name in ("resnet10t", "seresnet18"):
         assert codes(timm.create_model(name), torch.randn(2, 3, 32, 32)) == {}
+
+
+def test_a_norm_that_is_no_module_is_judged_by_its_settings() -> None:
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.time = nn.Conv2d(3, 8, 3), nn.Linear(16, 8)
+
+        def forward(self, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+            return nn.functional.group_norm(self.conv(x) + self.time(temb)[:, :, None, None], 4)
+
+    (finding,) = audit(Functional(), ResBlock.inputs(), select=["NK8"]).findings
+    assert (finding.code, [(evidence.value, evidence.is_measured) for evidence in finding.evidence]) == ("NK802", [(0.5, False)])
