@@ -18,7 +18,7 @@ from pl_normkit.graph.structure import PASSING
 Layout = Literal["channels first", "channels last"]
 
 _FILLS = frozenset("ones ones_like new_ones zeros zeros_like new_zeros full full_like new_full scalar_tensor".split())  # noqa: SIM905
-_ELEMENTWISE_VIEWS = frozenset("expand expand_as repeat to _to_copy contiguous clone alias detach type_as float half".split())  # noqa: SIM905
+_ELEMENTWISE_VIEWS = frozenset("expand expand_as broadcast_to repeat to _to_copy contiguous clone alias detach type_as float".split())  # noqa: SIM905
 _RATIOS = frozenset(("div", "neg", "sub", "rsub"))
 _CONVOLUTIONS = frozenset("conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d conv_transpose3d".split())  # noqa: SIM905
 _AVERAGES = frozenset(["avg_pool1d", "avg_pool2d", "avg_pool3d"])

@@ -52,6 +52,29 @@ def test_a_column_of_a_vector_field() -> None:
     assert reached([site]) == [("concat", [("norm", 16, 0.0)])]
 
 
+@pytest.mark.parametrize(
+    "planes",
+    [
+        lambda t, x: t.view(-1, 1, 1, 1).expand(-1, 1, *x.shape[2:]),
+        lambda t, x: t.view(-1, 1, 1, 1).repeat(1, 1, *x.shape[2:]),
+        lambda t, x: torch.broadcast_to(t.view(-1, 1, 1, 1), x[:, :1].shape),
+        lambda t, x: torch.ones_like(x[:, :1]) * t.view(-1, 1, 1, 1),
+        lambda t, x: x.new_full((len(x), 1, *x.shape[2:]), 2.0) * t.view(-1, 1, 1, 1) / 2,
+    ],
+    ids=["expand", "repeat", "broadcast_to", "ones_like", "new_full"],
+)
+def test_spellings_of_a_plane(planes: Any) -> None:
+    class Spelled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(4, 8, 3), nn.InstanceNorm2d(8)
+
+        def forward(self, t: Tensor, x: Tensor) -> Tensor:
+            return self.norm(self.conv(torch.cat([x, planes(t, x)], 1)))
+
+    assert reached(found(Spelled(), (torch.rand(2), torch.randn(2, 3, 8, 8)))) == [("concat", [("norm", 1, 0.0)])]
+
+
 def test_a_time_that_varies_over_positions_is_not_taken_away() -> None:
     class Grid(nn.Module):
         def __init__(self) -> None:
