@@ -2,7 +2,8 @@
 
     python benchmarks/timestep_toy.py          # benchmarks/results/timestep_toy.csv, about a minute on one core
 
-Each number is the mean loss of the last 100 of 500 steps; with `--seeds` the mean over seeds and their range. Padding is circular, so that nothing leaks.
+Each number is the mean loss of the last 100 of 500 steps; with `--seeds` the mean over seeds and their range.
+Padding is circular, so that nothing leaks.
 """
 
 from __future__ import annotations
