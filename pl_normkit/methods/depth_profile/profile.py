@@ -167,6 +167,17 @@ class DepthProfile:
             axes.set(title=name.replace("_", " "), xlabel="addition", yscale=_SCALES[name] if is_positive else "linear")
         return figure
 
+    def scalars(self) -> dict[str, float]:
+        """A few numbers to follow over a run."""
+        first, last = self.stream[0], self.stream[-1]
+        return {
+            "variance_first": first.variance,
+            "variance_last": last.variance,
+            "ratio_first": first.ratio,
+            "ratio_last": last.ratio,
+            "largest": max(row.largest for row in self.additions),
+        }
+
     def plot(self, path: Path, panels: Sequence[str] = PANELS) -> None:
         """Write the figure to `path`."""
         self.draw(panels).savefig(path, dpi=120)

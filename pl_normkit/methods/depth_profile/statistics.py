@@ -79,7 +79,7 @@ def summarize(stream: Tokens) -> Summary:
 
 
 def angle_between(before: Tokens, after: Tokens) -> float | None:
-    """arccos of the cosine over pi, mean over tokens; None where they are not the same tokens of the same width."""
+    """Angle between equal tokens over pi, mean over tokens; None where they are not the same tokens of the same width."""
     if before.values.shape != after.values.shape or before.grid != after.grid:
         return None
     cosine = (before.values * F.normalize(after.values, dim=-1)).sum(-1).clamp(-1.0, 1.0)
