@@ -129,7 +129,9 @@ class DepthProfile(Callback):
         numbers = profile.scalars() | ({} if self._ratio is None else {"gradient_ratio": self._ratio})
         logged = {}
         for name, value in numbers.items():
-            reduced = trainer.strategy.reduce(torch.tensor(value, device=pl_module.device), reduce_op="max" if name == "largest" else "mean")
+            reduced = trainer.strategy.reduce(
+                torch.tensor(value, device=pl_module.device), reduce_op="max" if name == "largest" else "mean"
+            )
             logged[f"depth/{name}"] = float(reduced)
         for logger in trainer.loggers:
             logger.log_metrics(logged, trainer.global_step)

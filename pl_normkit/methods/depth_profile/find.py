@@ -29,6 +29,7 @@ class Addition:
     Attributes:
         module: path of the module that adds.
         source: `file.py:line` of the addition.
+        block: path of the block it belongs to: that of the adding module or, where this has no number, of the branch's first weight.
         call: the addition itself.
         shortcut_call: the addition that the shortcut enters directly; `call` unless several branches are added.
         shortcut_operand: which operand of it the shortcut is.
@@ -40,6 +41,7 @@ class Addition:
 
     module: str
     source: str
+    block: str
     call: Call
     shortcut_call: Call
     shortcut_operand: int
@@ -47,11 +49,6 @@ class Addition:
     width: int
     is_nested: bool
     parameters: tuple[str, ...]
-
-    @property
-    def block(self) -> str:
-        """Path of the block it belongs to."""
-        return block_of(self.module)
 
 
 def block_of(module: str) -> str:
@@ -80,6 +77,7 @@ def find_additions(graph: ModelGraph) -> list[Addition]:
                 Addition(
                     add.node.module,
                     add.node.source,
+                    _block_of(add),
                     calls[add.node],
                     calls[node],
                     operand,
@@ -90,6 +88,12 @@ def find_additions(graph: ModelGraph) -> list[Addition]:
                 )
             )
     return found
+
+
+def _block_of(add: ResidualAdd) -> str:
+    block = block_of(add.node.module)
+    weight = next(node for branch in add.branches for node in branch.of_kind(Kind.WEIGHT))
+    return block if block[-1:].isdigit() else block_of(weight.module)
 
 
 def _calls(graph: ModelGraph) -> dict[Node, Call]:

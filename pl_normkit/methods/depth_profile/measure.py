@@ -208,6 +208,7 @@ def _row(step: Step, mask: Tensor | None, history: deque[Tokens]) -> AdditionPro
     return AdditionProfile(
         module=addition.module,
         source=addition.source,
+        block=addition.block,
         dtype=str(step.stream.dtype).removeprefix("torch."),
         is_nested=addition.is_nested,
         branch_variance=branch_variance,

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from pl_normkit.errors import ConfigError, nearest
-from pl_normkit.methods.depth_profile.find import block_of
 from pl_normkit.methods.depth_profile.fits import Growth, fit_growth
 
 
@@ -38,6 +37,7 @@ class AdditionProfile:
     Attributes:
         module: path of the module that adds.
         source: `file.py:line` of the addition.
+        block: path of the block it belongs to.
         dtype: of the stream: float32, float16.
         is_nested: whether it stands inside the branch of another addition; it is in the table, not in the fits.
         variance: of the stream, over the channels of a token (the population's), mean over tokens.
@@ -56,6 +56,7 @@ class AdditionProfile:
 
     module: str
     source: str
+    block: str
     dtype: str
     is_nested: bool
     variance: float
@@ -70,11 +71,6 @@ class AdditionProfile:
     gradient: float | None = None
     weights: int = 0
     skip_cost: float | None = None
-
-    @property
-    def block(self) -> str:
-        """Path of the block it belongs to."""
-        return block_of(self.module)
 
 
 _SCALES = {

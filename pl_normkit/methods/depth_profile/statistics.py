@@ -87,9 +87,9 @@ def angle_between(before: Tokens, after: Tokens) -> float | None:
 
 
 def massive_in(stream: Tokens, median: float) -> tuple[Massive, ...]:
-    """Magnitudes above 100 and at least 1000 times the median, the largest first, each position and channel once."""
+    """Magnitudes above 100 and at least 1000 times the median, the largest first, each position and channel once; none where the state has overflowed."""
     magnitudes = stream.values.abs()
-    if not float(magnitudes.max()) > MASSIVE:
+    if not MASSIVE < float(magnitudes.max()) < math.inf:
         return ()
     found: dict[tuple[int, int], float] = {}
     positions = math.prod(stream.grid)

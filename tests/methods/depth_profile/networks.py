@@ -15,7 +15,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 @dataclass(frozen=True)
 class Network:
-    """`streams` are ("in" | "out", path): the stream after addition l is what this module is given or returns; `branches` return branches."""
+    """A network, its inputs and where to look.
+
+    `streams` are ("in" | "out", path): the stream after addition l is what this module is given or returns. `branches` return the branches.
+    """
 
     build: Callable[[], nn.Module]
     batch: Callable[[], Any]
@@ -40,9 +43,7 @@ GPT2 = Network(
     lambda output: output.logits,
 )
 LLAMA = Network(
-    lambda: LlamaForCausalLM(
-        LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=32)
-    ),
+    lambda: LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=32)),
     tokens,
     *_blocks([f"model.layers.{i}" for i in range(2)], "post_attention_layernorm", ("self_attn", "mlp")),
     lambda output: output.logits,

@@ -20,6 +20,7 @@ def close(value: float) -> Any:
 
 
 def variance(value: Tensor) -> float:
+    value = value.detach()
     return float(((value - value.mean(-1, keepdim=True)) ** 2).mean())
 
 
@@ -41,7 +42,9 @@ def test_the_numbers_are_those_of_hand_written_hooks(network: Network) -> None:
     assert [row.branch_variance for row in rows] == [close(variance(branch)) for branch in branches]
     assert [row.mean_square for row in rows] == [close(float(stream.square().mean())) for stream in streams]
     assert [row.largest for row in rows] == [close(float(stream.abs().max())) for stream in streams]
-    assert [row.median for row in rows] == [close(float(stream.abs().flatten().sort().values[(stream.numel() - 1) // 2])) for stream in streams]
+    assert [row.median for row in rows] == [
+        close(float(stream.abs().flatten().sort().values[(stream.numel() - 1) // 2])) for stream in streams
+    ]
     assert profile.loss == close(float(loss.detach()))
     assert (profile.unread, {row.is_nested for row in rows}) == ((), {False})
 
@@ -186,6 +189,17 @@ class Uneven(nn.Module):
 def test_a_line_that_runs_another_number_of_times_is_not_guessed() -> None:
     profile = measure_depth_profile(Uneven(), torch.randn(2, 3, 4))
     assert (len(profile.additions), profile.unread) == (1, ("",))
+
+
+def test_blocks_are_those_of_the_adding_modules_or_of_the_weights(network: Network) -> None:
+    rows = DepthProbe(network.build(), network.batch()).additions
+    assert [row.block for row in rows] == [path.rpartition(".")[0] for path in network.branches]
+
+
+def test_blocks_of_additions_written_in_a_loop() -> None:
+    assert [row.block for row in DepthProbe(InPlace(in_place=False, parallel=False), torch.randn(2, 5, 6)).additions] == [
+        f"layers.{index}.1" for index in range(4)
+    ]
 
 
 def test_massive_activations_are_named() -> None:
