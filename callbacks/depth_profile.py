@@ -6,18 +6,20 @@ __all__ = ["DepthProfile"]
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
 
-from pl_normkit.callbacks._network import InputCapture, is_sharded
+from pl_normkit.callbacks._lightning import Callback, is_sharded
+from pl_normkit.callbacks._network_calls import NetworkCall, NetworkCalls
 from pl_normkit.errors import ConfigError, NormkitError, NormkitWarning, NothingMatchedError, nearest
 from pl_normkit.methods.depth_profile import DepthProbe, StuckGradients
 from pl_normkit.methods.depth_profile import DepthProfile as Profile
 from pl_normkit.methods.depth_profile.profile import PANELS, gradient_ratio
 from pl_normkit.wrappers import unwrapped
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 
 class DepthProfile(Callback):
@@ -58,7 +60,7 @@ class DepthProfile(Callback):
         self._probe: DepthProbe | None = None
         self._watch = StuckGradients()
         self._ratio: float | None = None
-        self._capture: InputCapture | None = None
+        self._capture: NetworkCalls | None = None
         self._measured_at = -1
         self._has_failed = False
 
@@ -71,7 +73,7 @@ class DepthProfile(Callback):
         step = trainer.global_step
         if not self._has_failed and step % self.every_n_steps == 0 and step != self._measured_at:
             self._measured_at = step
-            self._capture = InputCapture(pl_module, is_wrapped=trainer.strategy.model is not pl_module)
+            self._capture = NetworkCalls(pl_module, is_wrapped=trainer.strategy.model is not pl_module)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         if self._probe is None or self._has_failed or trainer.global_step % self.gradient_every:
@@ -104,7 +106,7 @@ class DepthProfile(Callback):
             self._capture.finish()
             self._capture = None
 
-    def _measure(self, captured: list[tuple[Any, Any]]) -> Profile:
+    def _measure(self, captured: list[NetworkCall]) -> Profile:
         failure: NormkitError = NothingMatchedError("no network ran in the first batch")
         for network, inputs in captured:
             try:
@@ -135,6 +137,6 @@ class DepthProfile(Callback):
             logged[f"depth/{name}"] = float(reduced)
         for logger in trainer.loggers:
             logger.log_metrics(logged, trainer.global_step)
-            board = getattr(logger, "experiment", None)
-            if trainer.is_global_zero and self.panels and hasattr(board, "add_figure"):
-                board.add_figure("depth/profile", profile.draw(self.panels), trainer.global_step)
+            add_figure = getattr(getattr(logger, "experiment", None), "add_figure", None)
+            if trainer.is_global_zero and self.panels and add_figure is not None:
+                add_figure("depth/profile", profile.draw(self.panels), trainer.global_step)

@@ -55,6 +55,7 @@ def fit(net: nn.Module, callback: DepthProfile | None, folder: Path, steps: int 
     trainer = L.Trainer(
         max_epochs=1,
         accelerator="cpu",
+        log_every_n_steps=1,
         logger=CSVLogger(folder, flush_logs_every_n_steps=1),
         callbacks=[] if callback is None else [callback],
         enable_progress_bar=False,
@@ -68,7 +69,11 @@ def fit(net: nn.Module, callback: DepthProfile | None, folder: Path, steps: int 
 
 def logged(folder: Path) -> list[dict[str, str]]:
     (path,) = folder.rglob("metrics.csv")
-    return [row for row in csv.DictReader(path.open()) if row.get("depth/variance_last")]
+    return [row for row in csv.DictReader(path.read_text().splitlines()) if row.get("depth/variance_last")]
+
+
+def of_ours(caught: pytest.WarningsRecorder) -> int:
+    return sum(issubclass(warning.category, NormkitWarning) for warning in caught)
 
 
 def build(leak: float = 1.0) -> Blocks:
@@ -102,7 +107,7 @@ def test_a_stuck_run_is_named_once(tmp_path: Path) -> None:
     callback = DepthProfile(gradient_every=1)
     with pytest.warns(NormkitWarning, match="NK901") as caught:
         fit(build(leak=1e-3), callback, tmp_path)
-    assert (len(caught), callback.is_stuck) == (1, True)
+    assert (of_ours(caught), callback.is_stuck) == (1, True)
 
 
 def test_accumulation_counts_optimizer_steps(tmp_path: Path) -> None:
@@ -113,7 +118,7 @@ def test_accumulation_counts_optimizer_steps(tmp_path: Path) -> None:
 def test_a_network_without_additions_is_one_warning(tmp_path: Path) -> None:
     with pytest.warns(NormkitWarning, match="no residual addition") as caught:
         fit(nn.Linear(8, 8), DepthProfile(every_n_steps=1), tmp_path)
-    assert len(caught) == 1
+    assert of_ours(caught) == 1
 
 
 def test_autocast_is_that_of_the_run(tmp_path: Path) -> None:

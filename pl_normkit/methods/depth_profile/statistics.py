@@ -87,7 +87,10 @@ def angle_between(before: Tokens, after: Tokens) -> float | None:
 
 
 def massive_in(stream: Tokens, median: float) -> tuple[Massive, ...]:
-    """Magnitudes above 100 and at least 1000 times the median, the largest first, each position and channel once; none where the state has overflowed."""
+    """Magnitudes above 100 and at least 1000 times the median, the largest first, each position and channel once.
+
+    None where the state has overflowed.
+    """
     magnitudes = stream.values.abs()
     if not MASSIVE < float(magnitudes.max()) < math.inf:
         return ()

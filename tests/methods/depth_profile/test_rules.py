@@ -72,7 +72,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Tensor, list[tuple[str, Severity
     ),
     "near the limit": (
         lambda: dead_from(Blocks(), 0).half(),
-        17000.0 * X / X.abs().max().half(),
+        (17000.0 * X / X.abs().max()).half(),
         [("NK905", Severity.WARNING, 8)],
     ),
     "below a quarter": (lambda: dead_from(Blocks(), 0).half(), (16000.0 * X / X.abs().max()).half(), []),
@@ -97,6 +97,10 @@ def test_only_the_limit_of_float16_is_on_by_default() -> None:
     growing, over = Blocks(gain=3.0, norm=False), Blocks(2, gain=60000.0).half()
     assert [finding.code for finding in audit(growing, X).findings if finding.code in CODES] == []
     assert [finding.code for finding in audit(over, X.half()).findings if finding.code in CODES] == ["NK905"]
+
+
+def test_inputs_that_only_the_trace_takes_are_not_judged() -> None:
+    assert found(Blocks().half(), X) == []
 
 
 def test_without_leave_to_measure_nothing_runs() -> None:
