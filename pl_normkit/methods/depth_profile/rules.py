@@ -148,8 +148,8 @@ def exponential_growth(subject: Subject) -> Iterator[Observation]:
     None: normalize the input of each branch, or scale the branches' last weights by 1 / sqrt(2L) at initialization.
 
     Source
-    arXiv 2502.05795 bounds the variance of pre-norm networks between linear and exponential growth (Lemma 3.2); the cut is derived. In our
-    runs on small language models the exponential never fitted better, so this rule is a preview.
+    Derived: the cut of e^3 is ours. arXiv 2502.05795 bounds the variance of pre-norm networks between linear and exponential growth
+    (Lemma 3.2). In our runs on small language models the exponential never fitted better, so this rule is a preview.
     """
     profile = subject.once(_profile)
     growth = None if profile is None else profile.growth
@@ -270,10 +270,11 @@ def massive_activations(subject: Subject) -> Iterator[Observation]:
     ```
 
     Fix and its safety
-    None.
+    None: such activations are part of how the model computes; keep them in range instead.
 
     Source
-    The definition is that of arXiv 2402.17762, as public summaries quote it. Nothing of the kind was seen in our small runs.
+    Published: the definition is that of arXiv 2402.17762, as public summaries quote it. Nothing of the kind was seen in our small runs, so
+    this rule is a preview.
     """
     profile = subject.once(_profile)
     rows = [row for row in profile.additions if row.massive] if profile is not None else []
