@@ -65,7 +65,7 @@ def stuck_gradients(subject: Subject) -> Iterator[Observation]:
     from torch import nn
 
     layer = nn.TransformerEncoderLayer(64, 4, norm_first=False)
-    model = nn.TransformerEncoder(layer, 24)  # norm after the addition, trained at a high rate without warm-up
+    model = nn.TransformerEncoder(layer, 24, enable_nested_tensor=False)  # norm after the addition, trained at a high rate without warm-up
     ```
 
     Use instead
@@ -73,7 +73,7 @@ def stuck_gradients(subject: Subject) -> Iterator[Observation]:
     from torch import nn
 
     layer = nn.TransformerEncoderLayer(64, 4, norm_first=True)
-    model = nn.TransformerEncoder(layer, 24, norm=nn.LayerNorm(64))
+    model = nn.TransformerEncoder(layer, 24, norm=nn.LayerNorm(64), enable_nested_tensor=False)
     ```
 
     Fix and its safety
@@ -193,7 +193,7 @@ def dead_deep_layers(subject: Subject) -> Iterator[Observation]:
     from torch import nn
 
     layer = nn.TransformerEncoderLayer(64, 4, norm_first=True)
-    model = nn.TransformerEncoder(layer, 4)
+    model = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
     for block in model.layers[2:]:
         nn.init.zeros_(block.linear2.weight)
         nn.init.zeros_(block.self_attn.out_proj.weight)
@@ -204,7 +204,7 @@ def dead_deep_layers(subject: Subject) -> Iterator[Observation]:
     from torch import nn
 
     layer = nn.TransformerEncoderLayer(64, 4, norm_first=True)
-    model = nn.TransformerEncoder(layer, 2)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
     ```
 
     Fix and its safety
@@ -308,10 +308,10 @@ def stream_near_float16_limit(subject: Subject) -> Iterator[Observation]:
 
     Example
     ```python
-    import torch
     from torch import nn
 
-    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, norm_first=True), 2).half()
+    layer = nn.TransformerEncoderLayer(64, 4, norm_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).half()
     ```
 
     Use instead
@@ -319,7 +319,8 @@ def stream_near_float16_limit(subject: Subject) -> Iterator[Observation]:
     import torch
     from torch import nn
 
-    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, norm_first=True), 2).to(torch.bfloat16)
+    layer = nn.TransformerEncoderLayer(64, 4, norm_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).to(torch.bfloat16)
     ```
 
     Fix and its safety
