@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "AtrousRates",
+    "DepthProfile",
     "DropoutPlacement",
     "GammaDecay",
     "GaussianBias",
@@ -16,6 +17,7 @@ __all__ = [
 ]
 
 from pl_normkit.callbacks.atrous_rates import AtrousRates
+from pl_normkit.callbacks.depth_profile import DepthProfile
 from pl_normkit.callbacks.dropout_placement import DropoutPlacement
 from pl_normkit.callbacks.gamma_decay import GammaDecay
 from pl_normkit.callbacks.gaussian_bias import GaussianBias

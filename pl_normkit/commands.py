@@ -80,8 +80,13 @@ def model_command(
     name: str,
     help: str,  # noqa: A002 - argparse's word
     arguments: Arguments,
+    *,
+    device: str = "meta",
 ) -> Callable[[Callable[[argparse.Namespace, nn.Module, Any], int]], Callable[[argparse.Namespace, nn.Module, Any], int]]:
-    """The same for a command on a model: it gets the model, on the meta device, and its example inputs as well."""
+    """The same for a command on a model: it gets the model and its example inputs as well, on `device`.
+
+    Where they hold values, these are the same in every run.
+    """
     of_model: Arguments = {
         "model": {"help": "as for lint: timm:NAME, package.module:builder and the like; the code it names is run"},
         "--input": {
@@ -94,13 +99,17 @@ def model_command(
 
     def register(run: Callable[[argparse.Namespace, nn.Module, Any], int]) -> Callable[[argparse.Namespace, nn.Module, Any], int]:
         def build_and_run(options: argparse.Namespace) -> int:
+            import torch
+
             from pl_normkit.inputs import parse_inputs
             from pl_normkit.specs import build_model
 
+            if device != "meta":
+                torch.manual_seed(0)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                model = build_model(options.model)
-                return run(options, model, parse_inputs(options.input, model, spec=options.model))
+                model = build_model(options.model, device=device)
+                return run(options, model, parse_inputs(options.input, model, spec=options.model, device=device))
 
         build_and_run.__module__, build_and_run.__qualname__ = run.__module__, run.__qualname__
         command(name, help, {**of_model, **arguments})(build_and_run)

@@ -1,0 +1,103 @@
+"""Sees the residual additions of a forward pass as they run, and can leave out the branch of one."""
+
+from __future__ import annotations
+
+__all__ = ["Step", "watched_additions"]
+
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from pl_normkit.graph.nodes import shorten
+from pl_normkit.methods.depth_profile.find import Addition, Call
+
+_TORCH = f"{Path(torch.__file__).parent}/"
+_ADDS = frozenset((torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One residual addition as it ran: shortcut + branch = stream."""
+
+    addition: Addition
+    shortcut: Tensor
+    branch: Tensor
+    stream: Tensor
+
+
+class _Watch(TorchFunctionMode):
+    """Recognizes additions by their source line and their count there."""
+
+    def __init__(self, additions: Sequence[Addition], visit: Callable[[Step], None], skipped: Addition | None) -> None:
+        super().__init__()
+        self._ends: dict[tuple[str, int], Addition] = {(add.call.source, add.call.number): add for add in additions}
+        self._entries = {(add.shortcut_call.source, add.shortcut_call.number): add for add in additions}
+        self._sources = {call.source for add in additions for call in (add.call, add.shortcut_call)}
+        self._visit, self._skipped = visit, skipped
+        self._shortcuts: dict[Addition, Tensor] = {}
+        self.counts: defaultdict[str, int] = defaultdict(int)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        source = _calling_line() if func in _ADDS and _is_sum_of_two(args, kwargs) else ""
+        if source not in self._sources:
+            return func(*args, **kwargs or {})
+        key = (source, self.counts[source])
+        self.counts[source] += 1
+        entered, ended = self._entries.get(key), self._ends.get(key)
+        operands = (args[0], args[1] if len(args) > 1 else (kwargs or {})["other"])
+        writes = func in (Tensor.add_, Tensor.__iadd__)
+        if entered is not None:
+            shortcut = operands[entered.shortcut_operand]
+            self._shortcuts[entered] = shortcut.clone() if writes and entered.shortcut_operand == 0 else shortcut
+        first = operands[0].clone() if writes and ended is not None else operands[0]
+        stream = func(*args, **kwargs or {})
+        return stream if ended is None else self._end(ended, entered, (first, operands[1]), stream)
+
+    def _end(self, ended: Addition, entered: Addition | None, operands: tuple[Tensor, Tensor], stream: Tensor) -> Tensor:
+        shortcut = self._shortcuts.pop(ended, None)
+        if shortcut is None:  # the operands are not where the trace saw them
+            return stream
+        branch = operands[1 - ended.shortcut_operand] if entered is ended else stream - shortcut
+        self._visit(Step(ended, shortcut, branch, stream))
+        return shortcut if ended is self._skipped else stream
+
+
+def _is_sum_of_two(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
+    other = args[1] if len(args) > 1 else (kwargs or {}).get("other")
+    return bool(args) and isinstance(args[0], Tensor) and isinstance(other, Tensor)
+
+
+def _calling_line() -> str:
+    """The innermost line outside torch that led here, as the graph writes it."""
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename.startswith(_TORCH):
+        frame = frame.f_back  # type: ignore[assignment]
+    return f"{shorten(frame.f_code.co_filename)}:{frame.f_lineno}" if frame is not None else ""
+
+
+@contextmanager
+def watched_additions(
+    additions: Sequence[Addition], visit: Callable[[Step], None], *, skipped: Addition | None = None
+) -> Iterator[Callable[[], list[Addition]]]:
+    """Calls `visit` at each of `additions` that runs inside the block, and leaves out the branches of `skipped`.
+
+    Gives a function that lists, after the block, additions that cannot be told apart: their lines ran another number of times than when
+    the model was traced.
+    """
+    watch = _Watch(additions, visit, skipped)
+
+    def is_off(call: Call) -> bool:
+        return watch.counts[call.source] != call.total
+
+    with watch:
+        yield lambda: [add for add in additions if is_off(add.call) or is_off(add.shortcut_call)]
