@@ -8,13 +8,16 @@ Sources: "Pre-RMSNorm and Pre-CRMSNorm Transformers", arXiv 2305.14858, for the 
     fold.py            `fold_norms`: scale and shift into the next linear layers
     rms_conversion.py  `to_rmsnorm`: layer norms to RMS norms with the same function
     recalibrate.py     `recalibrate_batch_norm`: running statistics of other data, or precise ones
+    swap.py            `swap_norms`: other norms before training
+    operators/         one norm a file, found without registration
     modules.py         what conversions put into a model
 """
 
 from __future__ import annotations
 
-__all__ = ["fold_norms", "recalibrate_batch_norm", "to_rmsnorm"]
+__all__ = ["fold_norms", "recalibrate_batch_norm", "swap_norms", "to_rmsnorm"]
 
 from pl_normkit.methods.norm_operators.fold import fold_norms
 from pl_normkit.methods.norm_operators.recalibrate import recalibrate_batch_norm
 from pl_normkit.methods.norm_operators.rms_conversion import to_rmsnorm
+from pl_normkit.methods.norm_operators.swap import swap_norms
