@@ -1,0 +1,23 @@
+"""What a norm computes, and how to change it: conversions of a checkpoint that keep its function, and running statistics that fit the data.
+
+Sources: "Pre-RMSNorm and Pre-CRMSNorm Transformers", arXiv 2305.14858, for the conversions; each function names its own.
+
+    last_dim.py        operations that treat rows alike, layers that read and write them
+    find.py            layer norms whose input can be given zero mean
+    weights.py         new values for parameters as one edit; the run before and after that must agree
+    fold.py            `fold_norms`: scale and shift into the next linear layers
+    rms_conversion.py  `to_rmsnorm`: layer norms to RMS norms with the same function
+    recalibrate.py     `recalibrate_batch_norm`: running statistics of other data, or precise ones
+    swap.py            `swap_norms`: other norms before training
+    operators/         one norm a file, found without registration
+    modules.py         what conversions put into a model
+"""
+
+from __future__ import annotations
+
+__all__ = ["fold_norms", "recalibrate_batch_norm", "swap_norms", "to_rmsnorm"]
+
+from pl_normkit.methods.norm_operators.fold import fold_norms
+from pl_normkit.methods.norm_operators.recalibrate import recalibrate_batch_norm
+from pl_normkit.methods.norm_operators.rms_conversion import to_rmsnorm
+from pl_normkit.methods.norm_operators.swap import swap_norms

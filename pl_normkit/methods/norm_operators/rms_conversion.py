@@ -1,0 +1,145 @@
+"""`to_rmsnorm`: layer norms to RMS norms that compute the same."""
+
+from __future__ import annotations
+
+__all__ = ["to_rmsnorm"]
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pl_normkit.errors import NothingMatchedError
+from pl_normkit.graph import ModelGraph, Node
+from pl_normkit.methods.norm_operators.find import Stream, Writer, find_streams
+from pl_normkit.methods.norm_operators.modules import Recentre, ShiftedRMSNorm
+from pl_normkit.methods.norm_operators.weights import SetValues, convert_checked, refuse_sharded
+from pl_normkit.surgery import Change, Changes, Edit, Insert, Replace, get_module
+from pl_normkit.wrappers import unwrapped
+
+RECENTRE = "recentre"
+"""Name of the child that recentres the stream where it enters the first block."""
+
+
+def to_rmsnorm(model: nn.Module, example_inputs: Any) -> Changes:
+    """Turn a Pre-LN model into a Pre-RMSNorm model with the same function in eval mode, for inference.
+
+    A layer norm of rows with zero mean is an RMS norm. The layers that write to the residual stream are made to write such rows
+    (`W <- W - mean of W over its outputs`, the bias alike, a LayerScale folded in first and set to 1), the embeddings are recentred by one
+    operation where they enter the first block, and each layer norm becomes an RMS norm with the same gamma, beta and eps. Embeddings
+    stay as they are, so a tied head stays right. The traced model must show that layer norms alone read the stream; a norm for which it
+    does not is left alone, and `skipped` says why: a feature tap or a pooling without norm, a tied writer, a post-norm, gates that depend
+    on the input. In training mode dropout with p > 0 on a branch would break the zero mean, and so would training on.
+
+    Args:
+        model: edited in place. gamma and beta stay the same parameter objects under the same keys; load the checkpoint before.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments, as for `audit`; the model is run on them before
+            and after, and left as it was where the outputs differ.
+
+    Raises:
+        NothingMatchedError: when no layer norm can be converted; its evidence lists the reasons.
+        EditError: for weights that are sharded or on the meta device.
+        TraceError: when `torch.export` cannot read the model. The model is untouched in each case.
+
+    Source: "Pre-RMSNorm and Pre-CRMSNorm Transformers", arXiv 2305.14858 (code), which centres the embeddings too; recentring them in the
+    first block instead is ours. Whether it is faster depends on the kernels at hand: measure, or see docs/norm_operators.md.
+
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2)).eval()
+    >>> x = torch.randn(5, 4)
+    >>> before = model(x)
+    >>> changes = to_rmsnorm(model, x)
+    >>> type(model[1]).__name__, torch.allclose(model(x), before, atol=1e-5)
+    ('ShiftedRMSNorm', True)
+    """
+    model = unwrapped(model)
+    refuse_sharded(model)
+    graph = ModelGraph.from_model(model, example_inputs, training=False)
+    edits: list[Edit] = []
+    skipped: list[Change] = []
+    for stream in find_streams(graph):
+        hosts = [_host(graph, base) for base in stream.bases]
+        reason = stream.reason or _why_not(model, graph, stream, hosts)
+        if reason:
+            skipped += [Change(path, reason) for path in dict.fromkeys(norm.module for norm in stream.norms)]
+        else:
+            edits += _edits(model, stream, hosts)
+    if not edits:
+        raise NothingMatchedError("no layer norm can be converted", evidence="; ".join(map(str, skipped)))
+    return convert_checked(model, example_inputs, edits, skipped)
+
+
+def _host(graph: ModelGraph, base: Node) -> tuple[str, bool]:
+    """The module that takes `base`, and whether it is recentred before that module (else after the module that makes it); "" for none."""
+    paths = [user.module.split(".") for user in base.users]
+    common = []
+    for names in zip(*paths, strict=False):
+        if len(set(names)) > 1:
+            break
+        common.append(names[0])
+    if common and common[0]:
+        return ".".join(common), True
+    made_last = max((node.index for node in graph.nodes if node.module == base.module), default=-1) == base.index
+    return (base.module, False) if base.module and made_last else ("", True)
+
+
+def _why_not(model: nn.Module, graph: ModelGraph, stream: Stream, hosts: Sequence[tuple[str, bool]]) -> str:
+    if any(not path for path, _ in hosts):
+        return "no module takes the embeddings, where they could be recentred"
+    for norm in stream.norms:
+        module = get_module(model, norm.module)
+        if not isinstance(module, nn.LayerNorm) or any(node.module == norm.module and node.op != norm.op for node in graph.nodes):
+            return f"{norm.module or 'the model'} does more than a layer norm"
+        if any(node.module == norm.module and node not in stream.norms for node in graph.nodes):
+            return f"{norm.module} normalizes other values too"
+        if len(module.normalized_shape) != 1 or not norm.module:
+            return "it normalizes over more than the last dimension, or is the model itself"
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"{norm.module} has hooks"
+        held = {id(parameter) for parameter in module.parameters()}
+        if {id(model.get_parameter(name)) for name in norm.parameters} != held:
+            return f"{norm.module} does not read its parameters as they are stored"
+    return ""
+
+
+def _edits(model: nn.Module, stream: Stream, hosts: Sequence[tuple[str, bool]]) -> list[Edit]:
+    writers = {writer.layer.weight: writer for writer in stream.writers.values()}.values()
+    edits: list[Edit] = [_centred(model, writer) for writer in writers]
+    for path, is_before in dict.fromkeys(hosts):
+        what = "the residual stream is recentred where it starts"
+        edits.append(Insert(path, RECENTRE, Recentre(), what, "before" if is_before else "after"))
+    for norm in {node.module: node for node in stream.norms}.values():
+        old = get_module(model, norm.module)
+        assert isinstance(old, nn.LayerNorm)
+        edits.append(Replace(norm.module, _rms_norm(old), "RMS norm in place of layer norm"))
+    return edits
+
+
+def _rms_norm(old: nn.LayerNorm) -> nn.RMSNorm:
+    (width,) = old.normalized_shape
+    if not old.elementwise_affine:
+        return nn.RMSNorm(width, eps=old.eps, elementwise_affine=False)
+    new: nn.RMSNorm
+    if old._parameters.get("bias") is None:
+        new = nn.RMSNorm(width, eps=old.eps, device="meta")
+    else:
+        new = ShiftedRMSNorm(width, old.eps, device="meta")
+        new.bias = old.bias
+    new.weight = old.weight
+    return new
+
+
+@torch.no_grad()
+def _centred(model: nn.Module, writer: Writer) -> SetValues:
+    layer = writer.layer
+    weight = model.get_parameter(layer.weight).double()
+    factor = model.get_parameter(writer.factor).double() if writer.factor else weight.new_ones(())
+    scaled = weight * (factor.view(-1, 1) if writer.factor and layer.outputs == 0 else factor)
+    values: dict[str, Tensor] = {layer.weight: scaled - scaled.mean(layer.outputs, keepdim=True)}
+    if layer.bias:
+        bias = model.get_parameter(layer.bias).double() * factor
+        values[layer.bias] = bias - bias.mean()
+    if writer.factor:
+        values[writer.factor] = torch.ones_like(model.get_parameter(writer.factor))
+    scale = f", {writer.factor} folded in" if writer.factor else ""
+    return SetValues(layer.node.module, values, f"outputs of {layer.weight} centred{scale}")

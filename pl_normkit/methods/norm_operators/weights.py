@@ -1,0 +1,100 @@
+"""New values for parameters and buffers as one edit, and the run before and after it that must agree."""
+
+from __future__ import annotations
+
+__all__ = ["SetValues", "convert_checked", "refuse_sharded"]
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
+
+from pl_normkit.errors import EditError
+from pl_normkit.graph import call_arguments
+from pl_normkit.preserve import preserved
+from pl_normkit.surgery import Change, Changes, Edit, Undo, apply_edits, get_module
+
+
+@dataclass(frozen=True)
+class SetValues:
+    """Write new values into parameters and buffers, which stay the same objects. Names are those of the state_dict."""
+
+    module: str
+    values: Mapping[str, Tensor]
+    what: str
+
+    def check(self, model: nn.Module) -> None:
+        for name, value in self.values.items():
+            if _held(model, name).shape != value.shape:
+                raise EditError("new values have another shape", where=name)
+
+    def is_done(self, model: nn.Module) -> bool:
+        return all(torch.equal(_held(model, name), value) for name, value in self.values.items())
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module) -> tuple[Change, Undo]:
+        parameters = {name: _held(model, name) for name in self.values}
+        saved = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        for name, value in self.values.items():
+            parameters[name].copy_(value)
+
+        @torch.no_grad()
+        def undo() -> None:
+            for name, parameter in parameters.items():
+                parameter.copy_(saved[name])
+
+        return Change(self.module, self.what), undo
+
+
+def _held(model: nn.Module, name: str) -> Tensor:
+    path, _, last = name.rpartition(".")
+    found = getattr(get_module(model, path), last)
+    assert isinstance(found, Tensor)
+    return found
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Raise EditError where weights have no values to compute with."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise EditError("the model is on the meta device and holds no weights to convert", mend="load the checkpoint first")
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise EditError("the weights are sharded", mend="convert before sharding, or load the whole checkpoint")
+
+
+def convert_checked(model: nn.Module, inputs: Any, edits: Sequence[Edit], skipped: Sequence[Change]) -> Changes:
+    """Make `edits`, unless the model's outputs in eval mode then differ by more than rounding: then nothing is changed.
+
+    Raises EditError, with the largest difference, where they do.
+    """
+    before = _outputs(model, inputs)
+    changes = apply_edits(model, edits, skipped)
+    try:
+        after = _outputs(model, inputs)
+        for old, new in zip(before, after, strict=True):
+            _compare(old, new)
+    except BaseException:
+        changes.undo()
+        raise
+    return changes
+
+
+def _compare(old: Tensor, new: Tensor) -> None:
+    difference = float((old.double() - new.double()).abs().max() / old.double().abs().max().clamp(min=1e-30))
+    if not difference <= torch.finfo(old.dtype).eps ** 0.5:
+        raise EditError(
+            "the converted model does not compute the same function, so it was left as it was",
+            evidence=f"largest difference {difference:.1e} of the largest output",
+            mend="report the model: its graph met every condition",
+        )
+
+
+def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
+    arguments, keywords = call_arguments(inputs)
+    with preserved(model, buffers=True), torch.no_grad():
+        model.eval()
+        output = model(*arguments, **keywords)
+    return [leaf.clone() for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel()]
