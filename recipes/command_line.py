@@ -122,7 +122,7 @@ class RecipeCLI(LightningCLI):
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         text = self.config[self.subcommand]["with"]
         if text is not None:
-            add_callbacks(self.trainer, parse_callbacks(text))
+            add_callbacks(self.trainer, [word.build for word in parse_callbacks(text)])
         callbacks.sort(key=lambda callback: not isinstance(callback, FieldRecorder))
 
     def _require_checkpoint_file(self, needed: bool = False) -> None:
