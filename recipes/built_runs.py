@@ -6,6 +6,7 @@ __all__ = ["Build", "compare_runs", "train_built"]
 
 import inspect
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from rich.console import Console
 from pl_normkit import __version__
 from pl_normkit.errors import ConfigError, nearest
 from pl_normkit.recipes.arms import Arm, name_arms
+from pl_normkit.recipes.command_line import silence_lightning
 from pl_normkit.recipes.comparison_report import Comparison
 from pl_normkit.recipes.paired_runs import RunStore
 from pl_normkit.recipes.trial import Probe, Trial, train_arms
@@ -100,7 +102,9 @@ def train_built(build: Build, options: Mapping[str, Any]) -> Callable[[Trial], N
                 raise ConfigError(f"what is built is no {kind.__name__}", evidence=type(found).__name__)
         trainer = L.Trainer(**{**_QUIET, "enable_checkpointing": False, **given, "callbacks": list(given["callbacks"] or ())})
         trial.begin(trainer, module, data)
-        trainer.fit(module, datamodule=data)
+        with warnings.catch_warnings():
+            silence_lightning()
+            trainer.fit(module, datamodule=data)
         trial.end(trainer, module, data)
 
     return train

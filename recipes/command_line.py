@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["SUBCOMMANDS", "LastCheckpoint", "Recipe", "RecipeCLI", "name_configs", "run_recipe"]
+__all__ = ["SUBCOMMANDS", "LastCheckpoint", "Recipe", "RecipeCLI", "name_configs", "run_recipe", "silence_lightning"]
 
 import inspect
 import re
@@ -175,7 +175,7 @@ def run_recipe(recipe: Recipe, args: Sequence[str]) -> int:
     for subcommand in SUBCOMMANDS:
         parser_kwargs[subcommand] = {"default_config_files": defaults, "exit_on_error": False}
     with warnings.catch_warnings():
-        _silence_lightning()
+        silence_lightning()
         try:
             recipe.cli(
                 recipe.model,
@@ -289,7 +289,8 @@ def _reads_checkpoint(frame: FrameType) -> bool:
     return frame.f_code.co_name == "_parse_ckpt_path" or "checkpoint_connector" in str(frame.f_globals.get("__name__", ""))
 
 
-def _silence_lightning() -> None:
+def silence_lightning() -> None:
+    """Filter warnings that say nothing about a run of ours; the caller restores the filters."""
     # Reading a sample takes a few milliseconds; more workers would take the cores from the training.
     warnings.filterwarnings("ignore", message=r"The '\w+_dataloader' does not have many workers")
     # A resumed run has a folder of its own, so its best checkpoint is the best of that run.
