@@ -44,8 +44,9 @@ def compare(architecture: str, options: str, callbacks: str, seeds: int) -> dict
         raise SystemExit(code)
     with (folder / "runs.csv").open() as file:
         rows = {(int(row["seed"]), row["arm"]): row for row in csv.DictReader(file)}
-    without, with_it = ([float(rows[seed, arm]["metric"]) for seed in range(seeds)] for arm in ("without", "with"))
-    seconds = [[float(rows[seed, arm]["seconds"]) for seed in range(seeds)] for arm in ("without", "with")]
+    arms = ("without", callbacks.replace(",", "+"))
+    without, with_it = ([float(rows[seed, arm]["val_miou"]) for seed in range(seeds)] for arm in arms)
+    seconds = [[float(rows[seed, arm]["seconds"]) for seed in range(seeds)] for arm in arms]
     found = paired_difference(without, with_it)
     return {
         "architecture": architecture,

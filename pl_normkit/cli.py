@@ -137,7 +137,7 @@ def _build_parser(words: Sequence[str]) -> _Parser:
         _add_arguments(add(name, about, run), arguments)
     for name, about in (
         ("run", "train a recipe, test it, predict with it, export it"),
-        ("compare", "train pairs of runs with and without callbacks"),
+        ("compare", "train pairs of runs with and without callbacks or other options"),
     ):
         recipe = add(name, about, _hand_over)
         recipe.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -247,12 +247,14 @@ def _recipes_help(command: str) -> str:
 
 
 def _hand_over(options: argparse.Namespace) -> int:
-    """`run RECIPE ...` to the recipe's own LightningCLI, `compare RECIPE ...` to what all recipes share."""
+    """`run RECIPE ...` to the recipe's own LightningCLI, `compare RECIPE ...` or `compare module:function ...` to what all share."""
     known = _recipes()
+    words = [word for word in options.words if word != "--debug"]
+    if options.handed == "compare" and ":" in options.recipe:
+        return int(importlib.import_module("pl_normkit.recipes.comparing").compare_built(options.recipe, words))
     if options.recipe not in known:
         what = f"there is no recipe {options.recipe!r}" if options.recipe else f"{options.handed} needs the name of a recipe"
         raise ConfigError(what, mend=nearest(options.recipe, known) or f"recipes: {', '.join(known)}")
-    words = [word for word in options.words if word != "--debug"]
     recipe = importlib.import_module(f"pl_normkit.recipes.{options.recipe}.main")
     if options.handed == "run":
         return int(recipe.run(words))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["objects_kept", "preserved"]
+__all__ = ["objects_kept", "preserved", "random_states"]
 
 import copy
 import random
@@ -28,7 +28,7 @@ def preserved(model: nn.Module, *, buffers: bool = False) -> Iterator[None]:
         buffers: also copy and restore buffer values; needed when real data runs through the model, not for tracing.
     """
     with ExitStack() as stack:
-        for restore in (_attributes(model), _random_states()):
+        for restore in (_attributes(model), random_states()):
             stack.callback(restore)
         if buffers:
             stack.callback(_buffer_values(model))
@@ -205,7 +205,8 @@ def _tensor_value(tensor: Tensor) -> Callable[[], None]:
     return restore
 
 
-def _random_states() -> Callable[[], None]:
+def random_states() -> Callable[[], None]:
+    """Keep the states of the global generators of Python, torch (CUDA's too) and numpy; calling the result puts them back."""
     python_state = random.getstate()
     torch_state = torch.get_rng_state()
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]

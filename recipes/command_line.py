@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-__all__ = ["SUBCOMMANDS", "LastCheckpoint", "Recipe", "RecipeCLI", "name_configs", "run_recipe"]
+__all__ = ["SUBCOMMANDS", "LastCheckpoint", "Recipe", "RecipeCLI", "name_configs", "run_recipe", "silence_lightning"]
 
 import inspect
 import re
 import signal
 import traceback
 import warnings
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import yaml  # type: ignore[import-untyped]
@@ -22,6 +23,7 @@ from jsonargparse import ArgumentError
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from rich.console import Console
 
 from pl_normkit.errors import ConfigError, NormkitError, nearest
 from pl_normkit.importing import import_object, summary_of
@@ -29,6 +31,7 @@ from pl_normkit.recipes.callback_words import parse_callbacks
 from pl_normkit.recipes.editing import add_callbacks
 from pl_normkit.recipes.field import FieldRecorder
 
+_Callback = TypeVar("_Callback", bound=Callback)
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 
 
@@ -117,12 +120,47 @@ class RecipeCLI(LightningCLI):
         # Predictions go to files; kept in memory as well, those of a large folder would not fit.
         self.config_init[self.subcommand].return_predictions = False
 
+    def after_fit(self) -> None:
+        self.summarize(Console())
+
+    def after_validate(self) -> None:
+        self._print_scores("validation")
+
+    def after_test(self) -> None:
+        self._print_scores("test")
+
+    def after_predict(self) -> None:
+        if self.trainer.is_global_zero:
+            what, place = self.find_predictions()
+            Console().print(f"{what + ': ':<12}{place}", soft_wrap=True, highlight=False)
+
+    @abstractmethod
+    def summarize(self, console: Console) -> None:
+        """Print the result of a fit."""
+
+    @abstractmethod
+    def print_scores(self, console: Console, title: str) -> None:
+        """Print the scores of an evaluation."""
+
+    @abstractmethod
+    def find_predictions(self) -> tuple[str, Path]:
+        """What was predicted, in a word, and where it went."""
+
+    def callback_of(self, kind: type[_Callback]) -> _Callback:
+        """The Trainer's callback of that class."""
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return next(callback for callback in callbacks if isinstance(callback, kind))
+
+    def _print_scores(self, title: str) -> None:
+        if self.trainer.is_global_zero:
+            self.print_scores(Console(), title)
+
     def _add_callbacks(self) -> None:
         """Those of `--with`; a recorder of the receptive field comes first of all, to see the network from before their edits."""
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         text = self.config[self.subcommand]["with"]
         if text is not None:
-            add_callbacks(self.trainer, parse_callbacks(text))
+            add_callbacks(self.trainer, [word.build for word in parse_callbacks(text)])
         callbacks.sort(key=lambda callback: not isinstance(callback, FieldRecorder))
 
     def _require_checkpoint_file(self, needed: bool = False) -> None:
@@ -175,7 +213,7 @@ def run_recipe(recipe: Recipe, args: Sequence[str]) -> int:
     for subcommand in SUBCOMMANDS:
         parser_kwargs[subcommand] = {"default_config_files": defaults, "exit_on_error": False}
     with warnings.catch_warnings():
-        _silence_lightning()
+        silence_lightning()
         try:
             recipe.cli(
                 recipe.model,
@@ -289,7 +327,8 @@ def _reads_checkpoint(frame: FrameType) -> bool:
     return frame.f_code.co_name == "_parse_ckpt_path" or "checkpoint_connector" in str(frame.f_globals.get("__name__", ""))
 
 
-def _silence_lightning() -> None:
+def silence_lightning() -> None:
+    """Filter warnings that say nothing about a run of ours; the caller restores the filters."""
     # Reading a sample takes a few milliseconds; more workers would take the cores from the training.
     warnings.filterwarnings("ignore", message=r"The '\w+_dataloader' does not have many workers")
     # A resumed run has a folder of its own, so its best checkpoint is the best of that run.

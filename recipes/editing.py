@@ -4,14 +4,13 @@ from __future__ import annotations
 
 __all__ = ["EditingCallback", "add_callbacks", "editing_callbacks"]
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from pl_normkit.errors import ConfigError
-from pl_normkit.recipes.callback_words import CallbackWord
 from pl_normkit.surgery import Changes
 
 
@@ -27,15 +26,17 @@ def editing_callbacks(trainer: L.Trainer) -> list[EditingCallback]:
     return [cast(EditingCallback, callback) for callback in callbacks if isinstance(getattr(callback, "changes", None), Changes)]
 
 
-def add_callbacks(trainer: L.Trainer, words: Sequence[CallbackWord]) -> None:
+def add_callbacks(trainer: L.Trainer, builders: Sequence[Callable[[], Callback]]) -> list[Callback]:
     """Put callbacks before those the Trainer has, so that these find the network edited: audits, averages of the weights.
 
     Raises ConfigError for a second one that makes the same edit, and what the constructors raise.
     """
     present: set[type[object]] = {type(callback) for callback in editing_callbacks(trainer)}
-    for word in words:
-        if word.kind in present:
-            evidence = f"{word.text}, and another from `with:` or `trainer.callbacks` of the options"
-            raise ConfigError(f"{word.kind.__name__} would edit the network twice", where="--with", evidence=evidence, mend="name it once")
+    added = [build() for build in builders]
+    for kind in map(type, added):
+        if kind in present:
+            evidence = "another one comes from `with:` or `trainer.callbacks` of the options"
+            raise ConfigError(f"{kind.__name__} would edit the network twice", where="--with", evidence=evidence, mend="name it once")
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    callbacks[:0] = [word.build() for word in words]
+    callbacks[:0] = added
+    return added

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Bare", "ExportForm", "export", "export_network"]
+__all__ = ["Bare", "ExportForm", "export", "export_network", "run_or_export"]
 
 import argparse
 import importlib.util
@@ -55,6 +55,11 @@ class ExportForm:
     def formats(self) -> dict[str, str]:
         """What there is to write, by suffix."""
         return {".onnx": "ONNX", ".pt2": "a program of torch.export", ".pt": f"a plain state_dict of the {self.library} network"}
+
+
+def run_or_export(recipe: Recipe, form: ExportForm, args: Sequence[str]) -> int:
+    """Run the recipe with the arguments after its name, `export` being a command beside those of `run_recipe`."""
+    return export(recipe, form, args[1:]) if args[:1] == ["export"] else run_recipe(recipe, args)
 
 
 def export(recipe: Recipe, form: ExportForm, args: Sequence[str]) -> int:

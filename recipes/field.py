@@ -6,7 +6,7 @@ __all__ = ["FieldRecorder", "finish_field"]
 
 import copy
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -70,7 +70,7 @@ class FieldRecorder(Callback):
             self.reason = error.what
 
     def _measure(self, title: str, trainer: L.Trainer, network: nn.Module) -> None:
-        data = cast(RecipeData, trainer.datamodule)  # type: ignore[attr-defined]
+        data = cast(RecipeData[Any], trainer.datamodule)  # type: ignore[attr-defined]
         try:
             self.fields[title] = effective_receptive_field(network, data.sample_images(self.images))
         except NormkitError as error:

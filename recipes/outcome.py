@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["print_checkpoint", "print_findings", "write_page"]
+__all__ = ["finish_fit"]
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from rich.console import Console
 
 from pl_normkit.recipes.editing import editing_callbacks
+from pl_normkit.recipes.field import finish_field
 from pl_normkit.report import Report, merge_reports
 
 
@@ -66,3 +67,17 @@ def write_page(trainer: L.Trainer, pictures: Mapping[str, Path], path: Path, con
     embedded = {title: picture.read_bytes() for title, picture in pictures.items()}
     path.write_text(replace(whole, fixed=[*edits, *whole.fixed], pictures=embedded).to_html(), encoding="utf-8")
     console.print(f"report:     {path}", soft_wrap=True, highlight=False)
+
+
+def finish_fit(trainer: L.Trainer, module: L.LightningModule, draw: Callable[[Path], None] | None, console: Console) -> None:
+    """What every fit ends with: findings, the checkpoint, the sheet of validation images that `draw` writes, the field and the page."""
+    print_findings(trainer, console)
+    print_checkpoint(trainer, console)
+    if draw is None:
+        return
+    folder = Path(trainer.log_dir or trainer.default_root_dir)
+    sheet = folder / "validation.png"
+    draw(sheet)
+    console.print(f"pictures:   {sheet}", soft_wrap=True, highlight=False)
+    pictures = finish_field(trainer, module, folder / "receptive_field.png", console)
+    write_page(trainer, {"validation images": sheet, **pictures}, folder / "report.html", console)

@@ -16,35 +16,27 @@ import torch
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 
+from pl_normkit.preserve import random_states
+
 
 class RandomStream:
     """A state of torch's, numpy's and Python's global generators; inside `with` it stands in for theirs."""
 
     def __init__(self, seed: int) -> None:
-        outside = _read_states()
+        put_back = random_states()
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002
         random.seed(seed)
-        self._states = _read_states()
-        _write_states(outside)
+        self._resume = random_states()
+        put_back()
 
     def __enter__(self) -> None:
-        self._outside = _read_states()
-        _write_states(self._states)
+        self._put_back = random_states()
+        self._resume()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._states = _read_states()
-        _write_states(self._outside)
-
-
-def _read_states() -> tuple[Any, ...]:
-    return torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
-
-
-def _write_states(states: tuple[Any, ...]) -> None:
-    torch.set_rng_state(states[0])
-    np.random.set_state(states[1])  # noqa: NPY002
-    random.setstate(states[2])
+        self._resume = random_states()
+        self._put_back()
 
 
 class IsolatedLoader(DataLoader[Any]):

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-__all__ = ["ARMS", "Arm", "PairedRun", "RunStore"]
+__all__ = ["PairedRun", "RunStore", "digest_settings"]
 
 import csv
 import hashlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pl_normkit.errors import ConfigError
 
-Arm = Literal["without", "with"]
-ARMS: tuple[Arm, Arm] = ("without", "with")
-
-_RUN_COLUMNS = ("seed", "arm", "metric", "seconds", "weights")
-_CURVE_COLUMNS = ("seed", "arm", "step", "metric")
+_RUN_COLUMNS = ("seed", "arm", "seconds", "weights", "trained", "edits")
+_CURVE_COLUMNS = ("seed", "arm", "step")
 
 
 @dataclass(frozen=True)
@@ -27,61 +25,85 @@ class PairedRun:
 
     Attributes:
         seed: of weights, data order and everything else.
-        arm: with the compared callbacks or without.
-        metric: the recipe's main validation metric at the end.
+        arm: name of the arm.
+        metrics: name -> value at the end; the first is the one that decides.
         seconds: wall time of the whole fit.
         weights: digest of the weights before the fit.
-        curve: (step, metric) of every validation.
+        trained: digest of the weights after it.
+        edits: how many edits of the network its callbacks made; None where they do not say.
+        curve: (step, metrics) of every validation.
     """
 
     seed: int
-    arm: Arm
-    metric: float
+    arm: str
+    metrics: Mapping[str, float]
     seconds: float
     weights: str
-    curve: tuple[tuple[int, float], ...]
+    trained: str
+    edits: int | None
+    curve: tuple[tuple[int, Mapping[str, float]], ...]
+
+    def ends_as(self, other: PairedRun) -> bool:
+        """Whether both ended with the same weights and metrics, bit for bit."""
+        both_nan = {name for name in self.metrics if math.isnan(self.metrics[name]) and math.isnan(other.metrics[name])}
+        alike = all(name in both_nan or value == other.metrics[name] for name, value in self.metrics.items())
+        return alike and self.trained == other.trained
 
 
 class RunStore:
-    """`settings.json`, `runs.csv` and `curves.csv` in a folder.
+    """`settings.json`, `runs.csv` and `curves.csv` in a folder; without a folder, in memory.
 
     Raises ConfigError when the folder holds finished runs of a comparison with other settings.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, folder: Path | None, settings: dict[str, Any]) -> None:
         self.folder = folder
-        self.runs = {(run.seed, run.arm): run for run in self._read()}
+        self.runs: dict[tuple[int, str], PairedRun] = {}
+        if folder is None:
+            return
         path = folder / "settings.json"
-        if self.runs and path.is_file() and (kept := json.loads(path.read_text(encoding="utf-8"))) != settings:
+        if (folder / "runs.csv").is_file() and path.is_file() and (kept := json.loads(path.read_text(encoding="utf-8"))) != settings:
             differing = [key for key in settings if kept.get(key) != settings[key]]
             evidence = "; ".join(f"{key}: {kept.get(key)!r} there, {settings[key]!r} now" for key in differing)
             raise ConfigError("the folder holds another comparison", where=str(folder), evidence=evidence, mend="name another with --out")
+        self.runs = {(run.seed, run.arm): run for run in _read_runs(folder)}
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-    def _read(self) -> list[PairedRun]:
-        curves: dict[tuple[str, str], list[tuple[int, float]]] = {}
-        for row in _read_rows(self.folder / "curves.csv"):
-            curves.setdefault((row["seed"], row["arm"]), []).append((int(row["step"]), float(row["metric"])))
-        return [
-            PairedRun(
-                seed=int(row["seed"]),
-                arm=ARMS[ARMS.index(row["arm"])],
-                metric=float(row["metric"]),
-                seconds=float(row["seconds"]),
-                weights=row["weights"],
-                curve=tuple(curves.get((row["seed"], row["arm"]), ())),
-            )
-            for row in _read_rows(self.folder / "runs.csv")
-        ]
 
     def add(self, run: PairedRun) -> None:
         """Keep `run`, on disk too."""
         self.runs[run.seed, run.arm] = run
-        curves = [(kept.seed, kept.arm, step, value) for kept in self.runs.values() for step, value in kept.curve]
-        _write_rows(self.folder / "curves.csv", _CURVE_COLUMNS, curves)
-        rows = [(kept.seed, kept.arm, kept.metric, f"{kept.seconds:.3f}", kept.weights) for kept in self.runs.values()]
-        _write_rows(self.folder / "runs.csv", _RUN_COLUMNS, rows)
+        if self.folder is None:
+            return
+        runs, names = list(self.runs.values()), list(run.metrics)
+        curves = [(kept.seed, kept.arm, step, *(found.get(name, "") for name in names)) for kept in runs for step, found in kept.curve]
+        _write_rows(self.folder / "curves.csv", (*_CURVE_COLUMNS, *names), curves)
+        rows = [
+            (kept.seed, kept.arm, f"{kept.seconds:.3f}", kept.weights, kept.trained, "" if kept.edits is None else kept.edits, *values)
+            for kept in runs
+            for values in [[kept.metrics[name] for name in names]]
+        ]
+        _write_rows(self.folder / "runs.csv", (*_RUN_COLUMNS, *names), rows)
+
+
+def _read_runs(folder: Path) -> list[PairedRun]:
+    curves: dict[tuple[str, str], list[tuple[int, Mapping[str, float]]]] = {}
+    for row in _read_rows(folder / "curves.csv"):
+        values = {name: float(value) for name, value in row.items() if name not in _CURVE_COLUMNS and value}
+        curves.setdefault((row["seed"], row["arm"]), []).append((int(row["step"]), values))
+    return [
+        PairedRun(
+            seed=int(row["seed"]),
+            arm=row["arm"],
+            metrics={name: float(value) for name, value in row.items() if name not in _RUN_COLUMNS},
+            seconds=float(row["seconds"]),
+            weights=row["weights"],
+            trained=row["trained"],
+            edits=int(row["edits"]) if row["edits"] else None,
+            curve=tuple(curves.get((row["seed"], row["arm"]), ())),
+        )
+        for row in _read_rows(folder / "runs.csv")
+    ]
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:

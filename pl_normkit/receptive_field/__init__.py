@@ -10,5 +10,5 @@ __all__ = ["GaussianFit", "ReceptiveField", "compare_receptive_fields", "effecti
 
 from pl_normkit.receptive_field.field import ReceptiveField
 from pl_normkit.receptive_field.gaussian import GaussianFit
-from pl_normkit.receptive_field.picture import compare_receptive_fields
 from pl_normkit.receptive_field.probe import effective_receptive_field
+from pl_normkit.receptive_field.side_by_side import compare_receptive_fields

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pl_normkit.errors import ConfigError
 from pl_normkit.receptive_field.gaussian import GaussianFit, fit_gaussian
+from pl_normkit.receptive_field.picture import paint, save_picture
 
 if TYPE_CHECKING:
     import numpy as np
@@ -163,15 +164,11 @@ class ReceptiveField:
 
         Raises ConfigError where matplotlib is missing.
         """
-        from pl_normkit.receptive_field.picture import paint
-
-        return paint(self)
+        return paint(self.map)
 
     def save(self, path: str | Path) -> None:
         """Write `picture()` as a PNG. Raises ConfigError where matplotlib is missing or the file cannot be written."""
-        from pl_normkit.receptive_field.picture import save_picture
-
-        save_picture(self, Path(path))
+        save_picture(self.map, Path(path))
 
     def _cell(self, stride: int) -> tuple[int, int]:
         if stride < 1:

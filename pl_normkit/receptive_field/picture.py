@@ -1,63 +1,39 @@
-"""Pictures of receptive fields, with matplotlib (the `demo` extra)."""
+"""Pictures of maps, with matplotlib (the `demo` extra)."""
 
 from __future__ import annotations
 
-__all__ = ["compare_receptive_fields", "paint", "save_picture"]
+__all__ = ["matplotlib_module", "paint", "save_picture", "write_picture"]
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from pl_normkit.errors import ConfigError
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from pl_normkit.receptive_field.field import ReceptiveField
 
-
-def paint(field: ReceptiveField) -> np.ndarray[Any, Any]:
-    """uint8 (H, W, 3): floor(255 v) of (map - min) / (max - min) in matplotlib's plasma."""
-    low, high = field.map.min(), field.map.max()
-    scaled = (field.map - low) / (high - low) if high > low else field.map * 0
-    colours = _matplotlib("matplotlib").colormaps["plasma"](scaled.numpy())
+def paint(values: Tensor) -> np.ndarray[Any, Any]:
+    """uint8 (H, W, 3): floor(255 v) of (values - min) / (max - min) in matplotlib's plasma."""
+    low, high = values.min(), values.max()
+    scaled = (values - low) / (high - low) if high > low else values * 0
+    colours = matplotlib_module("matplotlib").colormaps["plasma"](scaled.numpy())
     painted: np.ndarray[Any, Any] = (255 * colours[..., :3]).astype("uint8")
     return painted
 
 
-def save_picture(field: ReceptiveField, path: Path) -> None:
-    image = _matplotlib("matplotlib.image")
-    _write(path, lambda: image.imsave(path, paint(field), format="png"))
+def save_picture(values: Tensor, path: Path) -> None:
+    """Write what `paint` gives as a PNG. Raises ConfigError."""
+    image = matplotlib_module("matplotlib.image")
+    write_picture(path, lambda: image.imsave(path, paint(values), format="png"))
 
 
-def compare_receptive_fields(fields: Mapping[str, ReceptiveField], path: str | Path) -> None:
-    """Write a PNG with several fields side by side, all on one colour scale, each with the circle that holds half of its mass.
-
-    Args:
-        fields: title -> field, such as {"before": ..., "after": ...}.
-        path: the PNG file.
-
-    Raises:
-        ConfigError: without fields, where matplotlib is missing or the file cannot be written.
-    """
-    if not fields:
-        raise ConfigError("there is no receptive field to draw")
-    _matplotlib("matplotlib")
-    figure = importlib.import_module("matplotlib.figure").Figure(figsize=(4 * len(fields), 4.4), layout="constrained")
-    circle = importlib.import_module("matplotlib.patches").Circle
-    top = max(float(field.map.max()) for field in fields.values()) or 1.0
-    for axes, (title, field) in zip(figure.subplots(1, len(fields), squeeze=False)[0], fields.items(), strict=True):
-        axes.imshow((field.map / top).sqrt().numpy(), cmap="plasma", vmin=0, vmax=1)
-        radius = field.radius_holding(0.5)
-        if radius == radius:  # an empty map has none
-            axes.add_patch(circle(field.unit[::-1], radius, fill=False, color="white"))
-        axes.set_title(f"{title}: half of the mass within {radius:.0f} px")
-        axes.set_axis_off()
-    _write(Path(path), lambda: figure.savefig(path, format="png"))
-
-
-def _write(path: Path, write: Any) -> None:
+def write_picture(path: Path, write: Callable[[], Any]) -> None:
+    """Call `write`. Raises ConfigError where the file cannot be written."""
     try:
         write()
     except OSError as error:
@@ -69,7 +45,8 @@ def _write(path: Path, write: Any) -> None:
         ) from error
 
 
-def _matplotlib(module: str) -> Any:
+def matplotlib_module(module: str) -> Any:
+    """The module of that name. Raises ConfigError where matplotlib is missing."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

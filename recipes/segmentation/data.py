@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pl_normkit.errors import DataError
-from pl_normkit.recipes.loading import RecipeData, require_option
+from pl_normkit.recipes.loading import Part, RecipeData, require_option
 from pl_normkit.recipes.segmentation.files import FileSource, Pair, check_files, find_predict_images
 from pl_normkit.recipes.segmentation.folder import SplitBy, read_class_names, split_folder
 from pl_normkit.recipes.segmentation.images import MaskCode
-from pl_normkit.recipes.segmentation.mosaic import TEXTURES, MosaicSource, Part, load_photograph
+from pl_normkit.recipes.segmentation.mosaic import TEXTURES, MosaicSource, load_photograph
 from pl_normkit.recipes.segmentation.samples import (
     STRIDE,
     Augment,
@@ -30,7 +30,7 @@ from pl_normkit.recipes.segmentation.samples import (
 )
 
 
-class SegmentationData(RecipeData):
+class SegmentationData(RecipeData[SampleSource]):
     """Loaders over four sources of samples; a subclass says where these come from.
 
     Batches: (images (N, 3, H, W) normalized, masks (N, H, W) int64), and for prediction (images, names, sizes (N, 2)).
@@ -64,58 +64,26 @@ class SegmentationData(RecipeData):
         jitter: float,
         transforms: list[nn.Module] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, num_workers=num_workers, flip=flip, jitter=jitter)
         require_option(crop_size > 0 and crop_size % STRIDE == 0, "crop_size", crop_size, f"take a multiple of {STRIDE}")
-        require_option(batch_size > 0, "batch_size", batch_size, "take at least 1")
-        require_option(eval_batch_size > 0, "eval_batch_size", eval_batch_size, "take at least 1")
-        require_option(num_workers >= 0, "num_workers", num_workers, "take 0 or more")
         require_option(0 < scale[0] <= scale[1], "scale", scale, "give the lower bound first, above 0")
-        require_option(0 <= flip <= 1, "flip", flip, "take a probability")
-        require_option(0 <= jitter < 1, "jitter", jitter, "take a share below 1")
         require_option(not 0 <= ignore_index < len(class_names), "ignore_index", ignore_index, "take a value that is no class, such as 255")
         self.class_names = class_names
         self.ignore_index = ignore_index
         self.crop_size = crop_size
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
-        self.num_workers = num_workers
         self.augment = Augment(crop_size, scale, flip, jitter, ignore_index, tuple(transforms or ()))
-        self.sources: dict[Part, SampleSource] = {}
-
-    @abstractmethod
-    def build_sources(self, parts: tuple[Part, ...]) -> dict[Part, SampleSource]:
-        """Find and check the samples of `parts`. Raises DataError."""
-
-    @abstractmethod
-    def build_predict_source(self) -> SampleSource:
-        """The images to predict. Raises DataError."""
-
-    def setup(self, stage: str) -> None:
-        wanted: dict[str, tuple[Part, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
-        missing = tuple(part for part in wanted.get(stage, ()) if part not in self.sources)
-        if missing:
-            self.sources.update(self.build_sources(missing))
 
     def train_dataloader(self) -> DataLoader[Any]:
-        dataset = SegmentationDataset(self.sources["train"], self.augment)
-        return DataLoader(
-            dataset,
-            batch_size=min(self.batch_size, len(dataset)),
-            shuffle=True,
-            drop_last=True,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            collate_fn=CollatePairs(self.ignore_index),
-        )
+        return self.build_loader(SegmentationDataset(self.sources["train"], self.augment), CollatePairs(self.ignore_index), training=True)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return self._eval_loader(SegmentationDataset(self.sources["val"]), CollatePairs(self.ignore_index))
+        return self.build_loader(SegmentationDataset(self.sources["val"]), CollatePairs(self.ignore_index))
 
     def test_dataloader(self) -> DataLoader[Any]:
-        return self._eval_loader(SegmentationDataset(self.sources["test"]), CollatePairs(self.ignore_index))
+        return self.build_loader(SegmentationDataset(self.sources["test"]), CollatePairs(self.ignore_index))
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        return self._eval_loader(PredictDataset(self.build_predict_source()), CollateNamed())
+        return self.build_loader(PredictDataset(self.build_predict_source()), CollateNamed())
 
     def sample_images(self, count: int) -> Tensor:
         """Middles of the first validation images, (count, 3, crop_size, crop_size) or fewer: what the network is trained on, in size."""
@@ -126,15 +94,6 @@ class SegmentationData(RecipeData):
                 raise item
             taken.append(crop_middle(item[0], self.crop_size))
         return torch.stack(taken)
-
-    def _eval_loader(self, dataset: SegmentationDataset | PredictDataset, collate: CollatePairs | CollateNamed) -> DataLoader[Any]:
-        return DataLoader(
-            dataset,
-            batch_size=self.eval_batch_size,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            collate_fn=collate,
-        )
 
 
 class FilesData(SegmentationData):
@@ -298,6 +257,3 @@ class TextureMosaic(SegmentationData):
         photographs = [load_photograph(texture) for texture in TEXTURES]
         size, regions, seed = self.image_size, self.regions, self.seed
         return {part: MosaicSource(photographs, part, count=self.counts[part], size=size, regions=regions, seed=seed) for part in parts}
-
-    def build_predict_source(self) -> SampleSource:
-        return self.build_sources(("test",))["test"]

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from pl_normkit.errors import DataError, nearest
 from pl_normkit.recipes.image_files import find_images, image_size, read_image, require_folder
+from pl_normkit.recipes.loading import Part
 from pl_normkit.recipes.segmentation.images import MaskCode, mask_size, read_mask
-from pl_normkit.recipes.segmentation.mosaic import Part
 from pl_normkit.recipes.segmentation.samples import Sample, SampleSource
 
 

@@ -12,8 +12,8 @@ import torch
 
 from pl_normkit.errors import DataError
 from pl_normkit.recipes.image_files import require_folder
+from pl_normkit.recipes.loading import Part
 from pl_normkit.recipes.segmentation.files import Pair, name_images, read_split_file, require_masks
-from pl_normkit.recipes.segmentation.mosaic import Part
 
 SplitBy = Literal["auto", "seed", "files", "folders"]
 

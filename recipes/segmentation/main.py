@@ -9,8 +9,8 @@ from pathlib import Path
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 
-from pl_normkit.recipes.command_line import Recipe, RecipeCLI, run_recipe
-from pl_normkit.recipes.export import export
+from pl_normkit.recipes.command_line import Recipe, RecipeCLI
+from pl_normkit.recipes.export import run_or_export
 from pl_normkit.recipes.field import FieldRecorder
 from pl_normkit.recipes.segmentation.data import SegmentationData
 from pl_normkit.recipes.segmentation.export import SMP_FORM
@@ -34,23 +34,14 @@ class SegmentationCLI(RecipeCLI):
         parser.add_lightning_class_args(FieldRecorder, "field")
         parser.set_defaults({"field.images": 8})
 
-    def after_fit(self) -> None:
-        summarize_fit(self.trainer, self.model, self.datamodule, Console())
+    def summarize(self, console: Console) -> None:
+        summarize_fit(self.trainer, self.model, self.datamodule, console)
 
-    def after_validate(self) -> None:
-        self._print_evaluation("validation")
+    def print_scores(self, console: Console, title: str) -> None:
+        print_iou(console, self.model.class_iou, title)
 
-    def after_test(self) -> None:
-        self._print_evaluation("test")
-
-    def _print_evaluation(self, title: str) -> None:
-        if self.trainer.is_global_zero:
-            print_iou(Console(), self.model.class_iou, title)
-
-    def after_predict(self) -> None:
-        writer = next(callback for callback in self.trainer.callbacks if isinstance(callback, MaskWriter))  # type: ignore[attr-defined]
-        if self.trainer.is_global_zero:
-            Console().print(f"masks:      {writer.find_folder(self.trainer)}", soft_wrap=True, highlight=False)
+    def find_predictions(self) -> tuple[str, Path]:
+        return "masks", self.callback_of(MaskWriter).find_folder(self.trainer)
 
 
 RECIPE = Recipe(
@@ -69,6 +60,4 @@ def run(args: list[str]) -> int:
 
     Options left out come from `default.yaml` beside this file. Returns 0. Raises NormkitError for bad input.
     """
-    if args[:1] == ["export"]:
-        return export(RECIPE, SMP_FORM, args[1:])
-    return run_recipe(RECIPE, args)
+    return run_or_export(RECIPE, SMP_FORM, args)

@@ -8,16 +8,14 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from pl_normkit.errors import DataError
 from pl_normkit.recipes.image_files import read_gray
+from pl_normkit.recipes.loading import Part
 from pl_normkit.recipes.segmentation.samples import Sample, SampleSource
-
-Part = Literal["train", "val", "test"]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ __all__ = ["print_iou", "summarize_fit"]
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -15,8 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from pl_normkit.recipes.field import finish_field
-from pl_normkit.recipes.outcome import print_checkpoint, print_findings, write_page
+from pl_normkit.recipes.outcome import finish_fit
 from pl_normkit.recipes.segmentation.data import SegmentationData
 from pl_normkit.recipes.segmentation.model import SegmentationModule
 from pl_normkit.recipes.segmentation.pictures import draw_sheet
@@ -50,14 +50,8 @@ def summarize_fit(trainer: L.Trainer, module: SegmentationModule, data: Segmenta
         return
     if module.class_iou:
         print_iou(console, module.class_iou, f"validation after {trainer.global_step} steps")
-    print_findings(trainer, console)
-    print_checkpoint(trainer, console)
-    if "val" in data.sources:
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
-        _draw_validation(module, data, folder / "validation.png")
-        console.print(f"pictures:   {folder / 'validation.png'}", soft_wrap=True, highlight=False)
-        pictures = finish_field(trainer, module, folder / "receptive_field.png", console)
-        write_page(trainer, {"validation images": folder / "validation.png", **pictures}, folder / "report.html", console)
+    draw = partial(_draw_validation, module, data) if "val" in data.sources else None
+    finish_fit(trainer, module, draw, console)
 
 
 @torch.no_grad()

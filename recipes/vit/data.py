@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["ClassificationData", "Part"]
+__all__ = ["ClassificationData"]
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
@@ -22,10 +22,8 @@ from pl_normkit.recipes.vit.samples import (
     plain_transform,
 )
 
-Part = Literal["train", "val", "test"]
 
-
-class ClassificationData(RecipeData):
+class ClassificationData(RecipeData[ImageSource]):
     """Loaders over sources of labelled images; a subclass says where these come from.
 
     Batches: (images (N, channels, S, S) normalized, labels (N,) int64), in training with CutMix (images, shares (N, classes)),
@@ -62,22 +60,14 @@ class ClassificationData(RecipeData):
         erase: float,
         cutmix: float,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, num_workers=num_workers, flip=flip, jitter=jitter)
         require_option(image_size > 0, "image_size", image_size, "take at least 1")
-        require_option(batch_size > 0, "batch_size", batch_size, "take at least 1")
-        require_option(eval_batch_size > 0, "eval_batch_size", eval_batch_size, "take at least 1")
-        require_option(num_workers >= 0, "num_workers", num_workers, "take 0 or more")
         require_option(0 < scale[0] <= scale[1] <= 1, "scale", scale, "give the lower bound first, above 0 and at most 1")
-        require_option(0 <= jitter < 1, "jitter", jitter, "take a share below 1")
-        for option, value in (("flip", flip), ("erase", erase), ("cutmix", cutmix)):
+        for option, value in (("erase", erase), ("cutmix", cutmix)):
             require_option(0 <= value <= 1, option, value, "take a probability")
         self.image_size = image_size
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
-        self.num_workers = num_workers
         self.augment = Augment(scale, flip, jitter, erase)
         self.cutmix = cutmix
-        self.sources: dict[Part, ImageSource] = {}
         self._normalization = _given_normalization(mean, std, self.in_chans)
 
     @property
@@ -90,14 +80,6 @@ class ClassificationData(RecipeData):
     def in_chans(self) -> int:
         """Channels of the images."""
 
-    @abstractmethod
-    def build_sources(self, parts: tuple[Part, ...]) -> dict[Part, ImageSource]:
-        """Find and check the images of `parts`. Raises DataError."""
-
-    def build_predict_source(self) -> ImageSource:
-        """The images to predict: those of the test. Raises DataError."""
-        return self.build_sources(("test",))["test"]
-
     @property
     def normalization(self) -> Normalization:
         """As given, or fitted to the training images."""
@@ -107,23 +89,9 @@ class ClassificationData(RecipeData):
             self._normalization = fit_normalization(self.sources["train"])
         return self._normalization
 
-    def setup(self, stage: str) -> None:
-        wanted: dict[str, tuple[Part, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
-        missing = tuple(part for part in wanted.get(stage, ()) if part not in self.sources)
-        if missing:
-            self.sources.update(self.build_sources(missing))
-
     def train_dataloader(self) -> DataLoader[Any]:
         dataset = ImageDataset(self.sources["train"], self.augment.build(self.image_size, self.normalization))
-        return DataLoader(
-            dataset,
-            batch_size=min(self.batch_size, len(dataset)),
-            shuffle=True,
-            drop_last=True,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            collate_fn=CollateImages(self._mix()),
-        )
+        return self.build_loader(dataset, CollateImages(self._mix()), training=True)
 
     def _mix(self) -> v2.Transform | None:
         return v2.RandomApply([v2.CutMix(num_classes=len(self.class_names))], self.cutmix) if self.cutmix else None
@@ -138,13 +106,8 @@ class ClassificationData(RecipeData):
         return self._plain_loader(self.build_predict_source(), named=True)
 
     def _plain_loader(self, source: ImageSource, *, named: bool = False) -> DataLoader[Any]:
-        return DataLoader(
-            ImageDataset(source, plain_transform(self.image_size, self.normalization), named=named),
-            batch_size=self.eval_batch_size,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            collate_fn=CollateImages(),
-        )
+        transform = plain_transform(self.image_size, self.normalization)
+        return self.build_loader(ImageDataset(source, transform, named=named), CollateImages())
 
 
 def _given_normalization(mean: Sequence[float] | None, std: Sequence[float] | None, in_chans: int) -> Normalization | None:

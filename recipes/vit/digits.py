@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from pl_normkit.errors import DataError
-from pl_normkit.recipes.vit.data import ClassificationData, Part
+from pl_normkit.recipes.loading import Part
+from pl_normkit.recipes.vit.data import ClassificationData
 from pl_normkit.recipes.vit.samples import ImageSource
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from pl_normkit.errors import DataError, nearest
 from pl_normkit.recipes.image_files import find_images, image_size, read_image, require_folder
-from pl_normkit.recipes.loading import require_option
-from pl_normkit.recipes.vit.data import ClassificationData, Part
+from pl_normkit.recipes.loading import Part, require_option
+from pl_normkit.recipes.vit.data import ClassificationData
 from pl_normkit.recipes.vit.samples import ImageSource
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

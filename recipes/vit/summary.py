@@ -5,14 +5,14 @@ from __future__ import annotations
 __all__ = ["print_accuracy", "summarize_fit"]
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import lightning as L
 import torch
 from rich.console import Console
 
-from pl_normkit.recipes.field import finish_field
-from pl_normkit.recipes.outcome import print_checkpoint, print_findings, write_page
+from pl_normkit.recipes.outcome import finish_fit
 from pl_normkit.recipes.vit.data import ClassificationData
 from pl_normkit.recipes.vit.model import ClassifierModule
 from pl_normkit.recipes.vit.pictures import draw_predictions
@@ -32,13 +32,7 @@ def summarize_fit(trainer: L.Trainer, module: ClassifierModule, data: Classifica
         return
     if module.accuracy:
         print_accuracy(console, module.accuracy, f"validation after {trainer.global_step} steps")
-    print_findings(trainer, console)
-    print_checkpoint(trainer, console)
-    folder = Path(trainer.log_dir or trainer.default_root_dir)
-    _draw_validation(module, data, folder / "validation.png")
-    console.print(f"pictures:   {folder / 'validation.png'}", soft_wrap=True, highlight=False)
-    pictures = finish_field(trainer, module, folder / "receptive_field.png", console)
-    write_page(trainer, {"validation images": folder / "validation.png", **pictures}, folder / "report.html", console)
+    finish_fit(trainer, module, partial(_draw_validation, module, data), console)
 
 
 @torch.no_grad()

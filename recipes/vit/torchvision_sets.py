@@ -14,8 +14,8 @@ from torchvision import datasets
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from pl_normkit.errors import DataError, nearest
-from pl_normkit.recipes.loading import require_option
-from pl_normkit.recipes.vit.data import ClassificationData, Part
+from pl_normkit.recipes.loading import Part, require_option
+from pl_normkit.recipes.vit.data import ClassificationData
 from pl_normkit.recipes.vit.samples import ImageSource
 
 

@@ -93,15 +93,15 @@ def test_a_comparison_trains_pairs_and_shows_their_difference(probes, tmp_path, 
     shown = capsys.readouterr().out
 
     rows = _rows(tmp_path / "out" / "runs.csv")
-    assert [(row["seed"], row["arm"]) for row in rows] == [("0", "with"), ("0", "without"), ("1", "without"), ("1", "with")]
-    value = {(row["seed"], row["arm"]): float(row["metric"]) for row in rows}
-    expected = paired_difference(*([value[seed, arm] for seed in "01"] for arm in ("without", "with")))
+    assert [(row["seed"], row["arm"]) for row in rows] == [("0", "Probe"), ("0", "without"), ("1", "without"), ("1", "Probe")]
+    value = {(row["seed"], row["arm"]): float(row["val_miou"]) for row in rows}
+    expected = paired_difference(*([value[seed, arm] for seed in "01"] for arm in ("without", "Probe")))
     assert f"difference: val_miou {expected.mean:+.4f} with Probe, 95 % interval {expected.low:+.4f} to {expected.high:+.4f}" in shown
     assert "(paired t, 2 pairs)" in shown
-    assert re.search(r"wall time: +\d+\.\d s without, \d+\.\d s with", shown)
+    assert re.search(r"wall time: +\d+\.\d s without, \d+\.\d s Probe", shown)
     assert len({row["weights"] for row in rows}) == 2
     curves = _rows(tmp_path / "out" / "curves.csv")
-    assert {(row["step"], float(row["metric"])) for row in curves} == {("2", found) for found in value.values()}
+    assert {(row["step"], float(row["val_miou"])) for row in curves} == {("2", found) for found in value.values()}
     with Image.open(tmp_path / "out" / "comparison.png") as picture:
         assert picture.width > 600
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
@@ -125,8 +125,8 @@ def test_a_pair_shares_weights_data_and_randomness_whatever_the_callback_draws(p
     twice, without = sums[:6], sums[6:]
     assert twice[::2] == twice[1::2] == without
     assert len(set(without)) == 3
-    value = {row["arm"]: row["metric"] for row in _rows(tmp_path / "out" / "runs.csv")}
-    assert value["with"] == value["without"]
+    value = {row["arm"]: (row["val_miou"], row["trained"]) for row in _rows(tmp_path / "out" / "runs.csv")}
+    assert value["Probe"] == value["without"]
 
 
 @pytest.mark.parametrize(("interrupt", "code"), [(KeyboardInterrupt(), 1), (SIGTERMException(), 143)])
@@ -143,20 +143,21 @@ def test_an_interrupted_comparison_says_so_and_keeps_whole_runs_alone(probes, tm
     assert not (tmp_path / "out" / "runs.csv").exists()
 
 
-def test_one_pair_gives_no_interval_and_says_so(probes, tmp_path, capsys):
+def test_a_callback_that_changes_nothing_is_told_so(probes, tmp_path, capsys):
     assert main(["compare", "segmentation", "--with", probes, "--seeds=1", *TINY, "--data.train_count=16"]) == 0
 
     shown = capsys.readouterr().out
-    assert "difference: val_miou +0.0000 with Probe, from one pair: no interval" in shown
+    assert "no change:  Probe changed nothing in these runs: the runs with it and without ended with the same weights" in shown
+    assert "difference: " not in shown
     (folder,) = (tmp_path / "runs" / "compare").iterdir()
     assert re.fullmatch(r"segmentation-Probe-[0-9a-f]{8}", folder.name)
-    assert json.loads((folder / "settings.json").read_text())["with"] == [probes]
+    assert json.loads((folder / "settings.json").read_text())["arms"]["Probe"]["callbacks"] == [probes]
 
 
 def test_a_folder_without_a_finished_run_takes_other_settings(tmp_path):
     RunStore(tmp_path, {"words": ["--model.lrr=3"]})
     store = RunStore(tmp_path, {"words": ["--model.lr=3"]})
-    store.add(PairedRun(0, "with", 0.5, 1.0, "abc", ((2, 0.5),)))
+    store.add(PairedRun(0, "with", {"val_miou": 0.5}, 1.0, "abc", "def", None, ((2, {"val_miou": 0.5}),)))
     assert RunStore(tmp_path, {"words": ["--model.lr=3"]}).runs == store.runs
     with pytest.raises(ConfigError, match="another comparison"):
         RunStore(tmp_path, {"words": ["--model.lrr=3"]})
@@ -175,8 +176,15 @@ def test_a_folder_without_a_finished_run_takes_other_settings(tmp_path):
         (["--with", ""], "names no callback"),
         (["--with", "no.such.module.Callback"], "there is no callback 'no.such.module.Callback'"),
         (["--with", "torch.nn.Linear"], "no callback class"),
-        (["--with", "StochasticPooling", *TINY], "no average pool"),
         (["--with", "AtrousRates", "--trainer.callbacks=pl_normkit.callbacks.AtrousRates"], "edit the network twice"),
+        ([], "nothing to compare"),
+        (["--with", "without=GammaDecay"], "choose another name"),
+        (["--with", "GammaDecay", "--with", "GammaDecay(policy='all')"], "two arms have one name"),
+        (["--arm", "slow"], "--arm cannot be read"),
+        (["--arm", "slow:--model.lrr=3", *TINY], "lrr"),
+        (["--arm", "slow:--seed_everything=3"], "--seeds"),
+        (["--arm", "both:--model.lr=1 --with"], "names no callback"),
+        (["--with", "GammaDecay", "--metric", "val_mio", *TINY, "--trainer.max_steps=1"], "logged no val_mio"),
         (["--with", "GammaDecay", "--seeds", "0"], "at least one pair"),
         (["--with", "GammaDecay", "--seed_everything=3"], "--seeds"),
         (["--with", "GammaDecay", "--model.lrr=3"], "lrr"),
@@ -194,7 +202,7 @@ def test_what_cannot_be_compared_is_one_error(tmp_path, monkeypatch, capsys, mor
 
 @pytest.mark.parametrize(
     ("words", "code", "shown"),
-    [(["--help"], 0, "--seeds"), ([], 2, "--with"), (["--with", "GammaDecay", "--print_config"], 0, "seed_everything")],
+    [(["--help"], 0, "--seeds"), (["--seeds"], 2, "--seeds"), (["--with", "GammaDecay", "--print_config"], 0, "seed_everything")],
 )
 def test_help_and_configuration_are_shown_without_training(tmp_path, monkeypatch, capsys, words, code, shown):
     monkeypatch.chdir(tmp_path)
