@@ -273,7 +273,11 @@ def _hand_over(options: argparse.Namespace) -> int:
         what = f"there is no recipe {options.recipe!r}" if options.recipe else f"{options.handed} needs the name of a recipe"
         raise ConfigError(what, mend=nearest(options.recipe, known) or f"recipes: {', '.join(known)}")
     words = [word for word in options.words if word != "--debug"]
-    recipe = importlib.import_module(f"pl_normkit.recipes.{options.recipe}.main")
+    try:
+        recipe = importlib.import_module(f"pl_normkit.recipes.{options.recipe}.main")
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0].replace("_", "-")
+        raise ConfigError(f"the recipe {options.recipe!r} needs {package}", mend=f"pip install {package}") from error
     if options.handed == "run":
         return int(recipe.run(words))
     return int(importlib.import_module("pl_normkit.recipes.comparing").compare(recipe.RECIPE, words))
