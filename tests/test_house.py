@@ -251,11 +251,7 @@ def test_the_wheel_holds_every_module_under_its_name(wheel: zipfile.ZipFile) -> 
     expected = set()
     for package, folder in FOLDERS.items():
         base = Path(*package.split("."))
-<<<<<<< HEAD
         files = [path for path in folder.rglob("*") if path.suffix in {".py", ".yaml", ".typed", ".html", ".css", ".js", ".json"}]
-=======
-        files = [path for path in folder.rglob("*") if path.suffix in {".py", ".yaml", ".json", ".typed", ".html", ".css", ".js"}]
->>>>>>> 986d424 (The nearest word starts alike; the wheel's data files are expected; docstring examples are code on the site)
         expected |= {(base / path.relative_to(folder)).as_posix() for path in files}
     assert {name for name in wheel.namelist() if ".dist-info/" not in name} == expected
     assert {"pl_normkit/py.typed", "pl_normkit/callbacks/__init__.py", "pl_normkit/recipes/segmentation/__init__.py"} <= expected
