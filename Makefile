@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types zoo bench gpu docs clean
+.PHONY: demo test lint types zoo bench gpu docs site clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +40,13 @@ bench: $(VENV)/.test  ## every benchmark that runs without a GPU
 
 gpu:  ## everything that needs a GPU, in 8 minutes, with the Python that has a torch for it (PYTHON=...); installs nothing
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py
+
+$(VENV)/.site: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable ".[site]"
+	touch $@
+
+site: $(VENV)/.site  ## the pages of docs/ as a web site, in site/; a broken link is an error
+	$(BIN)/mkdocs build --strict
 
 docs: $(VENV)/.test  ## rule pages from the rules' own docstrings
 	$(BIN)/python docs/build.py

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pl_normkit.callbacks._loggers import log_findings
 from pl_normkit.errors import AuditFailedError, ConfigError, NormkitWarning, nearest
 from pl_normkit.findings import NoteKind, Severity
 from pl_normkit.report import Report
@@ -62,6 +63,7 @@ def conclude(trainer: pl.Trainer, report: Report, shown: Report | None, output: 
     is_new = shown is None or bool(new.findings or new.notes)
     if trainer.is_global_zero and is_new:
         _show(new)
+        log_findings(trainer.loggers, report, trainer.global_step)
         if output is not None:
             _write(report, output)
     if is_new:

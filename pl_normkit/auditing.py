@@ -239,7 +239,7 @@ def fix_findings(
         in `skipped`.
 
     Raises:
-        whatever a fix raises beside EditError; the model is as before then.
+        Exception: whatever a fix raises beside EditError; the model is as before then.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64))

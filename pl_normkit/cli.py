@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-__all__ = ["main"]
+__all__ = ["lint_options", "main"]
 
 import argparse
 import ast
 import importlib
+import io
 import os
 import pkgutil
 import re
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,7 +23,7 @@ from pl_normkit.catalog import CatalogRule, catalog_rules, read_catalog, rules_o
 from pl_normkit.errors import ConfigError, NormkitError, nearest
 from pl_normkit.output import CalmStream, say, tolerate_any_text
 
-_FORMATS = ("text", "json", "sarif", "github", "html")
+_FORMATS = ("text", "json", "sarif", "github", "html", "junit")
 _OF_RECIPES = ("run", "compare")
 
 
@@ -165,7 +166,7 @@ def _add_lint_options(lint: _Parser) -> None:
         "timm:NAME, smp:ARCHITECTURE, torchvision:NAME, transformers:CLASS, diffusers:CLASS, hf:PATH/config.json or "
         "package.module:builder, each with ?argument=value&...; the code it names is run"
     )
-    lint.add_argument("model", nargs="?", help=forms)
+    lint.add_argument("model", nargs="?", help=f"{forms} (default: all models of [tool.pl-normkit.models] in pyproject.toml)")
     sizes = (
         "sizes without the batch, once for each input: 3,224,224 or 128:int64; ids:16 for tokens, NAME=16:bool for a keyword argument, "
         "NAME.KEY=3,8,8 for an entry of a dict (default: the model's own)"
@@ -178,8 +179,11 @@ def _add_lint_options(lint: _Parser) -> None:
     lint.add_argument("--select", type=_words, metavar="RULES", help=chosen)
     lint.add_argument("--ignore", type=_words, metavar="RULES", help="the same for rules that do not run, beside those of pyproject.toml")
     lint.add_argument("--per-module-ignore", action="append", default=[], metavar="PATTERN:RULES", help="silence rules in matching modules")
-    lint.add_argument("--baseline", type=Path, metavar="FILE", help="leave out what this file accepts")
-    lint.add_argument("--write-baseline", type=Path, metavar="FILE", help="accept today's findings in this file")
+    folder = "; without a model a folder with a file for each"
+    lint.add_argument("--baseline", type=Path, metavar="FILE", help=f"leave out what this file accepts{folder}")
+    lint.add_argument("--write-baseline", type=Path, metavar="FILE", help=f"accept today's findings in this file{folder}")
+    lint.add_argument("--jobs", type=_count, metavar="N", help="without a model: processes at a time (default: one a core)")
+    lint.add_argument("--no-cache", action="store_true", help="without a model: audit also what has not changed since it was")
     levels = ("note", "warning", "error", "never")
     lint.add_argument("--fail-on", choices=levels, default="note", help="lowest severity that makes the exit code 1")
 
@@ -189,12 +193,28 @@ def _add_arguments(parser: argparse.ArgumentParser, arguments: Mapping[str, Mapp
         parser.add_argument(name, **settings)
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of processes")
+    return int(text)
+
+
 def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def _lint(options: argparse.Namespace) -> int:
-    return int(importlib.import_module("pl_normkit.linting").lint(options))
+    return int(importlib.import_module("pl_normkit.linting").lint(options, lint_options))
+
+
+def lint_options(words: Sequence[str]) -> argparse.Namespace:
+    """The options that the words of `pl-normkit lint` stand for. Raises ConfigError for words it does not know."""
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said), redirect_stdout(said):
+            return _parse(["lint", *words])
+    except SystemExit as stop:
+        raise ConfigError(said.getvalue().strip().rpartition("error: ")[2], mend="see `pl-normkit lint --help`") from stop
 
 
 def _list_rules(_: argparse.Namespace) -> int:
@@ -255,7 +275,11 @@ def _hand_over(options: argparse.Namespace) -> int:
     if options.recipe not in known:
         what = f"there is no recipe {options.recipe!r}" if options.recipe else f"{options.handed} needs the name of a recipe"
         raise ConfigError(what, mend=nearest(options.recipe, known) or f"recipes: {', '.join(known)}")
-    recipe = importlib.import_module(f"pl_normkit.recipes.{options.recipe}.main")
+    try:
+        recipe = importlib.import_module(f"pl_normkit.recipes.{options.recipe}.main")
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0].replace("_", "-")
+        raise ConfigError(f"the recipe {options.recipe!r} needs {package}", mend=f"pip install {package}") from error
     if options.handed == "run":
         return int(recipe.run(words))
     return int(importlib.import_module("pl_normkit.recipes.comparing").compare(recipe.RECIPE, words))

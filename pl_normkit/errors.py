@@ -17,7 +17,6 @@ __all__ = [
 ]
 
 import difflib
-import os
 from collections.abc import Iterable
 
 
@@ -90,7 +89,10 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """A "did you mean" clause for `word`, or the empty string when nothing in `known` is close."""
     names = {name.lower(): name for name in known}
     close = difflib.get_close_matches(word.lower(), names, n=10, cutoff=0.5)
-    ratios = [
-        (difflib.SequenceMatcher(None, found, word.lower()).ratio(), len(os.path.commonprefix([found, word.lower()]))) for found in close
-    ]
-    return f"did you mean {names[close[ratios.index(max(ratios))]]!r}?" if close else ""
+    return f"did you mean {names[max(close, key=lambda found: _likeness(found, word.lower()))]!r}?" if close else ""
+
+
+def _likeness(first: str, second: str) -> tuple[float, int]:
+    """How much of the two is alike; of two that are as like, the one with the longer common beginning."""
+    common = next((n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
+    return difflib.SequenceMatcher(None, first, second).ratio(), common

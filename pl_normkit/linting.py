@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["lint"]
+__all__ = ["lint", "report_of"]
 
 import argparse
 import contextlib
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,24 +22,28 @@ from pl_normkit.findings import read_baseline, subtract_baseline, write_baseline
 from pl_normkit.graph import ModelGraph
 from pl_normkit.importing import users_code
 from pl_normkit.inputs import parse_inputs
+from pl_normkit.listed_models import lint_listed
 from pl_normkit.output import CalmStream, calm, say
 from pl_normkit.report import Report
+from pl_normkit.report.several import in_form
 from pl_normkit.selection import Selection
 from pl_normkit.specs import build_model
 from pl_normkit.subject import Subject
 
 
-def lint(options: argparse.Namespace) -> int:
-    """0 for a clean subject, 1 for findings that count, 2 where something failed. Raises NormkitError for bad input."""
-    selection = Selection.from_pyproject().override(options.select, options.ignore, _patterns(options.per_module_ignore))
-    accepted = read_baseline(options.baseline) if options.baseline else frozenset()
-    with _foreign_words_apart():
-        found = audit_subject(_subject(options), selection)
-    report = Report(subtract_baseline(found.findings, accepted), options.model or found.subject, found.notes)
+def lint(options: argparse.Namespace, parse: Callable[[Sequence[str]], argparse.Namespace]) -> int:
+    """0 where all is clean, 1 for findings that count, 2 where something failed. Raises NormkitError for bad input.
+
+    Args:
+        options: of the command line; where they name neither a model nor a loss, the models of pyproject.toml are audited.
+        parse: from words to options.
+    """
     try:
-        if options.write_baseline:
-            write_baseline(options.write_baseline, found.findings)
-        _show(report, options.format, options.output)
+        if options.model is None and not _parts_given(options):
+            reports = lint_listed(options, parse, report_of)
+        else:
+            reports = [_lint_one(options)]
+        _show(reports, options.format, options.output)
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -49,11 +53,29 @@ def lint(options: argparse.Namespace) -> int:
             evidence=error.strerror or str(error),
             mend="name a file in a folder that exists",
         ) from error
-    for note in report.notes:
-        say(f"{'error' if note in report.failures else 'note'}: {note}")
-    if report.failures:
+    for report in reports:
+        name = f"{report.subject}: " if len(reports) > 1 else ""
+        for note in report.notes:
+            say(f"{'error' if note in report.failures else 'note'}: {name}{note}")
+    if any(report.failures for report in reports):
         return 2
-    return int(options.fail_on != "never" and bool(report.at_least(options.fail_on)))
+    return int(options.fail_on != "never" and any(report.at_least(options.fail_on) for report in reports))
+
+
+def report_of(options: argparse.Namespace) -> Report:
+    """What the options of one subject say, baselines apart. Raises NormkitError for bad input."""
+    selection = Selection.from_pyproject().override(options.select, options.ignore, _patterns(options.per_module_ignore))
+    with _foreign_words_apart():
+        found = audit_subject(_subject(options), selection)
+    return Report(found.findings, options.model or found.subject, found.notes)
+
+
+def _lint_one(options: argparse.Namespace) -> Report:
+    accepted = read_baseline(options.baseline) if options.baseline else frozenset()
+    found = report_of(options)
+    if options.write_baseline:
+        write_baseline(options.write_baseline, found.findings)
+    return replace(found, findings=subtract_baseline(found.findings, accepted))
 
 
 @contextlib.contextmanager
@@ -67,10 +89,8 @@ def _foreign_words_apart() -> Iterator[None]:
 
 
 def _subject(options: argparse.Namespace) -> Subject:
-    parts = [part for part in load_lint_parts() if _is_given(part, options)]
+    parts = _parts_given(options)
     if options.model is None:
-        if not parts:
-            raise ConfigError("there is nothing to lint", mend="name a model: pl-normkit lint timm:resnet50")
         return Subject(**_filled(parts, options, None), measure=options.real)
     device = "cpu" if options.real else "meta"
     model = build_model(options.model, device=device)
@@ -86,6 +106,10 @@ def _filled(parts: Sequence[LintPart], options: argparse.Namespace, model: nn.Mo
         with users_code(f"{flag} {getattr(options, name)} cannot be used", mend="check what it names", kind=ConfigError):
             fields |= part.fill(options, model)
     return fields
+
+
+def _parts_given(options: argparse.Namespace) -> list[LintPart]:
+    return [part for part in load_lint_parts() if _is_given(part, options)]
 
 
 def _is_given(part: LintPart, options: argparse.Namespace) -> bool:
@@ -108,8 +132,9 @@ def _patterns(texts: Sequence[str]) -> dict[str, list[str]]:
     return patterns
 
 
-def _show(report: Report, form: str, output: Path | None) -> None:
-    if form == "text" and report.failures and not report.findings:
+def _show(reports: Sequence[Report], form: str, output: Path | None) -> None:
+    shown = [report for report in reports if report.findings or not report.failures]
+    if form == "text" and not shown:
         return
     with contextlib.ExitStack() as stack:
         stream: Any = sys.stdout
@@ -118,8 +143,9 @@ def _show(report: Report, form: str, output: Path | None) -> None:
         if form == "text":
             from rich.console import Console
 
-            # Its notes go to standard error.
-            replace(report, notes=()).print(Console(file=CalmStream(stream), emoji=False, width=None if stream.isatty() else 120))  # type: ignore[arg-type]
+            console = Console(file=CalmStream(stream), emoji=False, width=None if stream.isatty() else 120)  # type: ignore[arg-type]
+            for report in shown:
+                replace(report, notes=()).print(console)  # its notes go to standard error
         else:
-            text = {"json": report.to_json, "sarif": report.to_sarif, "github": report.to_github, "html": report.to_html}[form]()
+            text = in_form(reports, form)
             stream.write((text if form == "github" else calm(text)) + "\n")

@@ -11,7 +11,8 @@ import os
 import sys
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -113,16 +114,33 @@ def lint_repository(
     for entry in entries:
         if entry.name in reports:
             done(entry)
-    workers = min(jobs or os.cpu_count() or 1, max(len(missing), 1))
-    if missing:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(tuple(sys.path),)) as pool:
-            futures: dict[str, Future[Report]] = {entry.name: pool.submit(_guarded, lint, entry.words) for entry in missing}
-            for entry in missing:
-                reports[entry.name] = report = _result(futures[entry.name])
-                _keep(files[entry.name], report)
-                done(entry)
+    for entry, report in _in_processes(missing, lint, jobs or os.cpu_count() or 1):
+        reports[entry.name] = report
+        _keep(files[entry.name], report)
+        done(entry)
     return {entry.name: within_repository(replace(reports[entry.name], subject=entry.name), root, entry) for entry in entries}
+
+
+def _in_processes(entries: Sequence[Entry], lint: Callable[[Sequence[str]], Report], jobs: int) -> Iterator[tuple[Entry, Report]]:
+    """As they come in. A process that dies takes the pool with it: what is left then runs one by one, so that each answers for itself."""
+    left = list(entries)
+    for entry, future in _submitted(entries, lint, jobs):
+        if not isinstance(future.exception(), BrokenProcessPool):
+            left.remove(entry)
+            yield entry, _result(future)
+    for entry in left:
+        for _, future in _submitted([entry], lint, 1):
+            yield entry, _result(future)
+
+
+def _submitted(entries: Sequence[Entry], lint: Callable[[Sequence[str]], Report], jobs: int) -> Iterator[tuple[Entry, Future[Report]]]:
+    if not entries:
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(jobs, len(entries)), context, initializer=_start_worker, initargs=(tuple(sys.path),)) as pool:
+        futures = {pool.submit(_guarded, lint, entry.words): entry for entry in entries}
+        for future in as_completed(futures):
+            yield futures[future], future
 
 
 def _start_worker(path: Sequence[str]) -> None:
@@ -138,6 +156,8 @@ def _guarded(lint: Callable[[Sequence[str]], Report], words: Sequence[str]) -> R
         return lint(words)
     except NormkitError as error:
         return Report(notes=[Note(str(error))])
+    except SystemExit as stop:
+        return Report(notes=[Note(f"the code that was run called sys.exit({'' if stop.code is None else stop.code})")])
 
 
 def _result(future: Future[Report]) -> Report:
@@ -150,16 +170,25 @@ def _result(future: Future[Report]) -> Report:
 def _state(root: Path) -> str:
     """A digest of all that an audit depends on beside its words."""
     packages = sorted(f"{found.name}=={found.version}" for found in importlib.metadata.distributions())
-    sources = sorted(path for path in root.rglob("*") if path.suffix in _SOURCES and not _is_left_out(path.relative_to(root)))
-    contents = [_digest_of_file(path) for path in sources if path.is_file()]
-    return _digest(sys.version, *packages, *map(str, sources), *contents)
+    sources = sorted(path for path in _files(root) if path.suffix in _SOURCES and path.is_file())
+    return _digest(sys.version, *packages, *map(str, sources), *map(_digest_of_file, sources))
 
 
 _SOURCES = (".py", ".toml", ".json", ".yaml")
 
 
-def _is_left_out(path: Path) -> bool:
-    return any(part.startswith(".") or part in {"build", "dist", "node_modules"} for part in path.parts)
+def _files(root: Path) -> Iterator[Path]:
+    """Of folders that are not hidden and hold nothing built or installed, which may be large."""
+    for folder, folders, names in os.walk(root):
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and name not in _LEFT_OUT and not (Path(folder) / name / "pyvenv.cfg").is_file()
+        ]
+        yield from (Path(folder) / name for name in names if not name.startswith("."))
+
+
+_LEFT_OUT = {"build", "dist", "node_modules", "site-packages", "__pycache__"}
 
 
 def _digest_of_file(path: Path) -> str:
@@ -181,6 +210,7 @@ def _keep(file: Path | None, report: Report) -> None:
     if file is None or report.failures:
         return
     file.parent.mkdir(parents=True, exist_ok=True)
+    (file.parent / ".gitignore").write_text("*\n", encoding="utf-8")
     draft = file.with_suffix(f".{os.getpid()}")
     draft.write_text(report.to_json(), encoding="utf-8")
     draft.replace(file)

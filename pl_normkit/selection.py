@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Selection"]
+__all__ = ["Selection", "nearest_pyproject"]
 
 import fnmatch
 import tomllib
@@ -14,6 +14,13 @@ from pathlib import Path
 from pl_normkit.errors import ConfigError, NormkitWarning, nearest
 from pl_normkit.findings import Finding, Place
 from pl_normkit.rules import Rule, load_rules
+
+
+def nearest_pyproject(start: Path | None = None) -> Path | None:
+    """The pyproject.toml at or above `start` (default: the working directory)."""
+    folder = (start or Path.cwd()).resolve()
+    candidates = (candidate / "pyproject.toml" for candidate in (folder, *folder.parents))
+    return next((path for path in candidates if path.is_file()), None)
 
 
 @dataclass(frozen=True)
@@ -44,12 +51,8 @@ class Selection:
 
         Raises ConfigError on a key or a value type that is not known.
         """
-        folder = (start or Path.cwd()).resolve()
-        for candidate in (folder, *folder.parents):
-            path = candidate / "pyproject.toml"
-            if path.is_file():
-                return cls._from_file(path)
-        return cls()
+        path = nearest_pyproject(start)
+        return cls() if path is None else cls._from_file(path)
 
     @classmethod
     def _from_file(cls, path: Path) -> Selection:
@@ -63,7 +66,7 @@ class Selection:
         table = tools.get("pl-normkit", {})
         if not isinstance(table, dict):
             raise ConfigError("[tool.pl-normkit] must be a table", where=str(path), evidence=repr(table)[:80])
-        known = {"select": list, "ignore": list, "per-module-ignore": dict}
+        known = {"select": list, "ignore": list, "per-module-ignore": dict, "models": dict}
         for key, value in table.items():
             if key not in known:
                 raise ConfigError(

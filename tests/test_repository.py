@@ -118,9 +118,10 @@ def test_what_failed_is_not_cached(tmp_path: Path) -> None:
     assert not (tmp_path / ".cache").exists()
 
 
-def test_a_process_that_dies_is_a_note(tmp_path: Path) -> None:
-    (report,) = lint_repository([entry("die")], lint, tmp_path, jobs=1).values()
-    assert "terminated abruptly" in str(report.notes[0])
+def test_a_process_that_dies_is_a_note_of_its_own_model(tmp_path: Path) -> None:
+    reports = lint_repository([entry("die"), entry("a")], lint, tmp_path, jobs=1)
+    assert "terminated abruptly" in str(reports["die"].notes[0])
+    assert (len(reports["a"].findings), list(reports["a"].notes)) == (1, [])
 
 
 def test_places_lie_in_the_repository(tmp_path: Path) -> None:

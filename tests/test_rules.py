@@ -331,7 +331,7 @@ def test_the_nearest_pyproject_counts(tmp_path: Path, monkeypatch: pytest.Monkey
     ("text", "what", "mend"),
     [
         ('[tool.pl-normkit]\nignroe = ["NK101"]', "unknown key 'ignroe'", "did you mean 'ignore'?"),
-        ("[tool.pl-normkit]\nxyzzy = 1", "unknown key 'xyzzy'", "known keys: select, ignore, per-module-ignore"),
+        ("[tool.pl-normkit]\nxyzzy = 1", "unknown key 'xyzzy'", "known keys: select, ignore, per-module-ignore, models"),
         ('[tool.pl-normkit]\nselect = "NK1"', "'select' in [tool.pl-normkit] must be a list", ""),
         ("[tool.pl-normkit]\nper-module-ignore = []", "'per-module-ignore' in [tool.pl-normkit] must be a dict", ""),
         ('[tool.pl-normkit]\nper-module-ignore = {"a" = "NK101"}', "rules are given as a list", '["NK101"]'),
