@@ -111,7 +111,7 @@ class ModelAudit(Callback):
         return self._generate_state_key(select=self.selection.select, ignore=tuple(self.selection.ignore), fix=self.fix)
 
     def state_dict(self) -> dict[str, Any]:
-        return {KEY: self._records}
+        return {KEY: self._records} if self._records else {}
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._records and not self._has_said:

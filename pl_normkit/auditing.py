@@ -156,7 +156,7 @@ def _with_step(subject: Subject) -> Subject:
 
 def _graph_notes(subject: Subject, codes: Sequence[str]) -> list[Note]:
     if subject.graph is not None and subject.graph.unseen:
-        return [Note(subject.graph.unseen, NoteKind.INFORMATION)]
+        return [Note(subject.graph.unseen, NoteKind.NOT_RUN)]
     if subject.graph is not None or subject.model is None:
         return []
     if subject.trace_failure:

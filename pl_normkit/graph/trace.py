@@ -164,7 +164,10 @@ class _Reader:
     def _renamed(self, old: str, new: str) -> dict[str, str]:
         first = self._first_name_of
         inside = self.model.get_submodule(old).named_parameters(remove_duplicate=False)
-        return {first[f"{old}.{name}"]: first[f"{new}.{name}"] for name, _ in inside}
+        names = [(f"{old}.{name}", f"{new}.{name}") for name, _ in inside]
+        if not all(name in first for _, name in names):
+            raise BlocksDifferError
+        return {first[before]: first[after] for before, after in names}
 
     @cached_property
     def _first_name_of(self) -> dict[str, str]:

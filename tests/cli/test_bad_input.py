@@ -38,14 +38,14 @@ BAD_INPUT = {
     "wrong shape": (
         ("lint", "userpkg.models:build", "--input", "5,8,8"),
         "with inputs (2, 5, 8, 8) torch.float32",
-        "check the input shapes",
+        "check the inputs",
     ),
     "wrong dtype": (
         ("lint", "userpkg.models:build", "--input", "3,8,8:int64"),
         "with inputs (2, 3, 8, 8) torch.int64",
-        "check the input shapes",
+        "check the inputs",
     ),
-    "not exportable": (("lint", "userpkg.models:Branching", "--input", "3"), "userpkg/models.py:26", "data-dependent control flow"),
+    "not exportable": (("lint", "userpkg.models:Branching", "--input", "3"), "userpkg/models.py:26", "take that line out of forward"),
     "unknown rule": ((*LINT, "--select", "NK110"), "unknown rule 'NK110'", "did you mean 'NK1"),
     "unknown ignore": (
         (*LINT, "--ignore", "dropout-before-batchnorm"),
