@@ -164,7 +164,7 @@ class Fit:
                 raise ConfigError(
                     f"{type(other).__name__} copied the network before {type(callback).__name__} added to it",
                     where="Trainer(callbacks=[...])",
-                    mend=f"put {type(callback).__name__} before {type(other).__name__}; the order decides which network is averaged",
+                    fix=f"put {type(callback).__name__} before {type(other).__name__}; the order decides which network is averaged",
                 )
 
     def sharing(self) -> AbstractContextManager[None]:

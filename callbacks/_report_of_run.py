@@ -25,9 +25,9 @@ _FORMATS = {".sarif": Report.to_sarif, ".json": Report.to_json, ".html": Report.
 def check_options(fix: str, fail_on: str | None) -> Severity | None:
     """Raises ConfigError for a word that is no option."""
     if fix not in ("none", "safe", "unsafe"):
-        raise ConfigError(f"ModelAudit knows no fix={fix!r}", mend='use "none", "safe" or "unsafe"')
+        raise ConfigError(f"ModelAudit knows no fix={fix!r}", fix='use "none", "safe" or "unsafe"')
     if fail_on not in (None, *Severity):
-        raise ConfigError(f"ModelAudit knows no fail_on={fail_on!r}", mend='use "note", "warning", "error" or None')
+        raise ConfigError(f"ModelAudit knows no fail_on={fail_on!r}", fix='use "note", "warning", "error" or None')
     return None if fail_on is None else Severity(fail_on)
 
 
@@ -39,7 +39,7 @@ def check_output(output: str | Path | None) -> Path | None:
     if path.suffix not in _FORMATS:
         known = ", ".join(_FORMATS)
         raise ConfigError(
-            f"{path.name!r} names no format of a report", where="output", mend=nearest(path.suffix, _FORMATS) or f"use {known}"
+            f"{path.name!r} names no format of a report", where="output", fix=nearest(path.suffix, _FORMATS) or f"use {known}"
         )
     return path
 
@@ -100,6 +100,6 @@ def _failure(report: Report, fail_on: Severity) -> AuditFailedError:
         f"the audit found {len(severe)} at or above {fail_on!s}: {severe[0].code} {severe[0].message}",
         where=", ".join(str(place) for place in severe[0].places[:3]),
         evidence="; ".join(f"{finding.code} {finding.message}" for finding in severe[1:]),
-        mend=severe[0].advice,
+        fix=severe[0].advice,
         silence=severe[0].silence,
     )

@@ -91,7 +91,7 @@ class AtrousRates(Callback):
         calls = fit.calls_with(batch, self.example_inputs)
         size = fit.trainer.strategy.broadcast(self.input_size or self._crop(calls))
         if size is None:
-            raise NothingMatchedError("it is not known how large the images are", mend="pass input_size=")
+            raise NothingMatchedError("it is not known how large the images are", fix="pass input_size=")
         self._set(fit, calls, size)
 
     @staticmethod

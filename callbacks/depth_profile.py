@@ -50,7 +50,7 @@ class DepthProfile(Callback):
             raise ConfigError("steps between measurements are at least 1", evidence=f"{every_n_steps} and {gradient_every}")
         for name in panels:
             if name not in PANELS:
-                raise ConfigError(f"a profile has no panel {name!r}", mend=nearest(name, PANELS) or ", ".join(PANELS))
+                raise ConfigError(f"a profile has no panel {name!r}", fix=nearest(name, PANELS) or ", ".join(PANELS))
         self.every_n_steps, self.panels, self.gradient_every = every_n_steps, tuple(panels), gradient_every
         self._forget()
 

@@ -117,7 +117,7 @@ class GammaDecay(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._splitter is None and trainer.optimizers:
             what = f"GammaDecay came too late: {type(trainer.optimizers[0]).__name__} exists already"
-            raise EditError(what, mend="give GammaDecay to the Trainer before fit, or build the groups with pl_normkit.param_groups")
+            raise EditError(what, fix="give GammaDecay to the Trainer before fit, or build the groups with pl_normkit.param_groups")
 
     def state_dict(self) -> dict[str, Any]:
         return {"policy": self.policy.to_json(), "layouts": self._splitter and self._splitter.layouts(), "history": self.history}

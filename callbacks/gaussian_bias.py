@@ -65,7 +65,7 @@ class GaussianBias(Callback):
             raise EditError(
                 "configure_model both builds and shards the network, so the parameters of the bias would not be synchronized",
                 where="GaussianBias",
-                mend="call add_gaussian_bias in configure_model, before fully_shard",
+                fix="call add_gaussian_bias in configure_model, before fully_shard",
             )
         changes = add_gaussian_bias(
             pl_module,

@@ -39,7 +39,7 @@ class TimestepEmbedding(Callback):
         if remedy not in _REMEDIES:
             raise ConfigError(
                 f"there is no remedy {remedy!r}",
-                mend=nearest(str(remedy), _REMEDIES)
+                fix=nearest(str(remedy), _REMEDIES)
                 or f"choose one of {', '.join(get_args(Remedy))}; other ways are modules of pl_normkit.nn",
             )
         self.remedy: Remedy = remedy
@@ -60,6 +60,6 @@ class TimestepEmbedding(Callback):
                 if network is None
                 else "it is not known what the network is called with",
                 where="TimestepEmbedding",
-                mend="give the module a forward" if network is None else "pass example_inputs=, or set example_input_array",
+                fix="give the module a forward" if network is None else "pass example_inputs=, or set example_input_array",
             )
         self.changes = _REMEDIES[self.remedy](network, inputs, filter_fn=self.filter_fn)

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"error: {error}")
     except SystemExit as stop:
         cause = stop
-        say(f"error: the code that was run called sys.exit({'' if stop.code is None else stop.code})\n  mend: --debug shows where")
+        say(f"error: the code that was run called sys.exit({'' if stop.code is None else stop.code})\n  fix: --debug shows where")
     except MemoryError as error:
         cause = error
         say(f"error: out of memory: {error}")
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if words[:1] and words[0] in _OF_RECIPES:  # the user's own training code, which wants its traceback
             raise
         cause = error
-        say(f"internal error: {type(error).__name__}: {error}\n  mend: please report it with the output of --debug")
+        say(f"internal error: {type(error).__name__}: {error}\n  fix: please report it with the output of --debug")
     except BaseException as error:  # the interrupt key, or what a user's code raises in its place
         cause = error
         say(f"error: stopped by {type(error).__name__}")
@@ -214,7 +214,7 @@ def lint_options(words: Sequence[str]) -> argparse.Namespace:
         with redirect_stderr(said), redirect_stdout(said):
             return _parse(["lint", *words])
     except SystemExit as stop:
-        raise ConfigError(said.getvalue().strip().rpartition("error: ")[2], mend="see `pl-normkit lint --help`") from stop
+        raise ConfigError(said.getvalue().strip().rpartition("error: ")[2], fix="see `pl-normkit lint --help`") from stop
 
 
 def _list_rules(_: argparse.Namespace) -> int:
@@ -236,7 +236,7 @@ def _explain(options: argparse.Namespace) -> int:
     known = _find_rule(options.rule, catalog_rules()) or _find_rule(options.rule, rules_of_code())
     if known is None:
         names = [name for rule in catalog_rules() for name in (rule.code, rule.name)]
-        raise ConfigError(f"there is no rule {options.rule!r}", mend=nearest(options.rule, names) or "see `pl-normkit rules`")
+        raise ConfigError(f"there is no rule {options.rule!r}", fix=nearest(options.rule, names) or "see `pl-normkit rules`")
     console = Console(file=CalmStream(sys.stdout), emoji=False, width=None if sys.stdout.isatty() else 120)  # type: ignore[arg-type]
     preview = ", preview: off until selected" if known.preview else ""
     console.print(f"[bold]{known.code} {known.name}[/bold] ({known.severity}{preview})")
@@ -274,12 +274,12 @@ def _hand_over(options: argparse.Namespace) -> int:
         return int(importlib.import_module("pl_normkit.recipes.comparing").compare_built(options.recipe, words))
     if options.recipe not in known:
         what = f"there is no recipe {options.recipe!r}" if options.recipe else f"{options.handed} needs the name of a recipe"
-        raise ConfigError(what, mend=nearest(options.recipe, known) or f"recipes: {', '.join(known)}")
+        raise ConfigError(what, fix=nearest(options.recipe, known) or f"recipes: {', '.join(known)}")
     try:
         recipe = importlib.import_module(f"pl_normkit.recipes.{options.recipe}.main")
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0].replace("_", "-")
-        raise ConfigError(f"the recipe {options.recipe!r} needs {package}", mend=f"pip install {package}") from error
+        raise ConfigError(f"the recipe {options.recipe!r} needs {package}", fix=f"pip install {package}") from error
     if options.handed == "run":
         return int(recipe.run(words))
     return int(importlib.import_module("pl_normkit.recipes.comparing").compare(recipe.RECIPE, words))

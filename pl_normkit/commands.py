@@ -123,7 +123,7 @@ def _refuse_second(name: str, first: Callable[..., Any], second: Callable[..., A
         raise ConfigError(
             f"{name!r} is on the command line already",
             where=f"{first.__module__}.{first.__qualname__} and {second.__module__}.{second.__qualname__}",
-            mend="give one of them another name",
+            fix="give one of them another name",
         )
 
 

@@ -1,4 +1,4 @@
-"""One exception family. Every message says what, where, on what evidence, how to mend it and how to silence it."""
+"""One exception family. Every message says what, where, on what evidence, how to fix it and how to silence it."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ class NormkitError(Exception):
         what: what is wrong, one sentence.
         where: module path, source line, file or option.
         evidence: the value that was seen.
-        mend: what to do about it.
+        fix: what to do about it.
         silence: how to switch the check off, where that is possible.
     """
 
-    def __init__(self, what: str, *, where: str = "", evidence: str = "", mend: str = "", silence: str = "") -> None:
+    def __init__(self, what: str, *, where: str = "", evidence: str = "", fix: str = "", silence: str = "") -> None:
         self.what = what
         self.where = where
         self.evidence = evidence
-        self.mend = mend
+        self.fix = fix
         self.silence = silence
-        labelled = [("where", where), ("seen", evidence), ("mend", mend), ("silence", silence)]
+        labelled = [("where", where), ("seen", evidence), ("fix", fix), ("silence", silence)]
         super().__init__("\n".join([what, *(f"  {label}: {text}" for label, text in labelled if text)]))
 
     def __reduce__(self) -> tuple[object, ...]:
-        state = {"where": self.where, "evidence": self.evidence, "mend": self.mend, "silence": self.silence}
+        state = {"where": self.where, "evidence": self.evidence, "fix": self.fix, "silence": self.silence}
         return (_rebuild, (type(self), self.what, state))
 
 

@@ -193,7 +193,7 @@ def read_baseline(path: Path) -> frozenset[str]:
             "the baseline file cannot be read",
             where=str(path),
             evidence=f"{type(error).__name__}: {error}",
-            mend="write one with --write-baseline",
+            fix="write one with --write-baseline",
         ) from error
 
 

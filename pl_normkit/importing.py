@@ -17,7 +17,7 @@ from pl_normkit.errors import ModelSpecError, NormkitError, nearest
 
 
 @contextmanager
-def users_code(what: str, *, where: str = "", mend: str = "", kind: type[NormkitError] = ModelSpecError) -> Iterator[None]:
+def users_code(what: str, *, where: str = "", fix: str = "", kind: type[NormkitError] = ModelSpecError) -> Iterator[None]:
     """Turn whatever the code in the block raises into one error, `sys.exit` too: a command must not end with its exit code.
 
     Errors of this library pass as they are, and so does the interrupt key.
@@ -27,7 +27,7 @@ def users_code(what: str, *, where: str = "", mend: str = "", kind: type[Normkit
     except NormkitError:
         raise
     except (Exception, SystemExit) as error:
-        raise kind(what, where=where, evidence=summary_of(error), mend=f"{mend}; --debug shows the traceback".lstrip("; ")) from error
+        raise kind(what, where=where, evidence=summary_of(error), fix=f"{fix}; --debug shows the traceback".lstrip("; ")) from error
 
 
 def summary_of(error: BaseException) -> str:
@@ -50,7 +50,7 @@ def import_object(spec: str) -> Any:
             for part in name.split("."):
                 found = getattr(found, part)
         except AttributeError as error:
-            raise ModelSpecError(f"{source} has no {name!r}", mend=nearest(name, dir(module)) or f"see dir({source})") from error
+            raise ModelSpecError(f"{source} has no {name!r}", fix=nearest(name, dir(module)) or f"see dir({source})") from error
     return found
 
 
@@ -61,18 +61,18 @@ def import_library(module: str, package: str = "") -> Any:
     except ModuleNotFoundError as error:
         known = "" if error.name == module.partition(".")[0] else f"while importing {module}"
         get = f"pip install {package}" if package else "run where it can be imported from (a module, not a file: no .py)"
-        raise ModelSpecError(f"there is no module {error.name!r}", where=known, mend=f"{get}, or check the spelling") from error
+        raise ModelSpecError(f"there is no module {error.name!r}", where=known, fix=f"{get}, or check the spelling") from error
     except (Exception, SystemExit) as error:
         if "torchvision::" not in str(error):
             raise ModelSpecError(
                 f"{module} cannot be imported",
                 evidence=summary_of(error),
-                mend="mend the module, or check the spelling; --debug shows the traceback",
+                fix="fix the module, or check the spelling; --debug shows the traceback",
             ) from error
         raise ModelSpecError(
             "torchvision does not fit the installed torch",
             evidence=str(error).splitlines()[0],
-            mend="a CPU-only build of torch lacks what torchvision needs: install torch and torchvision together from the package registry",
+            fix="a CPU-only build of torch lacks what torchvision needs: install torch and torchvision together from the package registry",
         ) from error
 
 

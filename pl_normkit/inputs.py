@@ -50,13 +50,13 @@ def parse_inputs(texts: Sequence[str], model: nn.Module, *, spec: str = "", devi
     """
     if texts:
         return _from_texts(texts, model, device)
-    with users_code("the model's example_input_array cannot be read", mend="give the input's shape: --input 3,224,224"):
+    with users_code("the model's example_input_array cannot be read", fix="give the input's shape: --input 3,224,224"):
         own = getattr(model, "example_input_array", None)
     if own is not None:
         return own
     found = _of_library(model, spec, device)
     if found is None:
-        raise ModelSpecError("the input shape of this model is not known", mend="give it, without the batch: --input 3,224,224")
+        raise ModelSpecError("the input shape of this model is not known", fix="give it, without the batch: --input 3,224,224")
     return found
 
 
@@ -77,7 +77,7 @@ def _from_texts(texts: Sequence[str], model: nn.Module, device: str) -> Any:
         for part in outer:
             home = home.setdefault(part, {})
             if not isinstance(home, dict):
-                raise ModelSpecError(f"--input {text!r} is inside of what is a tensor already", mend="give an entry of a dict another name")
+                raise ModelSpecError(f"--input {text!r} is inside of what is a tensor already", fix="give an entry of a dict another name")
         home[last] = tensor
     if not keywords:
         return tuple(positional)
@@ -85,8 +85,8 @@ def _from_texts(texts: Sequence[str], model: nn.Module, device: str) -> Any:
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for name in keywords:
         if name not in parameters and not takes_any:
-            mend = nearest(name, parameters) or f"it takes {', '.join(parameters) or 'nothing'}"
-            raise ModelSpecError(f"forward of {type(model).__name__} takes no {name!r}", where="--input", mend=mend)
+            fix = nearest(name, parameters) or f"it takes {', '.join(parameters) or 'nothing'}"
+            raise ModelSpecError(f"forward of {type(model).__name__} takes no {name!r}", where="--input", fix=fix)
     return {**dict(zip(parameters, positional, strict=False)), **keywords}
 
 
@@ -101,7 +101,7 @@ def _parse(text: str, shape: str, name: str, device: str) -> Tensor:
     except ValueError:
         numbers = [0]
     if min(numbers, default=1) < 1 or not isinstance(dtype, torch.dtype) or not _holds_numbers(dtype):
-        raise ModelSpecError(f"--input {text!r} is no shape", mend=_FORM)
+        raise ModelSpecError(f"--input {text!r} is no shape", fix=_FORM)
     return _made_up(numbers, dtype, device)
 
 
@@ -120,9 +120,9 @@ def _made_up(shape: Sequence[int], dtype: torch.dtype, device: str, *, batch: in
         raise ModelSpecError(
             f"--input {text} is larger than the memory of this machine",
             evidence=f"{size / 2**30:.3g} GiB",
-            mend="give smaller sizes, or leave out --real",
+            fix="give smaller sizes, or leave out --real",
         )
-    with users_code(f"--input {text} cannot be made", mend="give other sizes or another dtype"):
+    with users_code(f"--input {text} cannot be made", fix="give other sizes or another dtype"):
         if device == "meta" or (not dtype.is_floating_point and below == 1):
             return torch.zeros(batch, *shape, dtype=dtype, device=device)
         generator = torch.Generator().manual_seed(0)
@@ -142,7 +142,7 @@ def _memory_size() -> int:
 def _of_library(model: nn.Module, spec: str, device: str) -> Any:
     source, name, arguments = read_spec(spec) if spec else ("", "", {})
     config = getattr(model, "config", None)
-    with users_code("the inputs of this model cannot be made from its configuration", mend="give them: --input NAME=SIZES"):
+    with users_code("the inputs of this model cannot be made from its configuration", fix="give them: --input NAME=SIZES"):
         if source == "torchvision":
             return _of_torchvision(name, device)
         if source == "diffusers":
@@ -192,7 +192,7 @@ def _of_transformers(model: nn.Module, config: Any, device: str) -> dict[str, Te
     elif name == "pixel_values":
         known[name] = _made_up((getattr(vision, "num_channels", 3), *_sides(getattr(vision, "image_size", 224))), torch.float32, device)
     else:
-        raise ModelSpecError(f"the shape of {name} is not known", mend=f"give it, without the batch: --input {name}=SIZES")
+        raise ModelSpecError(f"the shape of {name} is not known", fix=f"give it, without the batch: --input {name}=SIZES")
     parameters = inspect.signature(model.forward).parameters
     if "input_ids" in parameters and "pixel_values" in parameters and text is not vision:
         known["input_ids"] = tokens
@@ -222,7 +222,7 @@ def _of_diffusers(model: nn.Module, config: Any, device: str) -> dict[str, Tenso
         is_asked_for = parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         if is_asked_for or (name == "class_labels" and getattr(config, "norm_type", "") == "ada_norm_zero"):
             if name not in known:
-                raise ModelSpecError(f"the shape of {name} is not known", mend=f"give all inputs: --input {name}=SIZES")
+                raise ModelSpecError(f"the shape of {name} is not known", fix=f"give all inputs: --input {name}=SIZES")
             shape, dtype = known[name]
             inputs[name] = _made_up(shape, dtype, device)
     return inputs

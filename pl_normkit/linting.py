@@ -51,7 +51,7 @@ def lint(options: argparse.Namespace, parse: Callable[[Sequence[str]], argparse.
             "the file cannot be written",
             where=str(error.filename or ""),
             evidence=error.strerror or str(error),
-            mend="name a file in a folder that exists",
+            fix="name a file in a folder that exists",
         ) from error
     for report in reports:
         name = f"{report.subject}: " if len(reports) > 1 else ""
@@ -103,7 +103,7 @@ def _filled(parts: Sequence[LintPart], options: argparse.Namespace, model: nn.Mo
     fields: dict[str, Any] = {}
     for part in parts:
         flag, name = next(iter(part.destinations.items()))
-        with users_code(f"{flag} {getattr(options, name)} cannot be used", mend="check what it names", kind=ConfigError):
+        with users_code(f"{flag} {getattr(options, name)} cannot be used", fix="check what it names", kind=ConfigError):
             fields |= part.fill(options, model)
     return fields
 
@@ -117,7 +117,7 @@ def _is_given(part: LintPart, options: argparse.Namespace) -> bool:
     first = next(iter(part.arguments))
     given = [option for option, name in part.destinations.items() if getattr(options, name) is not None]
     if given and first not in given:
-        raise ConfigError(f"{given[0]} does nothing without {first}", mend=f"give {first} too")
+        raise ConfigError(f"{given[0]} does nothing without {first}", fix=f"give {first} too")
     return bool(given)
 
 
@@ -127,7 +127,7 @@ def _patterns(texts: Sequence[str]) -> dict[str, list[str]]:
         pattern, colon, words = text.rpartition(":")
         rules = [word.strip() for word in words.split(",") if word.strip()]
         if not colon or not rules:
-            raise ConfigError(f"--per-module-ignore {text!r} names no rules", mend="write PATTERN:RULES, such as 'encoder.*:NK101'")
+            raise ConfigError(f"--per-module-ignore {text!r} names no rules", fix="write PATTERN:RULES, such as 'encoder.*:NK101'")
         patterns[pattern] = rules
     return patterns
 

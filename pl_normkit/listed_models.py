@@ -54,12 +54,12 @@ def _entries(options: argparse.Namespace) -> tuple[Path, list[Entry]]:
     for option in ("input", "per_module_ignore"):
         if getattr(options, option):
             name = option.replace("_", "-")
-            raise ConfigError(f"--{name} speaks of one model", mend=f"name the model, or write {name} in pyproject.toml")
+            raise ConfigError(f"--{name} speaks of one model", fix=f"name the model, or write {name} in pyproject.toml")
     project = nearest_pyproject()
     entries = read_entries(project) if project is not None else []
     if project is None or not entries:
         raise ConfigError(
-            "there is nothing to lint", mend="name a model (pl-normkit lint timm:resnet50), or list models in [tool.pl-normkit.models]"
+            "there is nothing to lint", fix="name a model (pl-normkit lint timm:resnet50), or list models in [tool.pl-normkit.models]"
         )
     shared = ["--real"] if options.real else []
     shared += [f"--{name}={','.join(getattr(options, name))}" for name in ("select", "ignore") if getattr(options, name)]
@@ -70,11 +70,11 @@ def _checked(entry: Entry, parse: Parse) -> argparse.Namespace:
     try:
         found, plain = parse(entry.words), parse([])
     except ConfigError as error:
-        raise ConfigError(f"the model {entry.name!r} cannot be linted: {error.what}", where=entry.source, mend=error.mend) from error
+        raise ConfigError(f"the model {entry.name!r} cannot be linted: {error.what}", where=entry.source, fix=error.fix) from error
     given = [name for name in _OF_THE_RUN if getattr(found, name) != getattr(plain, name)]
     if given:
         option = given[0].replace("_", "-")
-        raise ConfigError(f"{option!r} of the model {entry.name!r} is about all models", where=entry.source, mend=f"give --{option}")
+        raise ConfigError(f"{option!r} of the model {entry.name!r} is about all models", where=entry.source, fix=f"give --{option}")
     return found
 
 
@@ -84,7 +84,7 @@ def _accepted(entry: Entry, options: argparse.Namespace, of_model: argparse.Name
     if options.baseline:
         if not options.baseline.is_dir():
             raise ConfigError(
-                "--baseline of several models names a folder", where=str(options.baseline), mend="write one with --write-baseline FOLDER"
+                "--baseline of several models names a folder", where=str(options.baseline), fix="write one with --write-baseline FOLDER"
             )
         files += [file for file in [_file_of(options.baseline, entry.name)] if file.is_file()]
     return frozenset().union(*map(read_baseline, files))

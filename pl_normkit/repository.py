@@ -60,7 +60,7 @@ def read_entries(path: Path) -> list[Entry]:
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError("pyproject.toml cannot be read", where=str(path), evidence=f"{type(error).__name__}: {error}") from error
     if not isinstance(tables, dict) or not all(isinstance(table, dict) for table in tables.values()):
-        raise ConfigError("[tool.pl-normkit.models] holds one table a model", where=str(path), mend="write [tool.pl-normkit.models.NAME]")
+        raise ConfigError("[tool.pl-normkit.models] holds one table a model", where=str(path), fix="write [tool.pl-normkit.models.NAME]")
     lines = text.splitlines()
     return [Entry(name, tuple(_words(name, table, path)), f"{path.name}:{_line_of(name, lines)}") for name, table in tables.items()]
 
@@ -69,7 +69,7 @@ def _words(name: str, table: Mapping[str, Any], path: Path) -> Iterator[str]:
     if isinstance(table.get("model"), str):
         yield table["model"]
     elif "loss" not in table:
-        raise ConfigError(f"the model {name!r} names no model", where=str(path), mend='write model = "package.module:builder"')
+        raise ConfigError(f"the model {name!r} names no model", where=str(path), fix='write model = "package.module:builder"')
     for option, value in table.items():
         if option == "model":
             continue

@@ -41,7 +41,7 @@ def restore_edits(model: nn.Module, checkpoint: Mapping[str, Any]) -> Changes:
     """
     states = checkpoint.get("callbacks") if isinstance(checkpoint, Mapping) else None
     if not isinstance(states, Mapping):
-        raise ConfigError("this is no checkpoint of a Trainer", evidence="it has no callbacks", mend="give what torch.load gives")
+        raise ConfigError("this is no checkpoint of a Trainer", evidence="it has no callbacks", fix="give what torch.load gives")
     return restore_records(model, _records(checkpoint))
 
 
@@ -101,7 +101,7 @@ def _path_in(model: nn.Module, path: str) -> str:
     parts = path.split(".")
     found = next((".".join(parts[start:]) for start in range(len(parts)) if ".".join(parts[start:]) in names), None)
     if found is None:
-        raise EditError(f"the model has no module {path!r}", mend="give the LightningModule of the run, or its network")
+        raise EditError(f"the model has no module {path!r}", fix="give the LightningModule of the run, or its network")
     return found
 
 

@@ -87,7 +87,7 @@ class Rule:
         source: the paper or test that `mark` refers to.
         needs: parts the subject must have.
         fix_safety: safety of `fix`, `display` where there is none.
-        fix: what mends the findings of the rule.
+        fix: what fixes the findings of the rule.
         preview: off until selected by its own code or name, or by ALL.
         check: the function itself.
     """
@@ -176,7 +176,7 @@ def rule(
     """
     if not re.fullmatch(r"NK\d{3}|[A-Z]{3,8}\d{3}", code):
         raise ConfigError(
-            f"{code!r} is not a rule code", mend="use NK and three digits; other packages use their own prefix of 3-8 capitals"
+            f"{code!r} is not a rule code", fix="use NK and three digits; other packages use their own prefix of 3-8 capitals"
         )
 
     def register(check: Check) -> Check:
@@ -185,7 +185,7 @@ def rule(
             raise ConfigError(
                 f"rule code {code} is taken twice",
                 where=f"{known.check.__module__}.{known.check.__qualname__} and {check.__module__}.{check.__qualname__}",
-                mend="give one of them another code",
+                fix="give one of them another code",
             )
         _registry[code] = Rule(
             code=code,

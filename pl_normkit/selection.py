@@ -43,7 +43,7 @@ class Selection:
         """A bare string is a sequence too, of letters that name rules by prefix: refuse it. Raises ConfigError."""
         for words in (self.select or (), self.ignore, *self.per_module_ignore.values()):
             if isinstance(words, str) or not isinstance(words, Sequence) or not all(isinstance(word, str) for word in words):
-                raise ConfigError("rules are given as a list of codes, prefixes or names", evidence=repr(words), mend='write ["NK101"]')
+                raise ConfigError("rules are given as a list of codes, prefixes or names", evidence=repr(words), fix='write ["NK101"]')
 
     @classmethod
     def from_pyproject(cls, start: Path | None = None) -> Selection:
@@ -72,7 +72,7 @@ class Selection:
                 raise ConfigError(
                     f"unknown key {key!r} in [tool.pl-normkit]",
                     where=str(path),
-                    mend=nearest(key, known) or f"known keys: {', '.join(known)}",
+                    fix=nearest(key, known) or f"known keys: {', '.join(known)}",
                 )
             if not isinstance(value, known[key]):
                 raise ConfigError(f"{key!r} in [tool.pl-normkit] must be a {known[key].__name__}", where=str(path), evidence=repr(value))
@@ -80,7 +80,7 @@ class Selection:
             patterns = table.get("per-module-ignore", {})
             return cls(table.get("select"), table.get("ignore", ()), patterns, frozenset(patterns))
         except ConfigError as error:
-            raise ConfigError(error.what, where=f"[tool.pl-normkit] in {path}", evidence=error.evidence, mend=error.mend) from error
+            raise ConfigError(error.what, where=f"[tool.pl-normkit] in {path}", evidence=error.evidence, fix=error.fix) from error
 
     def override(
         self,
@@ -122,7 +122,7 @@ class Selection:
             if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
                 what = f"the per-module-ignore pattern {pattern!r} matches no module"
                 if pattern not in self.optional:
-                    raise ConfigError(what, mend=nearest(pattern, names) or "see model.named_modules()")
+                    raise ConfigError(what, fix=nearest(pattern, names) or "see model.named_modules()")
                 if names:
                     warnings.warn(f"{what} of this model. {nearest(pattern, names)}".rstrip(), NormkitWarning, stacklevel=2)
             silenced.append((pattern, codes))
@@ -144,7 +144,7 @@ class Selection:
                 matched |= {code for code, known in rules.items() if word and code.startswith(word) and (previews or not known.preview)}
             if not matched:
                 names = [*rules, *(known.name for known in rules.values())]
-                raise ConfigError(f"unknown rule {word!r}", mend=nearest(word, names) or "see `pl-normkit rules`")
+                raise ConfigError(f"unknown rule {word!r}", fix=nearest(word, names) or "see `pl-normkit rules`")
             chosen |= matched
         return chosen
 

@@ -40,11 +40,11 @@ def build_model(spec: str, *, device: str = "meta") -> nn.Module:
     source, name, arguments = read_spec(spec)
     build = _LIBRARIES.get(source, _from_import)
     construct = build(source, name, arguments)
-    with users_code(f"{spec!r} cannot be built", mend="check the arguments"):
+    with users_code(f"{spec!r} cannot be built", fix="check the arguments"):
         model = _construct(construct, device)
     if not isinstance(model, nn.Module):
         raise ModelSpecError(
-            f"{spec!r} gives no torch.nn.Module", evidence=f"a {type(model).__name__}", mend="name a builder that returns a module"
+            f"{spec!r} gives no torch.nn.Module", evidence=f"a {type(model).__name__}", fix="name a builder that returns a module"
         )
     return model
 
@@ -54,7 +54,7 @@ def read_spec(spec: str) -> tuple[str, str, dict[str, Any]]:
     head, _, query = spec.partition("?")
     source, colon, name = head.partition(":")
     if not colon or not source or not name:
-        raise ModelSpecError(f"{spec!r} is no model specification", mend=f"write {_FORMS}")
+        raise ModelSpecError(f"{spec!r} is no model specification", fix=f"write {_FORMS}")
     return source, name, {key: _literal(value) for key, value in parse_qsl(query, keep_blank_values=True)}
 
 
@@ -79,7 +79,7 @@ def _literal(text: str) -> Any:
 def _from_timm(_: str, name: str, arguments: dict[str, Any]) -> Callable[[], Any]:
     timm = import_library("timm", "timm")
     if not timm.is_model(name):
-        raise ModelSpecError(f"timm has no model {name!r}", mend=nearest(name, timm.list_models()) or "see timm.list_models()")
+        raise ModelSpecError(f"timm has no model {name!r}", fix=nearest(name, timm.list_models()) or "see timm.list_models()")
     return lambda: timm.create_model(name, **arguments)
 
 
@@ -89,7 +89,7 @@ def _from_smp(_: str, name: str, arguments: dict[str, Any]) -> Callable[[], Any]
     if name.lower() not in architectures:
         raise ModelSpecError(
             f"segmentation_models_pytorch has no architecture {name!r}",
-            mend=nearest(name, architectures.values()) or ", ".join(architectures.values()),
+            fix=nearest(name, architectures.values()) or ", ".join(architectures.values()),
         )
     return lambda: smp.create_model(name.lower(), **{"encoder_weights": None, **arguments})
 
@@ -98,7 +98,7 @@ def _from_torchvision(_: str, name: str, arguments: dict[str, Any]) -> Callable[
     models = import_library("torchvision.models", "torchvision")
     if name not in models.list_models():
         raise ModelSpecError(
-            f"torchvision has no model {name!r}", mend=nearest(name, models.list_models()) or "see torchvision.models.list_models()"
+            f"torchvision has no model {name!r}", fix=nearest(name, models.list_models()) or "see torchvision.models.list_models()"
         )
     taken = inspect.signature(models.get_model_builder(name)).parameters
     no_weights = {option: None for option in ("weights", "weights_backbone") if option in taken}
@@ -114,8 +114,8 @@ def _from_configuration(_: str, name: str, arguments: dict[str, Any]) -> Callabl
     transformers = import_library("transformers", "transformers")
     path = Path(name)
     if not path.exists():
-        raise ModelSpecError(f"there is no configuration {name!r}", mend="give the path of a config.json or of the folder that holds it")
-    with users_code(f"the configuration {name!r} cannot be read", mend="give a config.json with a model_type that transformers knows"):
+        raise ModelSpecError(f"there is no configuration {name!r}", fix="give the path of a config.json or of the folder that holds it")
+    with users_code(f"the configuration {name!r} cannot be read", fix="give a config.json with a model_type that transformers knows"):
         config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, **arguments)
     named = next(iter(config.architectures or ()), None)
     if named is None:
@@ -135,7 +135,7 @@ _NO_MODEL = re.compile("Config$|Processor|Tokenizer|Pipeline|Output$")
 def _find_class(library: str, name: str, attribute: str) -> Any:
     """The class of that name, which has an attribute that its models have. Raises ModelSpecError."""
     module = import_library(library, library)
-    with users_code(f"{library}:{name} cannot be imported", mend=f"install what {library} needs for it"):
+    with users_code(f"{library}:{name} cannot be imported", fix=f"install what {library} needs for it"):
         found = getattr(module, name, None)
     if not isinstance(found, type) or getattr(found, attribute, None) is None:
         names = [
@@ -143,7 +143,7 @@ def _find_class(library: str, name: str, attribute: str) -> Any:
             for word in dir(module)
             if word[:1].isupper() and not word.isupper() and not word.endswith(("Config", "Processor", "Tokenizer", "Pipeline"))
         ]
-        raise ModelSpecError(f"{library} has no model class {name!r}", mend=nearest(name, names) or f"name a class of {library}")
+        raise ModelSpecError(f"{library} has no model class {name!r}", fix=nearest(name, names) or f"name a class of {library}")
     return found
 
 
@@ -153,7 +153,7 @@ def _from_import(source: str, name: str, arguments: dict[str, Any]) -> Callable[
         return lambda: found
     if not callable(found):
         raise ModelSpecError(
-            f"{source}:{name} is no builder", evidence=f"a {type(found).__name__}", mend="name a function, a class or a module"
+            f"{source}:{name} is no builder", evidence=f"a {type(found).__name__}", fix="name a function, a class or a module"
         )
     return lambda: found(**arguments)
 

@@ -89,7 +89,7 @@ def get_module(model: nn.Module, path: str) -> nn.Module:
         return model.get_submodule(path)
     except AttributeError as error:
         names = [name for name, _ in model.named_modules()]
-        raise EditError(f"the model has no module {path!r}", mend=nearest(path, names) or "see model.named_modules()") from error
+        raise EditError(f"the model has no module {path!r}", fix=nearest(path, names) or "see model.named_modules()") from error
 
 
 def path_of(model: nn.Module, module: nn.Module) -> str:
@@ -116,7 +116,7 @@ class Replace:
 
     def check(self, model: nn.Module) -> None:
         if not self.path:
-            raise EditError("the model itself cannot be replaced", mend="wrap it in a module of your own")
+            raise EditError("the model itself cannot be replaced", fix="wrap it in a module of your own")
         old = get_module(model, self.path)
         missing = (set(old.state_dict()) ^ set(self.new.state_dict())) - set(self.may_differ)
         if missing and not self.is_done(model):
@@ -187,14 +187,14 @@ def _check_child(model: nn.Module, edit: Insert | Attach | AttachAfter) -> None:
     """Whether `edit.name` can become a child of the module at `edit.path` that its hook calls."""
     host = get_module(model, edit.path)
     if not edit.name or "." in edit.name:
-        raise EditError(f"{edit.name!r} is no name for a child module", where=edit.path, mend="use an identifier")
+        raise EditError(f"{edit.name!r} is no name for a child module", where=edit.path, fix="use an identifier")
     is_called = not isinstance(edit, Attach) or edit.hook is not None
     if is_called and type(host).forward in (nn.Sequential.forward, nn.Module.forward):
         raise EditError(
-            f"{type(host).__name__} runs its own children, or is never called", where=edit.path, mend="insert at a module inside it"
+            f"{type(host).__name__} runs its own children, or is never called", where=edit.path, fix="insert at a module inside it"
         )
     if hasattr(host, edit.name) and not edit.is_done(model):
-        raise EditError(f"{edit.path}.{edit.name} exists already", where=edit.path, mend="undo the earlier edit first")
+        raise EditError(f"{edit.path}.{edit.name} exists already", where=edit.path, fix="undo the earlier edit first")
 
 
 @dataclass(frozen=True)
@@ -282,7 +282,7 @@ class MixIn:
             raise EditError(
                 f"{', '.join(overridden)} of this {type(module).__name__} is set on the instance and would hide the edit",
                 where=self.path,
-                mend="define it in a class",
+                fix="define it in a class",
             )
 
     def is_done(self, model: nn.Module) -> bool:
@@ -409,7 +409,7 @@ class SetAttributes:
             if name in module._parameters or name in module._buffers or name in module._modules or not hasattr(module, name):
                 raise EditError(f"{name!r} is no plain attribute of {type(module).__name__}", where=self.path)
             if isinstance(value, (nn.Module, nn.Parameter)):
-                raise EditError(f"the value for {name!r} is a {type(value).__name__}", where=self.path, mend="use Replace or Insert")
+                raise EditError(f"the value for {name!r} is a {type(value).__name__}", where=self.path, fix="use Replace or Insert")
             if isinstance(found := getattr(type(module), name, None), property) and found.fset is None:
                 raise EditError(f"{name!r} of {type(module).__name__} is a property that cannot be set", where=self.path)
 

@@ -46,9 +46,9 @@ class Arm:
 def name_arms(arms: Mapping[str, Arm]) -> dict[str, Arm]:
     """`arms` behind the one without anything. Raises ConfigError where there is none, or a name is taken."""
     if not arms:
-        raise ConfigError("there is nothing to compare", mend="name callbacks with --with, or other options with --arm NAME:--option=value")
+        raise ConfigError("there is nothing to compare", fix="name callbacks with --with, or other options with --arm NAME:--option=value")
     if WITHOUT in arms:
-        raise ConfigError(f"{WITHOUT!r} is the arm that has nothing of its own", mend="choose another name")
+        raise ConfigError(f"{WITHOUT!r} is the arm that has nothing of its own", fix="choose another name")
     return {WITHOUT: Arm(), **arms}
 
 
@@ -66,7 +66,7 @@ def parse_arms(with_words: Iterable[str], option_words: Iterable[str]) -> dict[s
     arms: dict[str, Arm] = {}
     for name, arm in named:
         if name in arms:
-            raise ConfigError("two arms have one name", evidence=repr(name), mend='name them: --with "a=A(x=1)" --with "b=A(x=2)"')
+            raise ConfigError("two arms have one name", evidence=repr(name), fix='name them: --with "a=A(x=1)" --with "b=A(x=2)"')
         arms[name] = arm
     return name_arms(arms)
 
@@ -78,9 +78,9 @@ def _read_options(text: str) -> tuple[str, Arm]:
     except ValueError as error:
         raise ConfigError("--arm cannot be read", where=text, evidence=str(error)) from error
     if not (colon and name.strip() and words and words[0].startswith("--")):
-        raise ConfigError("--arm cannot be read", where=text, mend='write a name and options: --arm "slow:--model.lr=0.001"')
+        raise ConfigError("--arm cannot be read", where=text, fix='write a name and options: --arm "slow:--model.lr=0.001"')
     if any(word.partition("=")[0] == "--seed_everything" for word in words):
-        raise ConfigError("a comparison chooses its seeds itself", where=text, mend="give their number with --seeds")
+        raise ConfigError("a comparison chooses its seeds itself", where=text, fix="give their number with --seeds")
     options: list[str] = []
     callbacks: list[Callable[[], Callback]] = []
     while words:

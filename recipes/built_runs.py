@@ -91,8 +91,8 @@ def train_built(build: Build, options: Mapping[str, Any]) -> Callable[[Trial], N
     """What trains one run of the modules and data of `build`, by a Trainer with `options`."""
     given = {"callbacks": [], **options}
     if unknown := [name for name in options if name not in inspect.signature(L.Trainer.__init__).parameters]:
-        mend = nearest(unknown[0], inspect.signature(L.Trainer.__init__).parameters)
-        raise ConfigError(f"the Trainer has no option {unknown[0]!r}", mend=mend)
+        fix = nearest(unknown[0], inspect.signature(L.Trainer.__init__).parameters)
+        raise ConfigError(f"the Trainer has no option {unknown[0]!r}", fix=fix)
 
     def train(trial: Trial) -> None:
         L.seed_everything(trial.seed, verbose=False)
@@ -117,9 +117,9 @@ def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any], 
         signature.bind(**arguments)
     except TypeError as error:
         unknown = [name for name in arguments if name not in signature.parameters]
-        mend = nearest(unknown[0], signature.parameters) if unknown else ""
+        fix = nearest(unknown[0], signature.parameters) if unknown else ""
         what = f"{_name_of(function)} does not take the arguments of the arm {arm!r}"
-        raise ConfigError(what, evidence=str(error), mend=mend or f"it takes {signature}") from error
+        raise ConfigError(what, evidence=str(error), fix=fix or f"it takes {signature}") from error
 
 
 def describe_arm(arm: Arm) -> dict[str, Any]:

@@ -46,11 +46,11 @@ def parse_callbacks(text: str) -> list[CallbackWord]:
     try:
         calls = literal_calls(text)
     except SyntaxError as error:
-        raise ConfigError("--with cannot be read", where=text, evidence=str(error), mend=_FORM) from error
+        raise ConfigError("--with cannot be read", where=text, evidence=str(error), fix=_FORM) from error
     except ValueError as error:
-        raise ConfigError("an argument of a callback is not a literal", where=text, evidence=str(error), mend=_FORM) from error
+        raise ConfigError("an argument of a callback is not a literal", where=text, evidence=str(error), fix=_FORM) from error
     if not calls:
-        raise ConfigError("--with names no callback", where=text, mend=_FORM)
+        raise ConfigError("--with names no callback", where=text, fix=_FORM)
     return [_word_of(call) for call in calls]
 
 
@@ -63,8 +63,8 @@ def _word_of(call: LiteralCall) -> CallbackWord:
     except TypeError as error:
         taken = list(signature.parameters)
         hints = (nearest(name, taken) for name in options if name not in taken)
-        mend = next((hint for hint in hints if hint), "") or f"it takes {', '.join(taken) or 'no arguments'}"
-        raise ConfigError(f"{kind.__name__} does not take these arguments", where=text, evidence=str(error), mend=mend) from error
+        fix = next((hint for hint in hints if hint), "") or f"it takes {', '.join(taken) or 'no arguments'}"
+        raise ConfigError(f"{kind.__name__} does not take these arguments", where=text, evidence=str(error), fix=fix) from error
     return CallbackWord(text, kind, arguments, options)
 
 
@@ -72,12 +72,12 @@ def _find_class(path: str) -> type[pl.Callback]:
     if "." not in path and path not in own_callbacks.__all__:
         hint = nearest(path, own_callbacks.__all__)
         known = f"one of {', '.join(own_callbacks.__all__)}, or the import path of a callback of your own"
-        raise ConfigError(f"there is no callback {path!r}", where="--with", mend=f"{hint} {known}".strip())
+        raise ConfigError(f"there is no callback {path!r}", where="--with", fix=f"{hint} {known}".strip())
     try:
         found = import_dotted(path, own_callbacks.__name__)
     except (ImportError, AttributeError) as error:
-        mend = "write its import path: package.module.ClassName"
-        raise ConfigError(f"there is no callback {path!r}", where="--with", evidence=str(error), mend=mend) from error
+        fix = "write its import path: package.module.ClassName"
+        raise ConfigError(f"there is no callback {path!r}", where="--with", evidence=str(error), fix=fix) from error
     if not (isinstance(found, type) and issubclass(found, pl.Callback)):
-        raise ConfigError(f"{path} is no callback class", where="--with", evidence=repr(found), mend=_FORM)
+        raise ConfigError(f"{path} is no callback class", where="--with", evidence=repr(found), fix=_FORM)
     return found

@@ -166,9 +166,9 @@ class RecipeCLI(LightningCLI):
     def _require_checkpoint_file(self, needed: bool = False) -> None:
         path = self.config[self.subcommand].ckpt_path
         if path is None and needed:
-            raise ConfigError(f"{self.subcommand} needs a trained model", mend="give its checkpoint with --ckpt_path PATH")
+            raise ConfigError(f"{self.subcommand} needs a trained model", fix="give its checkpoint with --ckpt_path PATH")
         if path is not None and not Path(path).is_file():
-            raise ConfigError("the checkpoint is not there", where=str(path), mend="give the path of a .ckpt file that `fit` wrote")
+            raise ConfigError("the checkpoint is not there", where=str(path), fix="give the path of a .ckpt file that `fit` wrote")
 
 
 @dataclass(frozen=True)
@@ -252,8 +252,8 @@ def name_configs(recipe: Recipe, args: Sequence[str]) -> list[str]:
             continue
         if value not in known:
             hint = nearest(value, known)
-            mend = f"{hint} its own are {', '.join(known)}" if known else "give the path of a YAML file"
-            raise ConfigError(f"the {recipe.name} recipe has no configuration {value!r}", where="--config", mend=mend.strip())
+            fix = f"{hint} its own are {', '.join(known)}" if known else "give the path of a YAML file"
+            raise ConfigError(f"the {recipe.name} recipe has no configuration {value!r}", where="--config", fix=fix.strip())
         words[index] = f"{flag}{equals}{known[value]}"
     return words
 
@@ -267,7 +267,7 @@ def _choose_subcommand(args: Sequence[str], recipe: str) -> list[str]:
             f"the {recipe} recipe has no such command",
             where=f"pl-normkit run {recipe}",
             evidence=repr(args[0]),
-            mend=f"one of {', '.join(SUBCOMMANDS)}; {nearest(args[0], SUBCOMMANDS)}".rstrip("; "),
+            fix=f"one of {', '.join(SUBCOMMANDS)}; {nearest(args[0], SUBCOMMANDS)}".rstrip("; "),
         )
     return ["fit", *args]
 
@@ -314,12 +314,12 @@ def _explained(error: Exception, command: str) -> Exception:
         kind = import_object(":".join(refused["kind"].rsplit(".", 1)))
         names = [name for name in inspect.signature(kind).parameters if name != "self"]
         what = f"{kind.__name__} has no option {refused['option']!r}"
-        return ConfigError(what, where=command, mend=nearest(refused["option"], names) or f"it has {', '.join(names)}")
+        return ConfigError(what, where=command, fix=nearest(refused["option"], names) or f"it has {', '.join(names)}")
     if isinstance(error, ArgumentError):
-        return ConfigError("the options cannot be used", where=command, evidence=str(error), mend=f"see {command} --help")
+        return ConfigError("the options cannot be used", where=command, evidence=str(error), fix=f"see {command} --help")
     if any(_reads_checkpoint(frame) for frame, _ in traceback.walk_tb(error.__traceback__)):
-        mend = "give a .ckpt file that `fit` of this recipe wrote, with the options of its training"
-        return ConfigError("the checkpoint cannot be restored", where="--ckpt_path", evidence=summary_of(error), mend=mend)
+        fix = "give a .ckpt file that `fit` of this recipe wrote, with the options of its training"
+        return ConfigError("the checkpoint cannot be restored", where="--ckpt_path", evidence=summary_of(error), fix=fix)
     return error
 
 

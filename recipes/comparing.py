@@ -77,13 +77,13 @@ def compare_built(spec: str, args: Sequence[str]) -> int:
         return int(stop.code or 0)
     function = import_object(spec)
     if not options.metrics:
-        raise ConfigError("name the metric that decides", where="--metric", mend="the name of what your module logs, such as val_loss")
+        raise ConfigError("name the metric that decides", where="--metric", fix="the name of what your module logs, such as val_loss")
     shared, trainer = _read_options(rest)
     arms = {}
     for name, arm in parse_arms(options.words, options.arms).items():
         own, of_trainer = _read_options(arm.options)
         if of_trainer:
-            raise ConfigError("the arms share one Trainer", where=f"--arm {name}", mend="give --trainer options to all of them")
+            raise ConfigError("the arms share one Trainer", where=f"--arm {name}", fix="give --trainer options to all of them")
         check_arguments(function, {**shared, **own, **({"seed": 0} if options.split_per_seed else {})}, name)
         arms[name] = Arm(arm.callbacks, module=own)
 
@@ -127,9 +127,9 @@ def _parse(name: str, epilog: str, args: Sequence[str]) -> tuple[argparse.Namesp
     options, rest = parser.parse_known_args(args)
     options.metrics = [name.strip() for name in options.metric.split(",") if name.strip()]
     if options.seeds < 1:
-        raise ConfigError("a comparison needs at least one pair", where="--seeds", evidence=str(options.seeds), mend="take 5")
+        raise ConfigError("a comparison needs at least one pair", where="--seeds", evidence=str(options.seeds), fix="take 5")
     if any(word.partition("=")[0] == "--seed_everything" for word in rest):
-        raise ConfigError("a comparison chooses its seeds itself", where="--seed_everything", mend="give their number with --seeds")
+        raise ConfigError("a comparison chooses its seeds itself", where="--seed_everything", fix="give their number with --seeds")
     return options, rest
 
 
@@ -187,7 +187,7 @@ def _read_options(words: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]
         word = waiting.pop(0)
         name, equals, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or not (equals or waiting):
-            raise ConfigError("the options cannot be used", evidence=word, mend="write --name=value")
+            raise ConfigError("the options cannot be used", evidence=word, fix="write --name=value")
         kind, name = (trainer, name.removeprefix("trainer.")) if name.startswith("trainer.") else (own, name)
         kind[name] = _read_value(value if equals else waiting.pop(0))
     return own, trainer

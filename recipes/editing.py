@@ -36,7 +36,7 @@ def add_callbacks(trainer: L.Trainer, builders: Sequence[Callable[[], Callback]]
     for kind in map(type, added):
         if kind in present:
             evidence = "another one comes from `with:` or `trainer.callbacks` of the options"
-            raise ConfigError(f"{kind.__name__} would edit the network twice", where="--with", evidence=evidence, mend="name it once")
+            raise ConfigError(f"{kind.__name__} would edit the network twice", where="--with", evidence=evidence, fix="name it once")
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     callbacks[:0] = added
     return added

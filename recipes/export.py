@@ -97,7 +97,7 @@ def _parse(recipe: str, form: ExportForm, args: Sequence[str]) -> tuple[argparse
         parser.add_argument("--size", metavar="SIDE|H,W", help=about)
     options, rest = parser.parse_known_args(args)
     if options.to.suffix not in form.formats:
-        raise ConfigError("there is no such export format", where="--to", evidence=str(options.to), mend=f"one of {forms}")
+        raise ConfigError("there is no such export format", where="--to", evidence=str(options.to), fix=f"one of {forms}")
     if options.to.suffix == ".onnx":
         _require_onnx()
     options.size = _parse_size(options.size, form.stride) if form.stride and options.size else None
@@ -107,14 +107,14 @@ def _parse(recipe: str, form: ExportForm, args: Sequence[str]) -> tuple[argparse
 def _parse_size(text: str, stride: int) -> tuple[int, int]:
     sides = text.split(",")
     if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 and int(side) % stride == 0 for side in sides):
-        raise ConfigError("the size cannot be used", where="--size", evidence=text, mend=f"multiples of {stride}, such as 512 or 512,1024")
+        raise ConfigError("the size cannot be used", where="--size", evidence=text, fix=f"multiples of {stride}, such as 512 or 512,1024")
     return int(sides[0]), int(sides[-1])
 
 
 def _require_onnx() -> None:
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError(f"{' and '.join(missing)} are needed for ONNX", where="--to", mend="pip install 'pl_normkit[export]'")
+        raise ConfigError(f"{' and '.join(missing)} are needed for ONNX", where="--to", fix="pip install 'pl_normkit[export]'")
 
 
 def _export_cli(base: type[RecipeCLI], form: ExportForm, path: Path, size: tuple[int, int] | None) -> type[RecipeCLI]:
@@ -186,11 +186,11 @@ def export_network(network: nn.Module, path: Path, images: Tensor, build: Callab
 
 @torch.no_grad()
 def _require_same(network: nn.Module, bare: nn.Module, images: Tensor) -> None:
-    state, mend = network.state_dict(), "export to .onnx or .pt2, which hold the whole computation"
+    state, fix = network.state_dict(), "export to .onnx or .pt2, which hold the whole computation"
     differing = sorted(state.keys() ^ bare.state_dict().keys())
     if differing:
         more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
-        raise ConfigError("the network has other weights than its bare architecture", evidence=", ".join(differing[:4]) + more, mend=mend)
+        raise ConfigError("the network has other weights than its bare architecture", evidence=", ".join(differing[:4]) + more, fix=fix)
     bare.load_state_dict(state)
     expected, found = network(images), bare(images)
     scale = expected.abs().max()
@@ -198,5 +198,5 @@ def _require_same(network: nn.Module, bare: nn.Module, images: Tensor) -> None:
         raise ConfigError(
             "the bare architecture computes something else with these weights: an edit is not among them",
             evidence=f"logits differ by {float((expected - found).abs().max()):.3g} where the largest is {float(scale):.3g}",
-            mend=mend,
+            fix=fix,
         )

@@ -22,11 +22,11 @@ IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _REFUSALS = (OSError, ValueError, SyntaxError, EOFError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
-def require_folder(folder: Path, what: str, mend: str = "give the right folder, such as --data.root PATH") -> None:
+def require_folder(folder: Path, what: str, fix: str = "give the right folder, such as --data.root PATH") -> None:
     """Raise DataError unless `folder` is a folder; `what` names it in the message."""
     if not folder.is_dir():
         seen = "a file" if folder.exists() else "nothing"
-        raise DataError(f"{what} is not there", where=str(folder), evidence=f"{seen} at this path", mend=mend)
+        raise DataError(f"{what} is not there", where=str(folder), evidence=f"{seen} at this path", fix=fix)
 
 
 def find_images(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> list[Path]:
@@ -38,7 +38,7 @@ def find_images(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> lis
             "the image folder is empty",
             where=str(folder),
             evidence=f"{held} entries, none of them an image" if held else "no entries",
-            mend=f"put images there ({', '.join(suffixes)}), or give another folder",
+            fix=f"put images there ({', '.join(suffixes)}), or give another folder",
         )
     return found
 
@@ -61,8 +61,8 @@ def decode_picture(path: Path, kind: str, mode: str | None) -> Tensor:
 
 
 def _unreadable(path: Path, kind: str, error: Exception) -> DataError:
-    mend = "put the file there" if isinstance(error, FileNotFoundError) else "replace the file, or take it out of the data set"
-    return DataError(f"the {kind} cannot be read", where=str(path), evidence=f"{type(error).__name__}: {error}", mend=mend)
+    fix = "put the file there" if isinstance(error, FileNotFoundError) else "replace the file, or take it out of the data set"
+    return DataError(f"the {kind} cannot be read", where=str(path), evidence=f"{type(error).__name__}: {error}", fix=fix)
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -73,7 +73,7 @@ def image_size(path: Path) -> tuple[int, int]:
                 "an image has more than 8 bits a channel",
                 where=str(path),
                 evidence=f"its pixels are {picture.mode}",
-                mend="convert it to 8 bits; how to spread the values is your choice to make",
+                fix="convert it to 8 bits; how to spread the values is your choice to make",
             )
         return picture.height, picture.width
 

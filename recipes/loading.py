@@ -89,7 +89,7 @@ class RecipeData(L.LightningDataModule, Generic[Source]):
         return torch.stack(taken[:count])
 
 
-def require_option(holds: bool, option: str, value: object, mend: str) -> None:
+def require_option(holds: bool, option: str, value: object, fix: str) -> None:
     """Raise DataError naming the data option unless `holds`."""
     if not holds:
-        raise DataError(f"the data option {option} cannot be used", where=f"--data.{option}", evidence=repr(value), mend=mend)
+        raise DataError(f"the data option {option} cannot be used", where=f"--data.{option}", evidence=repr(value), fix=fix)

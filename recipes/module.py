@@ -40,7 +40,7 @@ class RecipeModule(L.LightningModule):
                 "this version of Lightning has no EMAWeightAveraging",
                 where="--model.ema_decay",
                 evidence=f"lightning {L.__version__}",
-                mend="pip install 'lightning>=2.6', or set --model.ema_decay 0",
+                fix="pip install 'lightning>=2.6', or set --model.ema_decay 0",
             )
         return [averaging(decay=self.ema_decay)]
 
@@ -54,5 +54,5 @@ class RecipeModule(L.LightningModule):
             raise DataError(
                 "the checkpoint was trained on other classes than the data has",
                 evidence=f"checkpoint: {list(saved)}; data: {self.class_names}",
-                mend="give the data the classes the checkpoint was trained with",
+                fix="give the data the classes the checkpoint was trained with",
             )

@@ -65,7 +65,7 @@ class RunStore:
         if (folder / "runs.csv").is_file() and path.is_file() and (kept := json.loads(path.read_text(encoding="utf-8"))) != settings:
             differing = [key for key in settings if kept.get(key) != settings[key]]
             evidence = "; ".join(f"{key}: {kept.get(key)!r} there, {settings[key]!r} now" for key in differing)
-            raise ConfigError("the folder holds another comparison", where=str(folder), evidence=evidence, mend="name another with --out")
+            raise ConfigError("the folder holds another comparison", where=str(folder), evidence=evidence, fix="name another with --out")
         self.runs = {(run.seed, run.arm): run for run in _read_runs(folder)}
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

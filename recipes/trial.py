@@ -47,7 +47,7 @@ class Trial:
         """The last moment before the fit: all arms go on from here with the same data and random numbers."""
         if trainer.world_size > 1:
             evidence = f"{trainer.world_size} processes"
-            raise ConfigError("a comparison trains on one device", where="--trainer.devices", evidence=evidence, mend="set it to 1")
+            raise ConfigError("a comparison trains on one device", where="--trainer.devices", evidence=evidence, fix="set it to 1")
         self.added = add_callbacks(trainer, self.arm.callbacks)
         trainer.callbacks.append(_Watch(self))  # type: ignore[attr-defined]
         isolate_train_data(data, trainer, self.seed)
@@ -64,8 +64,8 @@ class Trial:
         missing = [name for name in self.metrics if name not in logged]
         if missing:
             known = sorted(trainer.callback_metrics)
-            mend = "let the run end on a validation: whole epochs (--trainer.max_epochs), with --trainer.limit_val_batches above 0"
-            raise ConfigError(f"the run logged no {missing[0]}", evidence=f"it logged {', '.join(known) or 'nothing'}", mend=mend)
+            fix = "let the run end on a validation: whole epochs (--trainer.max_epochs), with --trainer.limit_val_batches above 0"
+            raise ConfigError(f"the run logged no {missing[0]}", evidence=f"it logged {', '.join(known) or 'nothing'}", fix=fix)
         values = {name: logged[name] for name in self.metrics}
         self.result = PairedRun(self.seed, self.name, values, seconds, self.weights, trained, self._count_edits(trainer), tuple(self.curve))
 
@@ -153,7 +153,7 @@ def _check_weights(run: PairedRun, arms: Mapping[str, Arm], store: RunStore) -> 
                 "the two runs of a pair start from different weights",
                 where=f"seed {run.seed}",
                 evidence=f"digests {other.weights} and {run.weights}",
-                mend=f"{place}the network is built without the seed",
+                fix=f"{place}the network is built without the seed",
             )
 
 

@@ -12,12 +12,12 @@ RAISED = [kind for kind in FAMILY if kind is not NormkitWarning]
 
 
 def test_the_message_says_what_where_evidence_mend_and_silence() -> None:
-    error = NormkitError("it broke", where="a.b", evidence="7", mend="use 8", silence="--quiet")
-    assert str(error) == "it broke\n  where: a.b\n  seen: 7\n  mend: use 8\n  silence: --quiet"
+    error = NormkitError("it broke", where="a.b", evidence="7", fix="use 8", silence="--quiet")
+    assert str(error) == "it broke\n  where: a.b\n  seen: 7\n  fix: use 8\n  silence: --quiet"
 
 
 def test_what_is_not_given_is_not_mentioned() -> None:
-    assert str(NormkitError("it broke", mend="use 8")) == "it broke\n  mend: use 8"
+    assert str(NormkitError("it broke", fix="use 8")) == "it broke\n  fix: use 8"
 
 
 @pytest.mark.parametrize("kind", RAISED)
@@ -27,7 +27,7 @@ def test_every_error_belongs_to_the_family(kind: type[Exception]) -> None:
 
 @pytest.mark.parametrize("kind", RAISED)
 def test_an_error_survives_pickling(kind: type[NormkitError]) -> None:
-    error = kind("it broke", where="a.b", evidence="7", mend="use 8", silence="--quiet")
+    error = kind("it broke", where="a.b", evidence="7", fix="use 8", silence="--quiet")
     copy = pickle.loads(pickle.dumps(error))
     assert (type(copy), vars(copy), str(copy)) == (kind, vars(error), str(error))
 

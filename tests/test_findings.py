@@ -13,7 +13,7 @@ from pl_normkit.findings import Evidence, Finding, FixSafety, Place, Severity, r
 
 def finding(*modules: str, code: str = "NK101", cause: str = "", message: str = "it hurts") -> Finding:
     places = tuple(Place(module, f"net.py:{line}") for line, module in enumerate(modules, start=1))
-    return Finding(code, "some-name", Severity.WARNING, message, places, (), "mend it", FixSafety.SAFE, cause)
+    return Finding(code, "some-name", Severity.WARNING, message, places, (), "fix it", FixSafety.SAFE, cause)
 
 
 def test_severities_are_ordered() -> None:
@@ -112,7 +112,7 @@ def test_a_file_that_is_no_baseline_is_refused_by_name(tmp_path: Path, content: 
         read_baseline(path)
     assert caught.value.where == str(path)
     assert caught.value.evidence
-    assert "--write-baseline" in caught.value.mend
+    assert "--write-baseline" in caught.value.fix
 
 
 modules = st.lists(st.sampled_from(["a", "a.b", "a.c", "d"]), max_size=4, unique=True)

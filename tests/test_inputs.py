@@ -41,7 +41,7 @@ def test_a_text_that_is_no_shape_is_refused(text: str) -> None:
     with pytest.raises(ModelSpecError) as caught:
         parse_inputs([text], nn.Linear(1, 1))
     assert caught.value.what == f"--input {text!r} is no shape"
-    assert "3,224,224" in caught.value.mend
+    assert "3,224,224" in caught.value.fix
 
 
 def test_the_models_own_inputs_are_taken_when_none_are_given() -> None:
@@ -51,7 +51,7 @@ def test_the_models_own_inputs_are_taken_when_none_are_given() -> None:
 
 
 def test_a_model_that_says_nothing_about_its_inputs_is_refused() -> None:
-    with pytest.raises(ModelSpecError, match="the input shape of this model is not known\n  mend: give it, without the batch"):
+    with pytest.raises(ModelSpecError, match="the input shape of this model is not known\n  fix: give it, without the batch"):
         parse_inputs([], nn.Linear(1, 1))
 
 
@@ -86,7 +86,7 @@ def test_tokens_keywords_and_entries_of_dicts(texts: list[str], expected: Any) -
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (["masc=8"], "forward of Keyed takes no 'masc'\n  where: --input\n  mend: did you mean 'mask'?"),
+        (["masc=8"], "forward of Keyed takes no 'masc'\n  where: --input\n  fix: did you mean 'mask'?"),
         (["batch=8", "batch.image=3"], "is inside of what is a tensor already"),
         (["mask=a"], "--input 'mask=a' is no shape"),
         (["8:bits8"], "--input '8:bits8' is no shape"),

@@ -232,7 +232,7 @@ def test_ignore(ignore: list[str], expected: set[str]) -> None:
 def test_an_unknown_rule_is_refused_naming_the_nearest(option: str, word: str, hint: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(f"unknown rule {word!r}")) as caught:
         Selection(**{option: [word]}).rules()
-    assert hint in caught.value.mend
+    assert hint in caught.value.fix
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_per_module_ignore_leaves_findings_without_places() -> None:
 def test_a_pattern_that_matches_nothing_is_refused_naming_the_nearest() -> None:
     with pytest.raises(ConfigError, match="'encodr' matches no module") as caught:
         Selection(per_module_ignore={"encodr": ["NK101"]}).silence([], NAMES)
-    assert caught.value.mend == "did you mean 'encoder'?"
+    assert caught.value.fix == "did you mean 'encoder'?"
 
 
 def test_a_pattern_with_an_unknown_rule_is_refused() -> None:
@@ -328,7 +328,7 @@ def test_the_nearest_pyproject_counts(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    ("text", "what", "mend"),
+    ("text", "what", "fix"),
     [
         ('[tool.pl-normkit]\nignroe = ["NK101"]', "unknown key 'ignroe'", "did you mean 'ignore'?"),
         ("[tool.pl-normkit]\nxyzzy = 1", "unknown key 'xyzzy'", "known keys: select, ignore, per-module-ignore, models"),
@@ -340,13 +340,13 @@ def test_the_nearest_pyproject_counts(tmp_path: Path, monkeypatch: pytest.Monkey
         ("[tool.pl-normkit", "pyproject.toml cannot be read", ""),
     ],
 )
-def test_a_wrong_pyproject_is_refused_naming_the_file(tmp_path: Path, text: str, what: str, mend: str) -> None:
+def test_a_wrong_pyproject_is_refused_naming_the_file(tmp_path: Path, text: str, what: str, fix: str) -> None:
     path = write_pyproject(tmp_path, text)
     with pytest.raises(ConfigError) as caught:
         Selection.from_pyproject(tmp_path)
     assert what in caught.value.what
     assert str(path) in caught.value.where
-    assert mend in caught.value.mend
+    assert fix in caught.value.fix
 
 
 # Rules of other packages.

@@ -101,7 +101,7 @@ def test_what_cannot_be_built_on_meta_is_built_on_the_cpu() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "what", "evidence", "mend"),
+    ("spec", "what", "evidence", "fix"),
     [
         ("resnet50", "'resnet50' is no model specification", "", "timm:NAME"),
         (":resnet50", "':resnet50' is no model specification", "", "package.module:BUILDER"),
@@ -123,10 +123,10 @@ def test_what_cannot_be_built_on_meta_is_built_on_the_cpu() -> None:
         ("..models:build", "..models cannot be imported", "TypeError", "check the spelling"),
     ],
 )
-def test_a_wrong_spec_is_refused(spec: str, what: str, evidence: str, mend: str) -> None:
+def test_a_wrong_spec_is_refused(spec: str, what: str, evidence: str, fix: str) -> None:
     with pytest.raises(ModelSpecError) as caught:
         build_model(spec)
-    assert (caught.value.what, evidence in caught.value.evidence, mend in caught.value.mend) == (what, True, True)
+    assert (caught.value.what, evidence in caught.value.evidence, fix in caught.value.fix) == (what, True, True)
     assert "second line" not in str(caught.value)
 
 
@@ -161,7 +161,7 @@ def test_a_missing_library_is_named_with_its_package(monkeypatch: pytest.MonkeyP
     with pytest.raises(ModelSpecError) as caught:
         build_model(spec)
     assert caught.value.what == f"there is no module '{module}'"
-    assert f"pip install {package}" in caught.value.mend
+    assert f"pip install {package}" in caught.value.fix
 
 
 class _Missing:
@@ -187,7 +187,7 @@ def test_a_torchvision_that_does_not_fit_torch_is_explained(monkeypatch: pytest.
         build_model(spec)
     assert caught.value.what == "torchvision does not fit the installed torch"
     assert caught.value.evidence == "operator torchvision::nms does not exist"
-    assert "install torch and torchvision together" in caught.value.mend
+    assert "install torch and torchvision together" in caught.value.fix
 
 
 def test_classes_of_transformers_and_diffusers_are_built_from_their_configurations(working_directory: Path) -> None:
@@ -202,7 +202,7 @@ def test_classes_of_transformers_and_diffusers_are_built_from_their_configuratio
 
 
 @pytest.mark.parametrize(
-    ("spec", "what", "mend"),
+    ("spec", "what", "fix"),
     [
         ("transformers:BertModl", "transformers has no model class 'BertModl'", "did you mean 'BertModel'?"),
         ("transformers:BertConfig", "transformers has no model class 'BertConfig'", "did you mean 'Bert"),
@@ -211,13 +211,13 @@ def test_classes_of_transformers_and_diffusers_are_built_from_their_configuratio
         ("hf:userpkg", "the configuration 'userpkg' cannot be read", "config.json"),
     ],
 )
-def test_a_class_or_configuration_that_is_none(spec: str, what: str, mend: str) -> None:
+def test_a_class_or_configuration_that_is_none(spec: str, what: str, fix: str) -> None:
     with pytest.raises(ModelSpecError) as caught:
         build_model(spec)
-    assert (what in caught.value.what, mend in caught.value.mend) == (True, True), caught.value
+    assert (what in caught.value.what, fix in caught.value.fix) == (True, True), caught.value
 
 
 def test_the_users_own_module_is_not_looked_for_in_the_registry() -> None:
     with pytest.raises(ModelSpecError) as caught:
         build_model("my_nets.py:build")
-    assert ("pip install" in str(caught.value), "no .py" in caught.value.mend) == (False, True)
+    assert ("pip install" in str(caught.value), "no .py" in caught.value.fix) == (False, True)

@@ -445,7 +445,7 @@ def test_no_changes_say_so() -> None:
 def test_an_unknown_path_is_refused_naming_the_nearest(tree: Tree) -> None:
     with pytest.raises(EditError) as caught:
         get_module(tree, "part1.linaer")
-    assert (caught.value.what, caught.value.mend) == ("the model has no module 'part1.linaer'", "did you mean 'part1.linear'?")
+    assert (caught.value.what, caught.value.fix) == ("the model has no module 'part1.linaer'", "did you mean 'part1.linear'?")
 
 
 def test_an_edited_model_compiles(tree: Tree) -> None:

@@ -36,7 +36,7 @@ def explain(model: nn.Module, error: Exception, args: tuple[Any, ...], kwargs: d
         f"{type(model).__name__} cannot be read by torch.export with inputs {shapes or 'given'}",
         where=f"{shorten(frame.filename)}:{frame.lineno}" if frame is not None else "",
         evidence=_seen(error, frame.line or "" if frame is not None else ""),
-        mend=_advice(error, kwargs, is_at_call=is_at_call),
+        fix=_advice(error, kwargs, is_at_call=is_at_call),
     )
 
 

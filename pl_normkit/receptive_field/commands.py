@@ -48,9 +48,9 @@ def _erf(options: argparse.Namespace) -> int:
     inputs = parse_inputs([options.input] if options.input else [], model, spec=options.model, device="cpu")
     example = next((leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim() == 4), None)
     if example is None:
-        raise ConfigError("the model takes no images (C, H, W)", evidence=f"--input {options.input}", mend="write --input 3,224,224")
+        raise ConfigError("the model takes no images (C, H, W)", evidence=f"--input {options.input}", fix="write --input 3,224,224")
     transform = transform_of(model, tuple(example.shape[1:]))
-    with users_code("the receptive field cannot be measured", mend="check --input, --layer and the model"):
+    with users_code("the receptive field cannot be measured", fix="check --input, --layer and the model"):
         field = effective_receptive_field(
             model,
             read_images(files, transform),
@@ -70,5 +70,5 @@ def _position(text: str | None) -> tuple[int, int] | None:
     try:
         y, x = (int(part) for part in text.split(","))
     except ValueError as error:
-        raise ConfigError(f"--position {text!r} is no cell", mend="write row and column: --position 7,7") from error
+        raise ConfigError(f"--position {text!r} is no cell", fix="write row and column: --position 7,7") from error
     return y, x

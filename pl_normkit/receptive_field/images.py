@@ -60,7 +60,7 @@ def transform_of(model: nn.Module, shape: tuple[int, ...]) -> Transform:
     """
     if len(shape) != 3 or shape[0] not in (1, 3):
         raise ConfigError(
-            "image files have 1 or 3 channels", evidence=f"--input {','.join(map(str, shape))}", mend="write --input 3,224,224"
+            "image files have 1 or 3 channels", evidence=f"--input {','.join(map(str, shape))}", fix="write --input 3,224,224"
         )
     config = getattr(model, "pretrained_cfg", None) or {}
     has_own = hasattr(config, "get") and config.get("mean") is not None and len(config["mean"]) == shape[0]
@@ -80,10 +80,10 @@ def _pillow_filter(name: str | None) -> str:
 def image_files(folder: Path) -> list[Path]:
     """Image files under `folder`, sorted by path. Raises DataError when there are none."""
     if not folder.is_dir():
-        raise DataError("there is no such folder of images", where=str(folder), mend="give the folder that holds the images")
+        raise DataError("there is no such folder of images", where=str(folder), fix="give the folder that holds the images")
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     if not files:
-        raise DataError("the folder holds no images", where=str(folder), mend=f"known endings: {', '.join(sorted(SUFFIXES))}")
+        raise DataError("the folder holds no images", where=str(folder), fix=f"known endings: {', '.join(sorted(SUFFIXES))}")
     return files
 
 
@@ -101,6 +101,6 @@ def read_images(files: Iterable[Path], transform: Transform) -> Iterator[Tensor]
                 "the image cannot be read",
                 where=str(path),
                 evidence=f"{type(error).__name__}: {error}",
-                mend="replace the file, or take it out of the folder",
+                fix="replace the file, or take it out of the folder",
             ) from error
         yield image

@@ -41,7 +41,7 @@ def write_picture(path: Path, write: Callable[[], Any]) -> None:
             "the picture cannot be written",
             where=str(path),
             evidence=error.strerror or str(error),
-            mend="name a file in a folder that exists",
+            fix="name a file in a folder that exists",
         ) from error
 
 
@@ -50,4 +50,4 @@ def matplotlib_module(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ConfigError("pictures need matplotlib", evidence=str(error), mend="pip install 'pl_normkit[demo]'") from error
+        raise ConfigError("pictures need matplotlib", evidence=str(error), fix="pip install 'pl_normkit[demo]'") from error

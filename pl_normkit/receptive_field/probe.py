@@ -71,14 +71,14 @@ def effective_receptive_field(
                 raise DataError(
                     "the images have several sizes, whose maps cannot be added",
                     evidence=f"{tuple(total.shape)} and {tuple(images.shape[2:])}",
-                    mend="resize or crop them to one size",
+                    fix="resize or crop them to one size",
                 )
             unit = unit or find_unit(model, images[:1].clone().requires_grad_(), layer, position)
             summed = _summed_gradient(model, unit, images, gradient, count)
             total = summed if total is None else total + summed
             count += len(images)
     if total is None or unit is None:
-        raise DataError("there are no images", where="loader", mend="give at least one")
+        raise DataError("there are no images", where="loader", fix="give at least one")
     mass = float(total.sum())
     return ReceptiveField(total / mass if mass > 0 else torch.zeros_like(total), unit.layer, unit.grid, unit.position, count)
 
@@ -93,14 +93,14 @@ def _summed_gradient(model: nn.Module, unit: Unit, images: Tensor, gradient: str
     maps = grad.to(torch.promote_types(grad.dtype, torch.float32)).mean(1)
     if not bool(maps.isfinite().all()):
         first = int((~maps.isfinite().flatten(1).all(1)).nonzero()[0])
-        raise DataError("the gradient is not finite", where=f"image {before + first}", mend="look for NaN in the image or in the weights")
+        raise DataError("the gradient is not finite", where=f"image {before + first}", fix="look for NaN in the image or in the weights")
     maps = maps.abs() if gradient == "absolute" else maps.clamp(min=0)
     return maps.sum(0).to("cpu", torch.float64)
 
 
 def _check_options(max_images: int | None, gradient: str, batch_size: int) -> None:
     if gradient not in ("positive", "absolute"):
-        raise ConfigError(f"gradient {gradient!r} is not known", mend='"positive" or "absolute"')
+        raise ConfigError(f"gradient {gradient!r} is not known", fix='"positive" or "absolute"')
     for name, value in (("max_images", max_images), ("batch_size", batch_size)):
         if value is not None and (type(value) is not int or value < 1):
             raise ConfigError(f"{name} must be a positive whole number", evidence=repr(value))
@@ -110,7 +110,7 @@ def _home_of(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Where the images must be: device and floating dtype of the model's first tensor."""
     tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
     if tensors and tensors[0].is_meta:
-        raise ConfigError("a model on the meta device has no weights to measure", mend="build it on the CPU or a GPU")
+        raise ConfigError("a model on the meta device has no weights to measure", fix="build it on the CPU or a GPU")
     return (tensors[0].device, tensors[0].dtype) if tensors else (torch.device("cpu"), torch.float32)
 
 
@@ -145,5 +145,5 @@ def _images_in(batch: Any) -> Tensor:
     images = next((tensor for tensor in tensors if tensor.dim() in (3, 4) and tensor.is_floating_point()), None)
     if images is None:
         seen = ", ".join(f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in tensors) or f"a {type(batch).__name__}"
-        raise DataError("a batch holds no images", where="loader", evidence=seen, mend="give floating-point images (N, C, H, W)")
+        raise DataError("a batch holds no images", where="loader", evidence=seen, fix="give floating-point images (N, C, H, W)")
     return images if images.dim() == 4 else images[None]

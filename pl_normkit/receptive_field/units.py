@@ -143,23 +143,23 @@ def _output_of(model: nn.Module, images: Tensor, layer: str | None, seen: _Seen)
             return FORWARD_FEATURES, output
     output = seen.maps.get(seen.last)
     if output is None:
-        raise ConfigError("no layer of the model gives a map that depends on the image", mend="check the model: it may detach the image")
+        raise ConfigError("no layer of the model gives a map that depends on the image", fix="check the model: it may detach the image")
     return seen.last, output
 
 
 def _named_output(model: nn.Module, images: Tensor, layer: str, seen: _Seen) -> Tensor:
     names = {name for name, _ in model.named_modules()} | ({FORWARD_FEATURES} if _has_features(model) else set())
     if layer not in names:
-        raise ConfigError(f"the model has no layer {layer!r}", mend=nearest(layer, names) or "see model.named_modules()")
+        raise ConfigError(f"the model has no layer {layer!r}", fix=nearest(layer, names) or "see model.named_modules()")
     if layer == FORWARD_FEATURES:
         output = _map_in(model.forward_features(images))  # type: ignore[operator]
     else:
         model(images)
         if not seen.calls[layer]:
-            raise ConfigError(f"the layer {layer!r} is not called when the model runs", mend="name a layer that its forward calls")
+            raise ConfigError(f"the layer {layer!r} is not called when the model runs", fix="name a layer that its forward calls")
         output = seen.maps[layer]
     if output is None:
-        raise ConfigError(f"the output of {layer!r} is no map", mend="name a layer that gives (N, C, H, W) or (N, tokens, C)")
+        raise ConfigError(f"the output of {layer!r} is no map", fix="name a layer that gives (N, C, H, W) or (N, tokens, C)")
     return output
 
 
@@ -205,4 +205,4 @@ def _token_grid(model: nn.Module, tokens: int, size: tuple[int, int], seen: _See
         rows = round(math.sqrt((tokens - prefix) * size[0] / size[1])) if tokens > prefix else 0
         if rows and (tokens - prefix) % rows == 0 and _covers((rows, (tokens - prefix) // rows), size):
             return (rows, (tokens - prefix) // rows), prefix
-    raise ConfigError(f"{tokens} tokens are no grid over an image of {size[0]} x {size[1]}", mend="name a layer whose output is a map")
+    raise ConfigError(f"{tokens} tokens are no grid over an image of {size[0]} x {size[1]}", fix="name a layer whose output is a map")

@@ -47,7 +47,7 @@ class FileSource(SampleSource):
     def read(self, index: int) -> Sample:
         pair = self.pairs[index]
         if pair.mask is None:
-            raise DataError("an image has no mask", where=str(pair.image), mend="images without masks are for prediction only")
+            raise DataError("an image has no mask", where=str(pair.image), fix="images without masks are for prediction only")
         return read_image(pair.image), read_mask(pair.mask, self.code)
 
 
@@ -59,7 +59,7 @@ def name_images(folder: Path, layout: str) -> dict[str, Path]:
         name = path.relative_to(folder).with_suffix("").as_posix()
         if name in found:
             evidence = f"{found[name].name} and {path.name}"
-            raise DataError("two images have one name", where=str(folder), evidence=evidence, mend="rename or remove one of them")
+            raise DataError("two images have one name", where=str(folder), evidence=evidence, fix="rename or remove one of them")
         found[name] = path
     return found
 
@@ -78,7 +78,7 @@ def require_masks(pairs: Sequence[Pair]) -> None:
             "an image has no mask",
             where=str(first.image),
             evidence=f"no file {first.mask}; {len(lacking)} of {len(pairs)} images lack theirs",
-            mend="add the mask as a PNG with the name of its image, or take the image away",
+            fix="add the mask as a PNG with the name of its image, or take the image away",
         )
 
 
@@ -91,7 +91,7 @@ def read_split_file(path: Path, known: Collection[str]) -> list[str]:
             "a split file cannot be read",
             where=str(path),
             evidence=f"{type(error).__name__}: {error}",
-            mend="write one image name a line, without suffix, or split another way with --data.split",
+            fix="write one image name a line, without suffix, or split another way with --data.split",
         ) from error
     for number, line in enumerate(lines, 1):
         if line.strip() and line.strip() not in known:
@@ -99,11 +99,11 @@ def read_split_file(path: Path, known: Collection[str]) -> list[str]:
                 "a split file names an image that is not there",
                 where=f"{path}, line {number}",
                 evidence=repr(line.strip()),
-                mend=nearest(line.strip(), known) or "write the name of an image file, without suffix",
+                fix=nearest(line.strip(), known) or "write the name of an image file, without suffix",
             )
     names = [line.strip() for line in lines if line.strip()]
     if not names:
-        raise DataError("a split file is empty", where=str(path), mend="write one image name a line, without suffix")
+        raise DataError("a split file is empty", where=str(path), fix="write one image name a line, without suffix")
     return names
 
 
@@ -123,7 +123,7 @@ def check_files(pairs: Sequence[Pair], code: MaskCode, part: Part, *, decode_mas
             "the training masks show fewer than two classes",
             where=str(pairs[0].mask.parent if pairs[0].mask else pairs[0].image.parent),
             evidence=f"values in {len(pairs)} masks: {sorted(seen)}, of which {code.ignore_index} is ignored",
-            mend="write class indices (0, 1, ...), not 0 and 255, into the masks; or set --data.ignore_index",
+            fix="write class indices (0, 1, ...), not 0 and 255, into the masks; or set --data.ignore_index",
         )
 
 
@@ -135,5 +135,5 @@ def _check_pair_sizes(pair: Pair, code: MaskCode) -> None:
             "a mask has another size than its image",
             where=str(pair.mask),
             evidence=f"mask {mask[1]} x {mask[0]}, image {image[1]} x {image[0]} pixels",
-            mend="save the mask at the size of its image (resize it with nearest-neighbour interpolation)",
+            fix="save the mask at the size of its image (resize it with nearest-neighbour interpolation)",
         )

@@ -36,7 +36,7 @@ def read_class_names(root: Path, classes: Sequence[str] | str | None) -> list[st
             "the class list cannot be read",
             where=str(path),
             evidence=f"{type(error).__name__}: {error}",
-            mend="write a text file with one class name a line, in the order of the mask values, and give it as --data.classes",
+            fix="write a text file with one class name a line, in the order of the mask values, and give it as --data.classes",
         ) from error
     while lines and not lines[-1].strip():
         lines.pop()
@@ -44,15 +44,15 @@ def read_class_names(root: Path, classes: Sequence[str] | str | None) -> list[st
 
 
 def _check_class_names(names: list[str], where: str) -> list[str]:
-    mend = "write one class name a line, in the order of the mask values, and the background too"
+    fix = "write one class name a line, in the order of the mask values, and the background too"
     if len(names) < 2:
-        raise DataError("a class list needs at least two classes", where=where, evidence=f"it has {len(names)}: {names}", mend=mend)
+        raise DataError("a class list needs at least two classes", where=where, evidence=f"it has {len(names)}: {names}", fix=fix)
     for number, name in enumerate(names, 1):
         if not name:
-            raise DataError("a class has no name", where=f"{where}, line {number}", mend=mend)
+            raise DataError("a class has no name", where=f"{where}, line {number}", fix=fix)
         if name in names[: number - 1]:
             evidence = f"{name!r} stands on lines {names.index(name) + 1} and {number}"
-            raise DataError("a class is named twice", where=where, evidence=evidence, mend="give each class its own name")
+            raise DataError("a class is named twice", where=where, evidence=evidence, fix="give each class its own name")
     return names
 
 
@@ -89,7 +89,7 @@ def _split_by_seed(root: Path, pairs: list[Pair], val_share: float, seed: int) -
             "one image cannot be split into training and validation",
             where=str(root / "images"),
             evidence=pairs[0].image.name,
-            mend="add images, or lay the data out as train/ and val/",
+            fix="add images, or lay the data out as train/ and val/",
         )
     held_out = min(max(round(len(pairs) * val_share), 1), len(pairs) - 1)
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -112,6 +112,6 @@ def _split_by_files(root: Path, pairs: list[Pair]) -> dict[Part, list[Pair]]:
             "an image is in both training and validation",
             where=f"{root / 'train.txt'} and val.txt",
             evidence=f"{shared[0]!r}; {len(shared)} in all",
-            mend="list each image in one of them",
+            fix="list each image in one of them",
         )
     return {part: [by_name[name] for name in listed] for part, listed in names.items()}

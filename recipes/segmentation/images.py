@@ -65,7 +65,7 @@ def mask_size(path: Path, code: MaskCode) -> tuple[int, int]:
                 "a mask does not hold class indices",
                 where=str(path),
                 evidence=f"its pixels are {picture.mode} ({len(picture.getbands())} channels)",
-                mend="save it as a one-channel PNG (grey or palette) whose pixel values are the class indices",
+                fix="save it as a one-channel PNG (grey or palette) whose pixel values are the class indices",
             )
         return picture.height, picture.width
 
@@ -93,5 +93,5 @@ def _out_of_range(stored: Tensor, wrong: Tensor, path: Path, code: MaskCode) -> 
         "a mask holds a class out of range",
         where=f"{path}, row {row}, column {column}",
         evidence=f"value {first}, in {int(wrong.sum())} of {stored.numel()} pixels; other wrong values: {others}",
-        mend=code.explain(),
+        fix=code.explain(),
     )

@@ -35,7 +35,7 @@ def build_network(architecture: str, encoder_name: str, encoder_weights: str | N
         raise ModelSpecError(
             f"segmentation-models-pytorch has no architecture {architecture!r}",
             where=where,
-            mend=f"{hint} One of: {', '.join(sorted(known))}".strip(),
+            fix=f"{hint} One of: {', '.join(sorted(known))}".strip(),
         )
     try:
         network: nn.Module = smp.create_model(architecture, encoder_name, encoder_weights, in_channels=3, classes=num_classes, **options)
@@ -46,7 +46,7 @@ def build_network(architecture: str, encoder_name: str, encoder_weights: str | N
             f"segmentation-models-pytorch cannot build {architecture} on {encoder_name}",
             where=where,
             evidence=f"{type(error).__name__}: {error}",
-            mend=nearest(encoder_name, smp.encoders.get_encoder_names())
+            fix=nearest(encoder_name, smp.encoders.get_encoder_names())
             or "check encoder, weights and model_options against smp's documentation",
         ) from error
     return network
@@ -77,11 +77,9 @@ class ClassIoU(MulticlassJaccardIndex):
 
 def _check_tiles(size: int | None, overlap: float) -> None:
     if size is not None and (size <= 0 or size % STRIDE):
-        raise ConfigError(
-            "tiles of this size cannot be used", where="--model.tile_size", evidence=str(size), mend=f"a multiple of {STRIDE}"
-        )
+        raise ConfigError("tiles of this size cannot be used", where="--model.tile_size", evidence=str(size), fix=f"a multiple of {STRIDE}")
     if not 0 <= overlap < 1:
-        raise ConfigError("tiles cannot overlap so", where="--model.tile_overlap", evidence=str(overlap), mend="take a share such as 0.25")
+        raise ConfigError("tiles cannot overlap so", where="--model.tile_overlap", evidence=str(overlap), fix="take a share such as 0.25")
 
 
 class SegmentationModule(RecipeModule):
@@ -136,8 +134,8 @@ class SegmentationModule(RecipeModule):
         self.poly_power = poly_power
         self.warmup_steps = warmup_steps
         if not 0 <= ema_decay < 1:
-            mend = "take a decay below 1, such as 0.999; 0 switches it off"
-            raise ConfigError("the weights cannot be averaged so", where="--model.ema_decay", evidence=repr(ema_decay), mend=mend)
+            fix = "take a decay below 1, such as 0.999; 0 switches it off"
+            raise ConfigError("the weights cannot be averaged so", where="--model.ema_decay", evidence=repr(ema_decay), fix=fix)
         self.ema_decay = ema_decay
         _check_tiles(tile_size, tile_overlap)
         self.tile_size = tile_size
@@ -198,7 +196,7 @@ class SegmentationModule(RecipeModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         total = self.trainer.estimated_stepping_batches
         if math.isinf(total):
-            raise ConfigError("the poly schedule needs to know the number of steps", mend="set --trainer.max_epochs or --trainer.max_steps")
+            raise ConfigError("the poly schedule needs to know the number of steps", fix="set --trainer.max_epochs or --trainer.max_steps")
         optimizer = self._build_optimizer()
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: poly_factor(step, int(total), self.poly_power, self.warmup_steps)

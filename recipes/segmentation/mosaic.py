@@ -45,7 +45,7 @@ def load_photograph(texture: Texture) -> Tensor:
     if spec is None or spec.origin is None:
         raise DataError(
             "TextureMosaic is made of the photographs in scikit-image, which is not installed",
-            mend="pip install 'pl_normkit[demo]', or train on your own images with --data FolderData",
+            fix="pip install 'pl_normkit[demo]', or train on your own images with --data FolderData",
         )
     return read_gray(Path(spec.origin).parent / "data" / texture.file)
 

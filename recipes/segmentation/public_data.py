@@ -34,7 +34,7 @@ def _find_base(root: Path, places: tuple[str, ...], needed: str) -> Path:
         if (root / place / needed).is_dir():
             return root / place
     looked = ", ".join(str(root / place / needed) for place in ("", *places))
-    raise DataError("the data set is not laid out as expected", where=str(root), evidence=f"none of {looked}", mend="give its folder")
+    raise DataError("the data set is not laid out as expected", where=str(root), evidence=f"none of {looked}", fix="give its folder")
 
 
 class VOCData(FilesData):
@@ -168,7 +168,7 @@ class STAREData(FilesData):
         pairs = [Pair(name, path, masks.get(name, labels / f"{name}.{self.annotator}.ppm")) for name, path in images.items()]
         require_masks(pairs)
         if len(pairs) < 2:
-            raise DataError("one image cannot be split into training and validation", where=str(self.root), mend="add the other images")
+            raise DataError("one image cannot be split into training and validation", where=str(self.root), fix="add the other images")
         held_out = min(max(round(len(pairs) * self.val_share), 1), len(pairs) - 1)
         return {"train": pairs[:-held_out], "val": pairs[-held_out:]}
 

@@ -96,7 +96,7 @@ class Augment:
         labels = changed[1].as_subclass(Tensor).long() - 1
         if labels.shape != mask.shape:
             evidence = f"{type(transform).__name__}: {tuple(mask.shape)} became {tuple(labels.shape)}"
-            raise DataError("a transform changes the size of the crop", where="--data.transforms", evidence=evidence, mend="leave it out")
+            raise DataError("a transform changes the size of the crop", where="--data.transforms", evidence=evidence, fix="leave it out")
         return changed[0].as_subclass(Tensor), labels.masked_fill(labels < 0, self.ignore_index)
 
     def _zoom(self, image: Tensor, mask: Tensor) -> Sample:

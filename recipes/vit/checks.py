@@ -28,7 +28,7 @@ def require_size(network: nn.Module, images: Tensor) -> None:
             f"{type(network).__name__} fails on images of {images.shape[-2]} x {images.shape[-1]} pixels",
             where=f"--data.image_size {images.shape[-1]}",
             evidence=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
-            mend=f"take another --data.image_size, or --model.options that fit this one{side}",
+            fix=f"take another --data.image_size, or --model.options that fit this one{side}",
         ) from error
 
 

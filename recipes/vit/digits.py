@@ -93,7 +93,7 @@ def _load_digits() -> tuple[Tensor, Tensor]:
     if importlib.util.find_spec("sklearn") is None:
         raise DataError(
             "the digits lie in scikit-learn, which is not installed",
-            mend="pip install 'pl_normkit[demo]', or train on your own images with --data FolderData",
+            fix="pip install 'pl_normkit[demo]', or train on your own images with --data FolderData",
         )
     from sklearn.datasets import load_digits
 

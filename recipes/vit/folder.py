@@ -143,7 +143,7 @@ class FolderData(ClassificationData):
                 raise DataError(
                     "a class of one image cannot be split into training and validation",
                     where=str(paths[0]),
-                    mend="add images of this class, or lay the data out as train/ and val/",
+                    fix="add images of this class, or lay the data out as train/ and val/",
                 )
             order = torch.randperm(len(paths), generator=generator).tolist()
             drawn["val"] += [Labelled(paths[index], label) for index in sorted(order[:held_out])]
@@ -168,7 +168,7 @@ def _find_classes(folder: Path) -> list[str]:
             "a classifier needs at least two classes",
             where=str(folder),
             evidence=f"folders found there: {names or 'none'}",
-            mend=_LAYOUT,
+            fix=_LAYOUT,
         )
     return names
 
@@ -182,8 +182,8 @@ def _list_files(folder: Path, class_names: list[str]) -> list[Labelled]:
             f"{folder.name} has a class that train does not have",
             where=str(folder / strange[0]),
             evidence=f"{len(strange)} such folders: {strange[:8]}",
-            mend=nearest(strange[0], class_names) or "move the folder away, or add its class to train",
+            fix=nearest(strange[0], class_names) or "move the folder away, or add its class to train",
         )
     if not found:
-        raise DataError("a data folder has no class folders", where=str(folder), mend=_LAYOUT)
+        raise DataError("a data folder has no class folders", where=str(folder), fix=_LAYOUT)
     return [Labelled(path, class_names.index(name)) for name in found for path in find_images(folder / name)]

@@ -154,7 +154,7 @@ class ClassifierModule(RecipeModule):
         total = self.trainer.estimated_stepping_batches
         if math.isinf(total):
             raise ConfigError(
-                "the cosine schedule needs to know the number of steps", mend="set --trainer.max_epochs or --trainer.max_steps"
+                "the cosine schedule needs to know the number of steps", fix="set --trainer.max_epochs or --trainer.max_steps"
             )
         groups = layer_decay_groups(self.network, self.lr, self.weight_decay, self.layer_decay, self.example_input_array)
         optimizer = torch.optim.AdamW(groups, self.lr)
@@ -178,10 +178,10 @@ class ClassifierModule(RecipeModule):
                 "the checkpoint belongs to another network",
                 where=strange[0],
                 evidence=f"{len(strange)} of its tensors are not in this network, or have another shape",
-                mend="set --model.gaussian_bias true" if bias else "give the --model options the checkpoint was trained with",
+                fix="set --model.gaussian_bias true" if bias else "give the --model options the checkpoint was trained with",
             )
 
 
-def _require(holds: bool, option: str, value: object, mend: str) -> None:
+def _require(holds: bool, option: str, value: object, fix: str) -> None:
     if not holds:
-        raise ConfigError(f"the model option {option} cannot be used", where=f"--model.{option}", evidence=repr(value), mend=mend)
+        raise ConfigError(f"the model option {option} cannot be used", where=f"--model.{option}", evidence=repr(value), fix=fix)

@@ -93,14 +93,14 @@ def _read_refused(message: str) -> set[str]:
 def _check_name(name: str) -> None:
     bare, _, tag = name.partition(".")
     if not timm.is_model(bare):
-        mend = nearest(bare, timm.list_models()) or "see timm.list_models()"
-        raise ModelSpecError(f"timm has no model {bare!r}", where=f"--model.name {name}", mend=mend)
+        fix = nearest(bare, timm.list_models()) or "see timm.list_models()"
+        raise ModelSpecError(f"timm has no model {bare!r}", where=f"--model.name {name}", fix=fix)
     tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{bare}.*")]
     if tag and tag not in tags:
         raise ModelSpecError(
             f"timm has no weights {tag!r} of {bare}",
             where=f"--model.name {name}",
-            mend=f"{nearest(tag, tags)} One of: {', '.join(tags)}".strip() if tags else f"leave the tag away: {bare}",
+            fix=f"{nearest(tag, tags)} One of: {', '.join(tags)}".strip() if tags else f"leave the tag away: {bare}",
         )
 
 
@@ -111,14 +111,14 @@ def _explain(error: Exception, name: str, pretrained: bool, settings: dict[str, 
             f"the weights of {name} are neither in the cache nor can they be downloaded",
             where="--model.pretrained true",
             evidence=evidence,
-            mend="set --model.pretrained false, fill the Hugging Face cache (HF_HOME) on a machine with network, "
+            fix="set --model.pretrained false, fill the Hugging Face cache (HF_HOME) on a machine with network, "
             "or give a file: --model.options.pretrained_cfg_overlay '{file: weights.safetensors}'",
         )
     return ModelSpecError(
         f"timm cannot build {name}",
         where=", ".join(f"{key}={value}" for key, value in settings.items()),
         evidence=evidence,
-        mend="leave --model.drop_path out, there is no branch to drop"
+        fix="leave --model.drop_path out, there is no branch to drop"
         if "drop_path_rate" in _read_refused(str(error))
         else "check name, --data.image_size and --model.options; --model.options null takes the model as timm has it",
     )

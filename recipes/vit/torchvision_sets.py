@@ -112,7 +112,7 @@ class TorchvisionData(ClassificationData):
             raise DataError(
                 f"there is no torchvision data set {dataset!r} here",
                 where="--data.dataset",
-                mend=f"{nearest(dataset, TORCHVISION_SETS)} One of: {', '.join(TORCHVISION_SETS)}".strip(),
+                fix=f"{nearest(dataset, TORCHVISION_SETS)} One of: {', '.join(TORCHVISION_SETS)}".strip(),
             )
         require_option(0 < val_share < 1, "val_share", val_share, "take a share between 0 and 1")
         self.dataset = dataset
@@ -166,7 +166,7 @@ class TorchvisionData(ClassificationData):
                     f"{self.dataset} cannot be downloaded" if self.download else f"{self.dataset} is not there",
                     where=f"--data.root {self.root}",
                     evidence=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-                    mend="run it once with network access, or copy the files there"
+                    fix="run it once with network access, or copy the files there"
                     if self.download
                     else "let torchvision download it with --data.download true, or give the folder that holds it",
                 ) from error

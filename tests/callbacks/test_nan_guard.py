@@ -389,7 +389,7 @@ def test_the_run_stops_with_a_report(options: dict[str, Any], bad: dict[int, str
     module, guard = make(), NaNGuard(**options)
     with pytest.raises(NonFiniteError, match=f"batch {batch}") as caught:
         fit(module, Batches(12, bad), tmp_path, guard)
-    assert "pl-normkit replay" in caught.value.mend
+    assert "pl-normkit replay" in caught.value.fix
     assert all(bool(torch.isfinite(tensor).all()) for tensor in module.state_dict().values())
 
 

@@ -24,7 +24,7 @@ class Result(NamedTuple):
 Run = Callable[..., Result]
 
 
-# Bad input: exit code 2, one message that names what, where and how to mend it, a traceback only with --debug.
+# Bad input: exit code 2, one message that names what, where and how to fix it, a traceback only with --debug.
 
 BAD_INPUT = {
     "no spec": (("lint", "resnet50"), "'resnet50' is no model specification", "timm:NAME"),
@@ -90,14 +90,14 @@ BAD_INPUT = {
 }
 
 
-@pytest.mark.parametrize(("words", "what", "mend"), BAD_INPUT.values(), ids=BAD_INPUT)
-def test_bad_input_gives_one_error_and_2(run: Run, words: tuple[str, ...], what: str, mend: str) -> None:
+@pytest.mark.parametrize(("words", "what", "fix"), BAD_INPUT.values(), ids=BAD_INPUT)
+def test_bad_input_gives_one_error_and_2(run: Run, words: tuple[str, ...], what: str, fix: str) -> None:
     result = run(*words)
     assert (result.code, result.out) == (2, "")
     assert result.err.startswith("error: ")
     assert result.err.count("error: ") == 1
     assert what in result.err
-    assert mend in result.err.partition("  mend: ")[2]
+    assert fix in result.err.partition("  fix: ")[2]
     assert "Traceback" not in result.err
 
 

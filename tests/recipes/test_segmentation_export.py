@@ -120,7 +120,7 @@ def test_scale_equalizers_that_stay_are_named(tmp_path):
         )
 
     assert "scale_equalizer" in caught.value.evidence
-    assert ".pt2" in caught.value.mend
+    assert ".pt2" in caught.value.fix
     assert not (tmp_path / "model.pt").exists()
 
 

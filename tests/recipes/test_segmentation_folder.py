@@ -222,7 +222,7 @@ def test_what_is_wrong_with_a_folder_is_said_before_training(folder, spoil, what
     assert what in caught.value.what
     assert where in caught.value.where
     assert evidence in caught.value.evidence
-    assert caught.value.mend
+    assert caught.value.fix
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_a_wrong_class_list_is_refused(folder, content, what, where):
 
     assert what in caught.value.what
     assert where in caught.value.where
-    assert caught.value.mend
+    assert caught.value.fix
 
 
 def test_a_missing_root_is_named(tmp_path):

@@ -24,18 +24,18 @@ def test_any_architecture_gives_logits_of_the_size_of_its_input(architecture):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "encoder", "evidence", "mend"),
+    ("architecture", "encoder", "evidence", "fix"),
     [
         ("DeepLabV3Pluss", "resnet18", "", "did you mean 'deeplabv3plus'?"),
         ("Unet", "resnet81", "resnet81", "did you mean 'resnet18'?"),
         ("Unet", "tu-no_such_model_at_all", "no_such_model_at_all", ""),
     ],
 )
-def test_an_unknown_network_is_named_with_the_nearest(architecture, encoder, evidence, mend):
+def test_an_unknown_network_is_named_with_the_nearest(architecture, encoder, evidence, fix):
     with pytest.raises(ModelSpecError) as caught:
         build_network(architecture, encoder, None, 3)
     assert evidence in caught.value.evidence
-    assert mend in caught.value.mend
+    assert fix in caught.value.fix
     assert encoder in caught.value.where
 
 

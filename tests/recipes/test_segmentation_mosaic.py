@@ -97,4 +97,4 @@ def test_a_missing_scikit_image_is_one_clear_error(monkeypatch):
 
     with pytest.raises(DataError, match=r"scikit-image.*not installed") as caught:
         TextureMosaic().setup("fit")
-    assert "pl_normkit[demo]" in caught.value.mend
+    assert "pl_normkit[demo]" in caught.value.fix

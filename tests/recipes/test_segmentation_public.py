@@ -126,7 +126,7 @@ def test_a_value_that_the_data_set_does_not_have_is_named(tmp_path, name, values
 
     assert "row 0, column 1" in caught.value.where
     assert evidence in caught.value.evidence
-    assert caught.value.mend
+    assert caught.value.fix
     kind(root=str(tmp_path), check_masks=False, **LOADING).setup("fit")
 
 
@@ -160,7 +160,7 @@ def test_what_is_wrong_with_a_public_data_set_is_said_before_training(tmp_path, 
         kind(root=str(tmp_path), **LOADING).setup("fit")
 
     assert str(tmp_path) in caught.value.where
-    assert caught.value.mend
+    assert caught.value.fix
 
 
 def test_the_options_of_a_public_data_set_are_those_of_every_folder(tmp_path, capsys):

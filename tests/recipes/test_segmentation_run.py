@@ -180,7 +180,7 @@ def test_the_ready_configurations_are_the_promised_ones(here):
     assert CONFIGS == ["deeplabv3plus", "fpn", "pspnet", "segformer", "upernet"]
     with pytest.raises(ConfigError, match="no configuration") as caught:
         run(["--config=upperent"])
-    assert "did you mean 'upernet'" in caught.value.mend
+    assert "did you mean 'upernet'" in caught.value.fix
 
 
 def test_mixed_precision_averaged_weights_tiles_and_torchvision_transforms(here, folder):
@@ -303,7 +303,7 @@ def test_bad_data_is_one_message_and_exit_code_two(here, folder, capsys, spoil, 
     assert message.count("error: ") == 1
     assert what in message
     assert where in message
-    assert "mend: " in message
+    assert "fix: " in message
     assert "Traceback" not in message
 
 
@@ -318,7 +318,7 @@ def test_debug_shows_the_traceback(here, folder, capsys):
 
 
 @pytest.mark.parametrize(
-    ("args", "evidence", "mend"),
+    ("args", "evidence", "fix"),
     [
         (["fti"], "'fti'", "did you mean 'fit'?"),
         (["--model.lrr=3"], "lrr", "--help"),
@@ -335,12 +335,12 @@ def test_debug_shows_the_traceback(here, folder, capsys):
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*NK501:pl_normkit.errors.NormkitWarning")  # the default network's own rates, on 6x6 cells
-def test_wrong_options_are_one_error(here, capsys, args, evidence, mend):
+def test_wrong_options_are_one_error(here, capsys, args, evidence, fix):
     with pytest.raises(ConfigError) as caught:
         run(args)
 
     assert evidence in caught.value.evidence
-    assert mend in caught.value.mend
+    assert fix in caught.value.fix
 
 
 def test_help_ends_with_code_zero(capsys):

@@ -154,7 +154,7 @@ def test_an_impossible_option_is_named(option, value):
     with pytest.raises(DataError) as caught:
         TextureMosaic(**{option: value})
     assert option in caught.value.where + caught.value.what
-    assert caught.value.mend
+    assert caught.value.fix
 
 
 @pytest.mark.parametrize(("height", "width", "top", "left"), [(32, 32, 0, 0), (50, 61, 9, 14), (20, 60, 0, 14), (10, 12, 0, 0)])

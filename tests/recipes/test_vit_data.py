@@ -86,10 +86,10 @@ def test_a_data_option_that_cannot_be_used_is_named(option, value):
 def test_torchvision_data_that_is_not_there_is_one_error(tmp_path):
     with pytest.raises(DataError, match="CIFAR10 is not there") as caught:
         TorchvisionData("CIFAR10", root=str(tmp_path)).setup("fit")
-    assert "--data.download true" in caught.value.mend
+    assert "--data.download true" in caught.value.fix
     with pytest.raises(DataError, match="no torchvision data set 'CIFAR11'") as caught:
         TorchvisionData("CIFAR11")
-    assert "did you mean 'CIFAR10'?" in caught.value.mend
+    assert "did you mean 'CIFAR10'?" in caught.value.fix
 
 
 def test_a_download_without_network_is_one_error(tmp_path, monkeypatch):

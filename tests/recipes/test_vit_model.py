@@ -29,17 +29,17 @@ def test_drop_path_grows_with_depth_to_its_largest():
 
 
 @pytest.mark.parametrize(
-    ("name", "what", "mend"),
+    ("name", "what", "fix"),
     [
         ("vit_tinny_patch16_224", "no model 'vit_tinny_patch16_224'", "did you mean 'vit_tiny_patch16_224'?"),
         ("resnet18.a1_in1kk", "no weights 'a1_in1kk' of resnet18", "did you mean 'a1_in1k'?"),
     ],
 )
-def test_an_unknown_model_is_named_with_the_nearest(name, what, mend):
+def test_an_unknown_model_is_named_with_the_nearest(name, what, fix):
     with pytest.raises(ModelSpecError) as caught:
         build_network(name, 3, image_size=32)
     assert what in caught.value.what
-    assert mend in caught.value.mend
+    assert fix in caught.value.fix
 
 
 def test_an_option_the_model_refuses_is_a_model_error():
@@ -59,7 +59,7 @@ def test_networks_without_an_image_size_or_stochastic_depth_are_built_too(name, 
         if not has_branches:
             with pytest.raises(ModelSpecError, match="drop_path_rate") as caught:
                 build_network(name, 3, image_size=64, drop_path=0.2)
-            assert "leave --model.drop_path out" in caught.value.mend
+            assert "leave --model.drop_path out" in caught.value.fix
 
 
 @pytest.mark.zoo
@@ -76,7 +76,7 @@ def test_an_image_size_that_the_network_fails_on_is_named():
     require_size(network, torch.zeros(2, 3, 16, 16))
     with pytest.raises(ModelSpecError, match="VisionTransformer fails on images of 24 x 24 pixels") as caught:
         require_size(network, torch.zeros(2, 3, 24, 24))
-    assert "its weights were made at 224" in caught.value.mend
+    assert "its weights were made at 224" in caught.value.fix
     assert network.training
 
 
@@ -97,7 +97,7 @@ def test_weights_that_cannot_be_had_are_one_error(monkeypatch):
     with pytest.raises(ModelSpecError, match="neither in the cache nor can they be downloaded") as caught:
         ClassifierModule(["a", "b"], "resnet18", pretrained=True)
     assert "local cache" in caught.value.evidence
-    assert "HF_HOME" in caught.value.mend
+    assert "HF_HOME" in caught.value.fix
 
 
 @pytest.mark.parametrize(
@@ -236,10 +236,10 @@ def test_a_checkpoint_of_other_classes_or_another_network_is_refused():
         ClassifierModule(["a", "c"], gaussian_bias=True, **SMALL).on_load_checkpoint(checkpoint)
     with pytest.raises(ConfigError, match="another network") as caught:
         ClassifierModule(["a", "b"], **SMALL).on_load_checkpoint(checkpoint)
-    assert caught.value.mend == "set --model.gaussian_bias true"
+    assert caught.value.fix == "set --model.gaussian_bias true"
     with pytest.raises(ConfigError, match="another network") as caught:
         module.on_load_checkpoint({**checkpoint, "state_dict": {"network.head.weight": torch.zeros(2, 9)}})
-    assert "options" in caught.value.mend
+    assert "options" in caught.value.fix
 
 
 def test_pretrained_weights_want_the_normalization_they_were_trained_with():

@@ -184,7 +184,7 @@ def _empty_class(root: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "what", "where", "mend"),
+    ("spoil", "what", "where", "fix"),
     [
         (_no_val, "the val folder is not there", "pets/val", "--data.val_share"),
         (_one_class, "at least two classes", "pets/train", "a folder of its own"),
@@ -198,7 +198,7 @@ def _empty_class(root: Path) -> list[str]:
         (lambda root: ["--data.std=[0.1,0.1]"], "option std cannot be used", "--data.std", "give 3 numbers"),
     ],
 )
-def test_bad_input_is_one_message_and_exit_code_two(here, pets, capsys, spoil, what, where, mend):
+def test_bad_input_is_one_message_and_exit_code_two(here, pets, capsys, spoil, what, where, fix):
     more = spoil(pets)
 
     code = main(["run", "vit", "fit", *_on(pets, *more)])
@@ -206,5 +206,5 @@ def test_bad_input_is_one_message_and_exit_code_two(here, pets, capsys, spoil, w
     message = capsys.readouterr().err
     assert code == 2
     assert message.count("error: ") == 1
-    assert all(text in message for text in (what, where, mend))
+    assert all(text in message for text in (what, where, fix))
     assert "Traceback" not in message

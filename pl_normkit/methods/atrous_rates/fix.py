@@ -70,7 +70,7 @@ def set_atrous_rates(
         raise NothingMatchedError(
             "the model has no ASPP",
             evidence="no parallel dilated convolutions of one feature map are joined by a concatenation or a sum",
-            mend="set dilation and padding of other convolutions by hand",
+            fix="set dilation and padding of other convolutions by hand",
         )
     plan = {aspp: _rates_for(aspp, size, wanted, c) if _is_chosen(model, aspp, filter_fn) else "not chosen by the filter" for aspp in found}
     return _set(model, inputs, plan)
@@ -99,7 +99,7 @@ def check_rates(rates: Sequence[int]) -> tuple[int, ...]:
     """Rising whole rates. Raises ConfigError."""
     given = tuple(rates) if isinstance(rates, (tuple, list)) else ()
     if not given or not all(type(rate) is int and rate > 0 for rate in given) or list(given) != sorted(set(given)):
-        raise ConfigError("atrous rates must be rising positive whole numbers", evidence=repr(rates), mend="write (6, 12, 18)")
+        raise ConfigError("atrous rates must be rising positive whole numbers", evidence=repr(rates), fix="write (6, 12, 18)")
     return given
 
 
@@ -174,7 +174,7 @@ def _check_sizes(model: nn.Module, inputs: Any, plan: Mapping[Aspp, Any], change
         raise
     if before != after:
         changes.undo()
-        raise EditError("new rates change the size of a feature map", evidence=f"{before} became {after}", mend="set them in the code")
+        raise EditError("new rates change the size of a feature map", evidence=f"{before} became {after}", fix="set them in the code")
 
 
 def _attributes(conv: nn.Conv2d, rate: int) -> dict[str, Any]:

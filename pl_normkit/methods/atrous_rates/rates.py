@@ -45,12 +45,12 @@ def feature_side(input_size: int | tuple[int, int], output_stride: int) -> int:
 def fitted_rates(side: int, c: float = CENTRE) -> tuple[int, int, int]:
     """The triple for a feature map whose short side is `side` cells. Raises ConfigError as `atrous_rates` does."""
     if not isinstance(c, (int, float)) or not 0 < c < math.inf:
-        raise ConfigError("c must be a positive number", evidence=repr(c), mend="use 1/6, or 0.22 for long-range tasks")
+        raise ConfigError("c must be a positive number", evidence=repr(c), fix="use 1/6, or 0.22 for long-range tasks")
     if side <= 3:
         raise ConfigError(
             "no three atrous rates fit the feature map",
             evidence=f"its short side is {side} cell{'s' if side != 1 else ''}, and rates r, 2r, 3r must all be smaller",
-            mend="train on larger crops or at a smaller output stride, or give rates=",
+            fix="train on larger crops or at a smaller output stride, or give rates=",
         )
     r = max(1, min(round(c * side), (side - 1) // 3))
     return r, 2 * r, 3 * r
@@ -61,7 +61,7 @@ def check_size(input_size: int | tuple[int, int]) -> tuple[int, int]:
     size = (input_size, input_size) if isinstance(input_size, int) else input_size
     if isinstance(size, (tuple, list)) and len(size) == 2 and all(type(side) is int and side > 0 for side in size):
         return size[0], size[1]
-    raise ConfigError("the input size is no size in pixels", evidence=repr(input_size), mend="write 512 or (512, 1024)")
+    raise ConfigError("the input size is no size in pixels", evidence=repr(input_size), fix="write 512 or (512, 1024)")
 
 
 def output_stride(input_side: int, feature_cells: int) -> int:

@@ -154,7 +154,7 @@ def _checked_boxes(features: Tensor, boxes: Sequence[Tensor]) -> tuple[Tensor, T
     flat = torch.cat([image.to(features.device, torch.float32) for image in boxes])
     if len(flat) and not bool((flat[:, 2:] > flat[:, :2]).all()):
         bad = int((~(flat[:, 2:] > flat[:, :2]).all(1)).nonzero()[0])
-        raise DataError("a box has no area", where=f"box {bad} of the batch", evidence=str(flat[bad].tolist()), mend="write x1, y1, x2, y2")
+        raise DataError("a box has no area", where=f"box {bad} of the batch", evidence=str(flat[bad].tolist()), fix="write x1, y1, x2, y2")
     counts = torch.tensor([len(image) for image in boxes], device=features.device)
     return flat, torch.arange(len(boxes), device=features.device).repeat_interleave(counts)
 

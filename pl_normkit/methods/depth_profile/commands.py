@@ -28,7 +28,7 @@ from pl_normkit.methods.depth_profile.measure import measure_depth_profile
 def _profile(options: argparse.Namespace, model: nn.Module, inputs: Any) -> int:
     if options.eval:
         model.eval()
-    with users_code("the model cannot be profiled", mend="check --input and the model"):
+    with users_code("the model cannot be profiled", fix="check --input and the model"):
         profile = measure_depth_profile(model, inputs)
     if options.out is not None:
         profile.plot(options.out)

@@ -77,18 +77,18 @@ class DepthProbe:
             raise ConfigError("the span of the angle is at least one addition", evidence=str(span))
         self.model = unwrapped(model)
         if any(parameter.is_meta for parameter in self.model.parameters()):
-            raise ConfigError("a model on the meta device has no values to measure", mend="build it on the CPU")
+            raise ConfigError("a model on the meta device has no values to measure", fix="build it on the CPU")
         graph = ModelGraph.from_model(self.model, batch, training=self.model.training) if graph is None else graph
         self.span = span
         self.additions = find_additions(graph)
         if not self.additions:
-            raise NothingMatchedError("no residual addition was found", mend="profile the network that holds the blocks")
+            raise NothingMatchedError("no residual addition was found", fix="profile the network that holds the blocks")
         self._parameters = dict(self.model.named_parameters())
 
     def measure(self, batch: Any, loss_fn: LossFunction | None = None, *, mask: Tensor | None = None, skip: bool = False) -> DepthProfile:
         """The profile on one batch; see `measure_depth_profile`."""
         if skip and loss_fn is None:
-            raise ConfigError("the cost of skipping a branch needs a loss", mend="give loss_fn")
+            raise ConfigError("the cost of skipping a branch needs a loss", fix="give loss_fn")
         mask = _mask_in(batch) if mask is None else mask
         rows: dict[Addition, AdditionProfile] = {}
         history: deque[Tokens] = deque(maxlen=self.span)

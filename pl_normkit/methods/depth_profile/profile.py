@@ -153,7 +153,7 @@ class DepthProfile:
 
         unknown = [name for name in panels if name not in PANELS]
         if unknown:
-            raise ConfigError(f"a profile has no panel {unknown[0]!r}", mend=nearest(unknown[0], PANELS) or ", ".join(PANELS))
+            raise ConfigError(f"a profile has no panel {unknown[0]!r}", fix=nearest(unknown[0], PANELS) or ", ".join(PANELS))
         shown = [name for name in panels if any(getattr(row, name) is not None for row in self.stream)]
         figure = Figure(figsize=(1 + 3.2 * max(1, len(shown)), 3.2), layout="constrained")
         for axes, name in zip(figure.subplots(1, max(1, len(shown)), squeeze=False)[0], shown, strict=False):

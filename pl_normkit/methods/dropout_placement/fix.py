@@ -68,7 +68,7 @@ def place_dropout(model: nn.Module, example_inputs: Any, *, filter_fn: Filter | 
     model = unwrapped(model)
     graph = ModelGraph.from_model(model, example_inputs)
     if not any(dropout.p > 0 for dropout in graph.dropouts):
-        raise NothingMatchedError("the model has no active dropout to place", mend="give its dropouts p > 0, or leave the fix out")
+        raise NothingMatchedError("the model has no active dropout to place", fix="give its dropouts p > 0, or leave the fix out")
     plan = _Plan(model, graph, example_inputs, filter_fn)
     plan.add_branches(read_branch_dropouts(graph))
     plan.add_heads(read_head_dropouts(graph))

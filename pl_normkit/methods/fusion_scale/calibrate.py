@@ -68,7 +68,7 @@ def calibrate_scales(
     model = unwrapped(model)
     equalizers = equalizers_of(model)
     if not equalizers:
-        raise NothingMatchedError("the model holds no scale equalizer", mend="call equalize_scales, which inserts them")
+        raise NothingMatchedError("the model holds no scale equalizer", fix="call equalize_scales, which inserts them")
     waiting = {path: module for path, module in equalizers.items() if not module.is_calibrated and _is_meant(path, hosts)}
     batches = list(itertools.islice(loader, max_batches)) if isinstance(loader, Iterator) else loader
     changes = Changes()
@@ -161,7 +161,7 @@ def _observe(
     silent = [path for path, found in merged.items() if float(found.count.max()) == 0]
     if silent:
         agree_on_problem(
-            DataError("a fusion did not run on the loader's batches", where=", ".join(silent), mend="pass inputs that reach it")
+            DataError("a fusion did not run on the loader's batches", where=", ".join(silent), fix="pass inputs that reach it")
         )
     return merged
 

@@ -117,7 +117,7 @@ def check_options(mode: str, granularity: str, border: str) -> None:
         ("border", border, BORDERS),
     ):
         if value not in known:
-            raise ConfigError(f"unknown {name} {value!r}", mend=f"one of {', '.join(known)}")
+            raise ConfigError(f"unknown {name} {value!r}", fix=f"one of {', '.join(known)}")
 
 
 def insert_equalizers(model: nn.Module, example_inputs: Any, *, sums: bool = False, allow_trained: bool = False) -> Changes:
@@ -156,7 +156,7 @@ def plan_sites(model: nn.Module, example_inputs: Any, *, sums: bool) -> tuple[li
         raise NothingMatchedError(
             "no fusion of levels to equalize",
             evidence="; ".join(map(str, skipped)) or f"{len(graph.fusions)} fusions, none with a resized branch",
-            mend="" if sums else "sums=True also takes sums whose operands come from modules of their own",
+            fix="" if sums else "sums=True also takes sums whose operands come from modules of their own",
         )
     return sites, skipped
 
@@ -183,7 +183,7 @@ def split_trained(model: nn.Module, sites: Sequence[Site]) -> tuple[list[Site], 
             "the network is trained already, and equalizing would change its function",
             where=norms[0][0].host,
             evidence=f"{norms[0][1]} behind the fusion has seen batches",
-            mend="equalize before training; allow_trained=True does it anyway",
+            fix="equalize before training; allow_trained=True does it anyway",
         )
     return [site for site, norm in norms if not norm], trained
 

@@ -61,11 +61,11 @@ def fold(model: nn.Module, *, border: Border = "keep") -> Changes:
     []
     """
     if border not in BORDERS:
-        raise ConfigError(f"unknown border {border!r}", mend=f"one of {', '.join(BORDERS)}")
+        raise ConfigError(f"unknown border {border!r}", fix=f"one of {', '.join(BORDERS)}")
     model = unwrapped(model)
     equalizers = equalizers_of(model)
     if not equalizers and not any(is_folded(module) for module in model.modules()):
-        raise NothingMatchedError("the model holds no scale equalizer to fold", mend="equalize_scales inserts them")
+        raise NothingMatchedError("the model holds no scale equalizer to fold", fix="equalize_scales inserts them")
     edits: list[Edit] = []
     skipped: list[Change] = []
     for path, equalizer in equalizers.items():

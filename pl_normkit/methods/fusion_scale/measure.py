@@ -159,7 +159,7 @@ def measure_joins(
     if silent:
         agree_on_problem(
             DataError(
-                "a fusion of the trace did not run on the loader's batches", where=", ".join(silent), mend="pass example_inputs like them"
+                "a fusion of the trace did not run on the loader's batches", where=", ".join(silent), fix="pass example_inputs like them"
             )
         )
     return found

@@ -53,7 +53,7 @@ class ScaleEqualizer(nn.Module):
     def __init__(self, widths: Sequence[int], *, folds_into: Sequence[str] = (), obstacle: str = "", level: int = 0) -> None:
         super().__init__()
         if not widths or any(width < 1 for width in widths):
-            raise ConfigError("widths are the channels of each branch", evidence=repr(list(widths)), mend="pass positive numbers")
+            raise ConfigError("widths are the channels of each branch", evidence=repr(list(widths)), fix="pass positive numbers")
         self.widths = tuple(int(width) for width in widths)
         self.folds_into = tuple(folds_into)
         self.obstacle = obstacle
@@ -100,7 +100,7 @@ class ScaleEqualizer(nn.Module):
         if not isinstance(x, Tensor) or x.dim() < 3 or x.shape[1] != len(self.scale):
             seen = f"{tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             expected = f"(N, {len(self.scale)}, ...)"
-            raise EditError(f"a ScaleEqualizer for {expected} features got something else", evidence=seen, mend="undo the edit")
+            raise EditError(f"a ScaleEqualizer for {expected} features got something else", evidence=seen, fix="undo the edit")
         spatial = (1,) * (x.dim() - 2)
         return torch.addcmul(self.shift.to(x.dtype).view(-1, *spatial), x, self.scale.to(x.dtype).view(-1, *spatial))
 

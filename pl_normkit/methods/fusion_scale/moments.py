@@ -129,4 +129,4 @@ def agree_on_problem(problem: DataError | None) -> None:
     if problem is not None:
         raise problem
     if flag.item() > 0:
-        raise DataError("another rank met data it cannot use while scales were measured", mend="see the message of that rank")
+        raise DataError("another rank met data it cannot use while scales were measured", fix="see the message of that rank")

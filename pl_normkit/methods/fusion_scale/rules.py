@@ -67,7 +67,7 @@ def fusion_scale_disequilibrium(subject: Subject) -> Iterator[Observation]:
     Derived: the criterion and the thresholds. One bilinear resize explains a factor of 1.6 at most (2-D, white features), so 2
     is more than interpolation alone. The rule is silent without real inputs of two samples or more, where batch norms behind
     the fusion have been trained, and where the layer that reads it is frozen. Published, in the abstract of arXiv 2402.01149: that
-    different scales of parallel branches harm gradient descent, and that a scale equalizer between upsampling and fusion mends it.
+    different scales of parallel branches harm gradient descent, and that a scale equalizer between upsampling and fusion fixes it.
     """
     if subject.model is None or not subject.measure or not _can_measure(subject.example_inputs):
         return

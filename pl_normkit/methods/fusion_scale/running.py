@@ -41,10 +41,10 @@ def inputs_of(model: nn.Module, batch: Any) -> Any:
         images = [value for value in batch.values() if isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 3]
         if len(images) == 1:
             return (images[0],)
-        raise DataError("it is unclear which entry of the batch is the input", evidence=f"keys {list(batch)}", mend=_PASS_INPUTS)
+        raise DataError("it is unclear which entry of the batch is the input", evidence=f"keys {list(batch)}", fix=_PASS_INPUTS)
     if isinstance(batch, (tuple, list)) and batch:
         return inputs_of(model, batch[0])
-    raise DataError("a batch that is no tensor, sequence or dict of tensors", evidence=type(batch).__name__, mend=_PASS_INPUTS)
+    raise DataError("a batch that is no tensor, sequence or dict of tensors", evidence=type(batch).__name__, fix=_PASS_INPUTS)
 
 
 def first_inputs(model: nn.Module, loader: Iterable[Any], inputs: InputsOf | None) -> tuple[Any, Iterable[Any]]:
@@ -57,7 +57,7 @@ def first_inputs(model: nn.Module, loader: Iterable[Any], inputs: InputsOf | Non
         for first in iterator:
             rest = itertools.chain([first], iterator) if iterator is loader else loader
             return (inputs(first) if inputs is not None else inputs_of(model, first)), rest
-    raise DataError("the loader gives no batch", mend="check its length, sampler and drop_last")
+    raise DataError("the loader gives no batch", fix="check its length, sampler and drop_last")
 
 
 @contextmanager
@@ -105,7 +105,7 @@ def run_batches(
             break
         after_batch(count)
     if count == 0:
-        problem = DataError("the loader gives no batch", mend="check its length, sampler and drop_last, and max_batches")
+        problem = DataError("the loader gives no batch", fix="check its length, sampler and drop_last, and max_batches")
     agree_on_problem(problem)
     content.warn_without()
     return count
@@ -150,7 +150,7 @@ def _run(
                 "the loader gives values that are not finite, and statistics over them would be wrong",
                 where=f"batch {index}",
                 evidence=f"{bad} of {tensor.numel()} values are NaN or infinite",
-                mend="mend or leave out these samples; batches are never dropped silently here",
+                fix="fix or leave out these samples; batches are never dropped silently here",
             )
         if isinstance(tensor, Tensor):
             content.look_at(tensor)
@@ -163,7 +163,7 @@ def _run(
             "a batch norm sees one value per channel, in measuring as in training",
             where=f"batch {index}",
             evidence=str(error),
-            mend="use batches of two samples or more (drop_last=True where the last one is single)",
+            fix="use batches of two samples or more (drop_last=True where the last one is single)",
         )
     bad_place = has_bad_value()
     if not bad_place:
@@ -171,5 +171,5 @@ def _run(
     return DataError(
         "features are not finite, or too large to measure, though the inputs are finite",
         where=f"batch {index}, {bad_place}",
-        mend="audit the model's numerics, or normalize the inputs",
+        fix="audit the model's numerics, or normalize the inputs",
     )

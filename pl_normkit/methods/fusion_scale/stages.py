@@ -101,5 +101,5 @@ class StagedEqualization:
         left = [site.host for site in self._sites if site.host in hosts and not self._stands_alone(site)]
         if left:
             raise EditError(
-                'mode="init" cannot write to these weights', where=", ".join(left), evidence="sharded", mend='use mode="explicit"'
+                'mode="init" cannot write to these weights', where=", ".join(left), evidence="sharded", fix='use mode="explicit"'
             )

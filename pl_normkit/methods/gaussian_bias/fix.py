@@ -116,7 +116,7 @@ def _checked(model: nn.Module, site: Site, traced: TracedAttention | None) -> Si
             f"attention works on {traced.num_queries} tokens, its grid has {site.grid_size[0]} x {site.grid_size[1]} patches "
             f"and {site.num_prefix_tokens} prefix tokens",
             where=site.path,
-            mend="leave it out with filter_fn, or use pl_normkit.nn.GaussianAttentionBias in the code",
+            fix="leave it out with filter_fn, or use pl_normkit.nn.GaussianAttentionBias in the code",
         )
     owner = model.get_submodule(site.patches.removesuffix("patch_embed.proj").removesuffix(".")) if site.patches else nn.Identity()
     dropped = getattr(getattr(owner, "patch_drop", None), "prob", 0.0)
@@ -125,7 +125,7 @@ def _checked(model: nn.Module, site: Site, traced: TracedAttention | None) -> Si
             "this model drops patches in training, so its tokens stand on no grid",
             where=site.path,
             evidence=f"patch_drop_rate={dropped:g}",
-            mend="build it with patch_drop_rate=0",
+            fix="build it with patch_drop_rate=0",
         )
     return site
 
@@ -139,13 +139,13 @@ def _check_reached(model: nn.Module, sites: list[Site], example_inputs: Any) -> 
             "with the Gaussian bias the model no longer runs",
             where=error.where,
             evidence=error.evidence,
-            mend="leave layers out with filter_fn",
+            fix="leave layers out with filter_fn",
         ) from error
     read = {read.parameter for node in graph.nodes for read in node.reads}
     lost = [site.path for site in sites if f"{site.host}.{CHILD}.sigma".removeprefix(".") not in read]
     if lost:
         raise ModelSpecError(
-            "the Gaussian bias does not reach the logits", where=", ".join(lost), mend="leave these layers out with filter_fn"
+            "the Gaussian bias does not reach the logits", where=", ".join(lost), fix="leave these layers out with filter_fn"
         )
 
 
@@ -154,18 +154,18 @@ def _nothing_to_do(
 ) -> NothingMatchedError | ModelSpecError:
     name = type(model).__name__
     if not is_attention:
-        mend = (
+        fix = (
             "is this a network without attention?" if is_traced else "pass example_inputs: then attention of any class is found in a trace"
         )
         where = "trace" if is_traced else "modules"
-        return NothingMatchedError(f"no self-attention is known in the {where} of this {name}", mend=mend)
+        return NothingMatchedError(f"no self-attention is known in the {where} of this {name}", fix=fix)
     evidence = "; ".join(map(str, skipped[:4])) + (f" and {len(skipped) - 4} more" if len(skipped) > 4 else "")
     if is_filtered and all(change.what == "not chosen by the filter" for change in skipped):
         return NothingMatchedError("the filter chose no attention module", evidence=evidence)
     return ModelSpecError(
         f"no attention of this {name} can be given a Gaussian bias",
         evidence=evidence,
-        mend="use pl_normkit.nn.GaussianAttentionBias in the model's code" + ("" if is_traced else ", or pass example_inputs"),
+        fix="use pl_normkit.nn.GaussianAttentionBias in the model's code" + ("" if is_traced else ", or pass example_inputs"),
     )
 
 
@@ -176,7 +176,7 @@ def _has_bias(model: nn.Module, site: Site, per_head: bool) -> bool:
         return False
     if (there.num_heads is not None) != per_head:
         kind = "shared by all heads" if there.num_heads is None else "one for each head"
-        raise ConfigError("there is a Gaussian bias already", where=site.host, evidence=kind, mend="undo the earlier changes first")
+        raise ConfigError("there is a Gaussian bias already", where=site.host, evidence=kind, fix="undo the earlier changes first")
     return True
 
 

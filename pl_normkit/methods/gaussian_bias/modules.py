@@ -143,7 +143,7 @@ class GaussianAttentionBias(nn.Module):
             raise ConfigError(
                 f"{num_tokens} tokens do not fit a grid of {grid[0]} x {grid[1]} patches and {self.num_prefix_tokens} prefix tokens",
                 where="GaussianAttentionBias",
-                mend="where patches are dropped, merged or padded the bias has no grid to work on; leave those layers out with filter_fn, "
+                fix="where patches are dropped, merged or padded the bias has no grid to work on; leave those layers out with filter_fn, "
                 "or give the grid with set_grid_size",
             )
         bias: Tensor = self(grid)
@@ -166,7 +166,7 @@ def check_grid(grid_size: int | Sequence[int]) -> Grid:
     """Rows and columns. Raises ConfigError unless they are one or two positive ints."""
     sizes = (grid_size, grid_size) if isinstance(grid_size, int) else tuple(grid_size) if isinstance(grid_size, Sequence) else ()
     if len(sizes) != 2 or not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
-        raise ConfigError("grid_size is the number of rows and of columns of patches", evidence=repr(grid_size), mend="write (14, 14)")
+        raise ConfigError("grid_size is the number of rows and of columns of patches", evidence=repr(grid_size), fix="write (14, 14)")
     return sizes[0], sizes[1]
 
 
@@ -176,7 +176,7 @@ def check_amplitude(amplitude: float) -> float:
         raise ConfigError(
             f"the amplitude starts at a number other than 0, not {amplitude!r}",
             evidence="it enters squared, so at 0 neither it nor sigma gets a gradient" if _is_finite(amplitude) else "",
-            mend="start at 1; module.enabled = False switches a bias off",
+            fix="start at 1; module.enabled = False switches a bias off",
         )
     return float(amplitude)
 
@@ -184,7 +184,7 @@ def check_amplitude(amplitude: float) -> float:
 def check_sigma(sigma: float) -> float:
     """The start value in patches. Raises ConfigError unless positive: at 0 it gets no gradient."""
     if not _is_finite(sigma) or sigma <= 0:
-        raise ConfigError(f"sigma starts at a positive number of patches, not {sigma!r}", mend="start at 5, or a third of the window")
+        raise ConfigError(f"sigma starts at a positive number of patches, not {sigma!r}", fix="start at 5, or a third of the window")
     return float(sigma)
 
 

@@ -44,5 +44,5 @@ def divisors(channels: int) -> list[int]:
 def _wanted(channels: int, target: GroupTarget) -> float:
     found = _FORM.fullmatch(f"{target} groups" if type(target) is int else str(target))
     if found is None or int(found[1]) < 1:
-        raise ConfigError("this is no number of groups", evidence=repr(target), mend='write 32, "32 groups" or "16 channels per group"')
+        raise ConfigError("this is no number of groups", evidence=repr(target), fix='write 32, "32 groups" or "16 channels per group"')
     return int(found[1]) if found[2] == "groups" else channels / int(found[1])

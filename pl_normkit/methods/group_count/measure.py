@@ -123,7 +123,7 @@ def measure_isometry(model: nn.Module, batch: Any, groups: Sequence[int] | None 
     model = unwrapped(model)
     seen = _run(model, batch)
     if not seen:
-        raise NothingMatchedError("no group norm or batch norm ran", mend="give a batch that reaches one")
+        raise NothingMatchedError("no group norm or batch norm ran", fix="give a batch that reaches one")
     generator = torch.Generator().manual_seed(seed)
     return GroupIsometry(tuple(_measure(path, norm, z, fan, groups, generator) for path, norm, z, fan in seen))
 

@@ -71,7 +71,7 @@ def measure_filter(model: nn.Module, example_inputs: Any) -> list[FilterCheck]:
                 stack.enter_context(module.register_forward_pre_hook(check(path)))
         model(*arguments, **keywords)
     if not found:
-        raise NothingMatchedError("no JointFilter was called", mend="give a model that holds a DeformableKernelNetwork, and its inputs")
+        raise NothingMatchedError("no JointFilter was called", fix="give a model that holds a DeformableKernelNetwork, and its inputs")
     return found
 
 

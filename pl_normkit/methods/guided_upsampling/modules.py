@@ -115,7 +115,7 @@ class DeformableKernelNetwork(nn.Module):
             raise DataError(
                 "guidance is (N, 3, H, W) and target (N, C, H, W) of the same size",
                 evidence=f"{tuple(guidance.shape)} and {tuple(target.shape)}",
-                mend="upsample the target to the guide's size first (bicubic)",
+                fix="upsample the target to the guide's size first (bicubic)",
             )
         weights, offsets = self.kernels(guidance, target)
         channels = target.flatten(0, 1)[:, None]

@@ -89,7 +89,7 @@ class Arguments:
                     bounds[position] = (float(allowed[0]), float(allowed[1]))
                 else:
                     raise ConfigError(
-                        f"the domain of {word!r} is not known", evidence=repr(allowed), mend=f'give (low, high) or "{NOT_EMPTY}"'
+                        f"the domain of {word!r} is not known", evidence=repr(allowed), fix=f'give (low, high) or "{NOT_EMPTY}"'
                     )
         return cls(leaves, names, tuple(roles), spec, bounds, frozenset(nonempty))
 
@@ -160,5 +160,5 @@ def _matching(word: str | int, names: tuple[str, ...]) -> list[int]:
     else:
         found = [position for position, name in enumerate(names) if name == word or name.startswith((f"{word}[", f"{word}."))]
     if not found:
-        raise ConfigError(f"the loss has no argument {word!r}", mend=nearest(str(word), names) or f"arguments: {', '.join(names)}")
+        raise ConfigError(f"the loss has no argument {word!r}", fix=nearest(str(word), names) or f"arguments: {', '.join(names)}")
     return found

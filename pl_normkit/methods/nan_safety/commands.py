@@ -52,13 +52,13 @@ def _domain(words: str) -> tuple[str, Bounds | str]:
     try:
         return name, (float(low), float(high))
     except ValueError as error:
-        raise ConfigError(f"--domain {words!r} is not known", mend="write NAME=LOW:HIGH or NAME=not-empty") from error
+        raise ConfigError(f"--domain {words!r} is not known", fix="write NAME=LOW:HIGH or NAME=not-empty") from error
 
 
 @command("replay", "run the operation of a NaNGuard file again", {"file": {"help": "a .pt file from a nan_guard folder"}})
 def _replay(options: argparse.Namespace) -> int:
     """0 when the event came again, 1 when it did not or the file alone does not allow it."""
-    with users_code("the replay file cannot be used", where=options.file, mend="give a file that NaNGuard wrote", kind=DataError):
+    with users_code("the replay file cannot be used", where=options.file, fix="give a file that NaNGuard wrote", kind=DataError):
         report = replay(options.file)
         print(report)  # noqa: T201
     return int(not report.reproduced)

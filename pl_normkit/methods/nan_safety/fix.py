@@ -105,7 +105,7 @@ def replace_unsafe_losses(module: nn.Module, known: Mapping[type[nn.Module], Bui
     if not edits and not skipped and not stable:
         raise NothingMatchedError(
             "no known unsafe loss module is in the model",
-            mend="hold the loss as a submodule, or pass known={YourLoss: lambda old: SILogLoss(...)}",
+            fix="hold the loss as a submodule, or pass known={YourLoss: lambda old: SILogLoss(...)}",
         )
     return apply_edits(module, edits, skipped)
 

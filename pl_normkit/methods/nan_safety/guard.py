@@ -78,7 +78,7 @@ class StepGuard:
         spike_factor: float | None = None,
     ) -> None:
         if policy not in ("skip", "raise", "rollback"):
-            raise ConfigError(f"unknown policy {policy!r} of NaNGuard", mend='use "skip", "raise" or "rollback"')
+            raise ConfigError(f"unknown policy {policy!r} of NaNGuard", fix='use "skip", "raise" or "rollback"')
         if snapshot_every < 1 or not 0 < lr_factor <= 1 or (spike_factor is not None and not spike_factor > 1):
             raise ConfigError(
                 "snapshot_every must be at least 1, lr_factor in (0, 1] and spike_factor above 1",
@@ -200,7 +200,7 @@ class StepGuard:
     def running(self) -> Run:
         """What it remembers of the run it watches."""
         if self._run is None:
-            raise ConfigError("the guard watches nothing", mend="call its methods inside `with guard.watching(model, optimizer):`")
+            raise ConfigError("the guard watches nothing", fix="call its methods inside `with guard.watching(model, optimizer):`")
         return self._run
 
     def state_dict(self) -> dict[str, Any]:
@@ -413,7 +413,7 @@ class StepGuard:
                 lasting or exceeded or "a training step is not finite; it was not made",
                 where=f"step {event['step']}, batch {event['batch_index']}, ranks {event['ranks']}",
                 evidence=str(event["first"]),
-                mend=f"pl-normkit replay {event['file']}" if event["file"] else "see NaNGuard.events",
+                fix=f"pl-normkit replay {event['file']}" if event["file"] else "see NaNGuard.events",
                 silence="" if stays else 'NaNGuard(policy="skip", max_skips=None, max_skips_per_1000=None)',
             )
         if can_go_back and run.snapshot is not None:

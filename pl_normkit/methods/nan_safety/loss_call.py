@@ -80,7 +80,7 @@ class LossCall:
                 "the loss cannot be called on its example arguments",
                 where=self.name,
                 evidence=f"{type(error).__name__}: {error}",
-                mend="give an example (--example package.module:function on the command line): a function without arguments that "
+                fix="give an example (--example package.module:function on the command line): a function without arguments that "
                 "returns the loss's arguments",
             ) from error
         if value.grad_fn is None:
@@ -106,7 +106,7 @@ def read_loss_call(
         DataError: there is no such folder.
     """
     if folder is not None and not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise DataError("there is no folder to write witnesses to", where=str(folder), mend="make it, or name another")
+        raise DataError("there is no folder to write witnesses to", where=str(folder), fix="make it, or name another")
     function, module, name = _function(loss)
     provider = _resolve(example) if isinstance(example, str) else _neighbour(loss) if example is None else example
     given = example_arguments(function) if provider is None else provider() if callable(provider) else provider
@@ -149,7 +149,7 @@ def example_arguments(function: Callable[..., Any], dtype: torch.dtype = torch.f
 
 def _resolve(spec: str) -> Any:
     if ":" not in spec:
-        raise ModelSpecError(f"{spec!r} is no loss", mend='write it as "package.module:name"')
+        raise ModelSpecError(f"{spec!r} is no loss", fix='write it as "package.module:name"')
     return import_object(spec)
 
 
@@ -162,7 +162,7 @@ def _function(loss: str | Callable[..., Any]) -> tuple[Callable[..., Any], nn.Mo
             found = found()
         except TypeError as error:
             raise ModelSpecError(
-                "the loss class needs arguments", where=name, evidence=str(error), mend="point at an instance or at a function"
+                "the loss class needs arguments", where=name, evidence=str(error), fix="point at an instance or at a function"
             ) from error
     if isinstance(found, nn.Module):
         module = found if all(tensor.device.type == "cpu" for tensor in (*found.parameters(), *found.buffers())) else _copy_on_cpu(found)

@@ -52,7 +52,7 @@ class SILogLoss(nn.Module):
     ) -> None:
         super().__init__()
         if form not in ("bts", "adabins"):
-            raise ConfigError(f"unknown form {form!r} of SILogLoss", mend='use "bts" or "adabins"')
+            raise ConfigError(f"unknown form {form!r} of SILogLoss", fix='use "bts" or "adabins"')
         if not 0 <= variance_focus <= 1:
             raise ConfigError("variance_focus must lie in [0, 1]", evidence=str(variance_focus))
         if not min_depth > 0 or (max_depth is not None and not max_depth > 0):
@@ -194,7 +194,7 @@ class PoweredLoss(nn.Module):
 
 def _known_reduction(reduction: Reduction) -> Reduction:
     if reduction not in ("mean", "sum", "none"):
-        raise ConfigError(f"unknown reduction {reduction!r}", mend='use "mean", "sum" or "none"')
+        raise ConfigError(f"unknown reduction {reduction!r}", fix='use "mean", "sum" or "none"')
     return reduction
 
 

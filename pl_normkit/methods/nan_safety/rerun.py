@@ -67,7 +67,7 @@ def diagnose_batches(
 def _refuse_iterators(module: nn.Module, batches: Sequence[Batch], step: Callable[[Any], Tensor] | None) -> None:
     training_step = getattr(module, "training_step", None)
     if step is None and training_step is None:
-        raise DataError("there is no step to run again", mend="give `step=` to the guard")
+        raise DataError("there is no step to run again", fix="give `step=` to the guard")
     if step is None and training_step is not None and "dataloader_iter" in inspect.signature(training_step).parameters:
         raise DataError("training_step takes its batches from dataloader_iter, which a second run would advance")
     for batch in batches:

@@ -142,9 +142,9 @@ def _inputs_of(batch: Any) -> Any:
 
 def _edit(path: str, norm: _BatchNorm, moments: _Moments, source_weight: float) -> SetValues:
     if moments.mean is None or moments.deviations is None:
-        raise DataError("the loader is empty, so that no batch norm ran", mend="give at least one batch")
+        raise DataError("the loader is empty, so that no batch norm ran", fix="give at least one batch")
     if moments.count < 2:
-        raise DataError("a batch norm saw one value a channel, which has no variance", where=path, mend="give more samples")
+        raise DataError("a batch norm saw one value a channel, which has no variance", where=path, fix="give more samples")
     measured = {"running_mean": moments.mean, "running_var": moments.deviations / (moments.count - 1)}
     values = {}
     for name, value in measured.items():

@@ -42,10 +42,10 @@ def swap_norms(model: nn.Module, to: str, *, where: Filter | None = None, **opti
     """
     operator = operators().get(to)
     if operator is None:
-        raise ConfigError(f"there is no norm {to!r}", mend=nearest(to, operators()) or f"one of {', '.join(sorted(operators()))}")
+        raise ConfigError(f"there is no norm {to!r}", fix=nearest(to, operators()) or f"one of {', '.join(sorted(operators()))}")
     for name in options:
         if name not in operator.options:
-            raise ConfigError(f"{to} has no option {name!r}", mend=f"it has {', '.join(operator.options) or 'none'}")
+            raise ConfigError(f"{to} has no option {name!r}", fix=f"it has {', '.join(operator.options) or 'none'}")
     model = unwrapped(model)
     edits: list[Edit] = []
     skipped: list[Change] = []

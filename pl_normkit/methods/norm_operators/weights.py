@@ -60,9 +60,9 @@ def _held(model: nn.Module, name: str) -> Tensor:
 def refuse_sharded(model: nn.Module) -> None:
     """Raise EditError where weights have no values to compute with."""
     if any(parameter.is_meta for parameter in model.parameters()):
-        raise EditError("the model is on the meta device and holds no weights to convert", mend="load the checkpoint first")
+        raise EditError("the model is on the meta device and holds no weights to convert", fix="load the checkpoint first")
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        raise EditError("the weights are sharded", mend="convert before sharding, or load the whole checkpoint")
+        raise EditError("the weights are sharded", fix="convert before sharding, or load the whole checkpoint")
 
 
 def convert_checked(model: nn.Module, inputs: Any, edits: Sequence[Edit], skipped: Sequence[Change]) -> Changes:
@@ -88,7 +88,7 @@ def _compare(old: Tensor, new: Tensor) -> None:
         raise EditError(
             "the converted model does not compute the same function, so it was left as it was",
             evidence=f"largest difference {difference:.1e} of the largest output",
-            mend="report the model: its graph met every condition",
+            fix="report the model: its graph met every condition",
         )
 
 

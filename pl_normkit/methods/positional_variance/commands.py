@@ -22,13 +22,13 @@ _HELP = "a function without arguments that returns (training loader, evaluation 
 @lint_part({"--loaders": {"metavar": "MODULE:NAME", "help": _HELP}})
 def _fill_loaders(options: argparse.Namespace, model: nn.Module | None) -> dict[str, Any]:
     if model is None:
-        raise ConfigError("loaders are judged for a model", mend="name one: pl-normkit lint timm:vit_small_patch16_224 --loaders ...")
+        raise ConfigError("loaders are judged for a model", fix="name one: pl-normkit lint timm:vit_small_patch16_224 --loaders ...")
     make = import_object(options.loaders)
-    with users_code(f"--loaders {options.loaders} failed", mend="name a function without arguments", kind=ConfigError):
+    with users_code(f"--loaders {options.loaders} failed", fix="name a function without arguments", kind=ConfigError):
         found = make()
     if not isinstance(found, (Loaders, tuple)) or (isinstance(found, tuple) and len(found) not in (2, 3)):
         raise ConfigError(
-            f"--loaders {options.loaders} gives no loaders", evidence=f"a {type(found).__name__}", mend="return (train_loader, val_loader)"
+            f"--loaders {options.loaders} gives no loaders", evidence=f"a {type(found).__name__}", fix="return (train_loader, val_loader)"
         )
     loaders = found if isinstance(found, Loaders) else Loaders(*found)
     train = _tried(loaders.train, f"the training loader of --loaders {options.loaders}")
@@ -43,9 +43,9 @@ def _tried(loader: Any, what: str) -> Any:
     """The loader, after its first batch was drawn: one that gives none would be judged by nothing. Raises DataError."""
     if loader is None:
         return None
-    mend = "let it give batches as in training"
-    with users_code(f"{what} gave no batch", mend=mend, kind=DataError):
+    fix = "let it give batches as in training"
+    with users_code(f"{what} gave no batch", fix=fix, kind=DataError):
         batches = iter(loader)
         for first in batches:
             return chain([first], batches) if batches is loader else loader
-    raise DataError(f"{what} gave no batch", evidence=f"an empty {type(loader).__name__}", mend=mend)
+    raise DataError(f"{what} gave no batch", evidence=f"an empty {type(loader).__name__}", fix=fix)

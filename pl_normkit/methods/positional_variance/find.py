@@ -69,7 +69,7 @@ def find_site(model: nn.Module, graph: ModelGraph) -> PositionalSite:
         "the model adds no absolute positional embedding to patch tokens",
         where=type(model).__name__,
         evidence="no learnable embedding over positions is added to the output of a patch projection before the first attention",
-        mend="variance shift of positions concerns vision transformers with absolute positions (ViT, DeiT, BEiT with absolute positions)",
+        fix="variance shift of positions concerns vision transformers with absolute positions (ViT, DeiT, BEiT with absolute positions)",
     )
 
 
@@ -209,7 +209,7 @@ def _evaluate(node: torch.fx.Node, known: dict[torch.fx.Node, Tensor], named: di
             "the value of the positional embedding cannot be computed from the trace",
             where=f"{site.parameter} at {site.source}",
             evidence=f"{node.op} {node.name}",
-            mend="give the embedding as one parameter that the forward pass adds",
+            fix="give the embedding as one parameter that the forward pass adds",
         )
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda arg: _evaluate(arg, known, named, site))
     known[node] = node.target(*args, **kwargs)

@@ -59,7 +59,7 @@ def rescale_positional_embedding(
     site = _site(network, example_inputs)
     parameter = network.get_parameter(site.parameter)
     if parameter.is_meta:
-        raise EditError("k is measured, and a model on the meta device has no values", where=site.parameter, mend="load the weights first")
+        raise EditError("k is measured, and a model on the meta device has no values", where=site.parameter, fix="load the weights first")
     rows = patch_rows(network, site)
     if original is None and is_rescaled(network, site):
         return Changes(skipped=[Change(site.parameter, "has its variance already")])
@@ -69,7 +69,7 @@ def rescale_positional_embedding(
             "the positional embedding shows no resampling",
             where=site.parameter,
             evidence="it has full rank along rows and columns, and the forward pass does not interpolate it",
-            mend="pass original=, the embedding before it was resampled (needed after training at the new size, and for smaller grids)",
+            fix="pass original=, the embedding before it was resampled (needed after training at the new size, and for smaller grids)",
         )
     if abs(found.k - 1.0) <= _CLOSE:
         return Changes(skipped=[Change(site.parameter, f"has its variance already ({found})")])
@@ -138,7 +138,7 @@ def _against(model: nn.Module, site: PositionalSite, rows: Tensor, original: Ten
     values = original.get(site.parameter) if isinstance(original, Mapping) else original
     if not isinstance(values, Tensor) or values.shape[-1] != site.width:
         seen = f"{tuple(values.shape)}" if isinstance(values, Tensor) else "no tensor under this name"
-        raise EditError("the original does not fit the positional embedding", where=site.parameter, evidence=seen, mend="(1, L, D)")
+        raise EditError("the original does not fit the positional embedding", where=site.parameter, evidence=seen, fix="(1, L, D)")
     now = as_rows(model.get_parameter(site.parameter).detach(), site)
     before = as_rows(values.detach(), site)
     prefix = len(now) - len(rows)
@@ -160,7 +160,7 @@ def _site(model: nn.Module, example_inputs: Any) -> PositionalSite:
         "no example inputs, and no image size that fits a positional embedding",
         where=type(model).__name__,
         evidence=str(failure).splitlines()[0] if failure else "no patch projection with an embedding of its width",
-        mend="pass example_inputs=(images,)",
+        fix="pass example_inputs=(images,)",
     )
 
 

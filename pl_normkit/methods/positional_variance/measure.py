@@ -177,7 +177,7 @@ def model_inputs(model: nn.Module, batch: Any) -> tuple[Any, Tensor]:
         raise DataError(
             "a batch holds no normalised images: a floating tensor (N, C, H, W)",
             evidence=f"4-D tensor: {seen}",
-            mend="normalise them first",
+            fix="normalise them first",
         )
     inputs: Any = (image,)
     if isinstance(batch, Mapping):
@@ -207,7 +207,7 @@ def observe(model: nn.Module, site: PositionalSite, inputs: Any, sums: MomentSum
             return
         finally:
             handle.remove()
-    raise NothingMatchedError("the patch embedding did not run", where=site.tokens, mend="give batches that the traced forward reads")
+    raise NothingMatchedError("the patch embedding did not run", where=site.tokens, fix="give batches that the traced forward reads")
 
 
 def _stop(*_: Any) -> None:

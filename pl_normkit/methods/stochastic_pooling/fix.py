@@ -151,7 +151,7 @@ def stochastic_pooling(
         raise NothingMatchedError(
             "there is no average pool to make stochastic",
             evidence="; ".join(map(str, skipped)) or "the model has no average-pool module",
-            mend="pass filter_fn=lambda module, path: ... to choose others; call stochastic_adaptive_avg_pool where pooling is a function",
+            fix="pass filter_fn=lambda module, path: ... to choose others; call stochastic_adaptive_avg_pool where pooling is a function",
         )
     return apply_edits(model, edits, skipped)
 

@@ -38,7 +38,7 @@ def check_keep(keep: float) -> float:
             "keep must lie in (0, 1]",
             where="stochastic average pooling",
             evidence=f"keep={keep!r}",
-            mend="keep is the share of elements that stay, 1 - p of torch's Dropout(p); 0.5 is usual",
+            fix="keep is the share of elements that stay, 1 - p of torch's Dropout(p); 0.5 is usual",
         )
     return float(keep)
 
@@ -51,7 +51,7 @@ def check_scale(scale: Scale) -> Scale:
     raise ConfigError(
         "unknown scale of stochastic average pooling",
         evidence=f"scale={scale!r}",
-        mend='use "sqrt", "none", "match" or a positive number',
+        fix='use "sqrt", "none", "match" or a positive number',
     )
 
 
@@ -75,11 +75,11 @@ def _check_input(x: Tensor, dims: int) -> None:
         raise DataError(
             f"stochastic average pooling in {dims}-D takes {expected}",
             evidence=f"a tensor of shape {tuple(x.shape)}",
-            mend=f"use the {3 - dims}-D form" if x.dim() <= 4 else "flatten the leading dimensions into the batch",
+            fix=f"use the {3 - dims}-D form" if x.dim() <= 4 else "flatten the leading dimensions into the batch",
         )
     if not x.is_floating_point():
         raise DataError(
-            "stochastic average pooling takes floating point numbers", evidence=f"a tensor of {x.dtype}", mend="convert it with .float()"
+            "stochastic average pooling takes floating point numbers", evidence=f"a tensor of {x.dtype}", fix="convert it with .float()"
         )
 
 
@@ -92,7 +92,7 @@ def _check_map(spec: PoolSpec, x: Tensor, dims: int) -> None:
             raise DataError(
                 "a pooling window is larger than the map",
                 evidence=f"window {spec.size[2 - dims :]}, padding {spec.padding[2 - dims :]}, map {tuple(x.shape[-dims:])}",
-                mend="use a smaller kernel, an adaptive pool, or a larger input",
+                fix="use a smaller kernel, an adaptive pool, or a larger input",
             )
 
 

@@ -94,7 +94,7 @@ def measure_second_moments(
             handle.remove()
     if not sums:
         raise NothingMatchedError(
-            "there is no average pool to measure", evidence=f"{len(pools)} chosen, none ran", mend="pass filter_fn or other inputs"
+            "there is no average pool to measure", evidence=f"{len(pools)} chosen, none ran", fix="pass filter_fn or other inputs"
         )
     return [_ratios(path, float(getattr(pools[path], "keep", keep)), sums[path]) for path in pools if path in sums]
 

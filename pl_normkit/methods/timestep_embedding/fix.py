@@ -249,7 +249,7 @@ def _layer_of(model: nn.Module, node: Node) -> tuple[str, nn.Linear | _ConvNd] |
 
 
 def _nothing(what: str, skipped: list[Change]) -> NothingMatchedError:
-    return NothingMatchedError(what, evidence="; ".join(map(str, skipped)), mend="give inputs with the time as a tensor")
+    return NothingMatchedError(what, evidence="; ".join(map(str, skipped)), fix="give inputs with the time as a tensor")
 
 
 @dataclass(frozen=True)

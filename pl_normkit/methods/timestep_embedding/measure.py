@@ -339,7 +339,7 @@ def _time_argument(arguments: Call) -> int | str:
         raise ConfigError(
             "it is not known which argument is the time",
             evidence=f"{len(found)} arguments have at most one dimension",
-            mend="say time=, its position or name",
+            fix="say time=, its position or name",
         )
     return found[0]
 

@@ -22,7 +22,7 @@ from pl_normkit.methods.weight_decay.policy import PRESETS, resolve_policy
 @lint_part({"--optimizer": {"metavar": "CALL", "help": 'judge this optimizer too: "torch.optim.AdamW(lr=1e-3, weight_decay=0.05)"'}})
 def _fill_optimizer(options: argparse.Namespace, model: nn.Module | None) -> dict[str, Any]:
     if model is None:
-        raise ConfigError("an optimizer needs a model to optimize", mend="name one: pl-normkit lint timm:resnet50 --optimizer ...")
+        raise ConfigError("an optimizer needs a model to optimize", fix="name one: pl-normkit lint timm:resnet50 --optimizer ...")
     return {"optimizers": (build_optimizer(options.optimizer, model),)}
 
 
@@ -56,7 +56,7 @@ def _roles(options: argparse.Namespace, model: nn.Module, inputs: Any) -> int:
 def _report(options: argparse.Namespace) -> int:
     out = options.out or options.folder / "gamma_norms.png"
     history = read_history(options.folder / HISTORY_FILE)
-    with users_code("the history cannot be drawn", where=str(out), mend="name a file in a folder that exists", kind=ConfigError):
+    with users_code("the history cannot be drawn", where=str(out), fix="name a file in a folder that exists", kind=ConfigError):
         plot_gamma_norms(history, out)
     for role, points in history.items():
         print(f"{role}: {points[0][1]:.4g} at step {points[0][0]} -> {points[-1][1]:.4g} at step {points[-1][0]}")  # noqa: T201

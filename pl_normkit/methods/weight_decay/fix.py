@@ -184,7 +184,7 @@ def _refuse_doubles(groups: Sequence[Group], names: Mapping[int, str]) -> None:
             if id(tensor) in seen | own:
                 name = names.get(id(tensor), "(not of the model)")
                 where = "twice in one group" if id(tensor) in own else "in two groups"
-                raise ConfigError(f"parameter {name!r} is {where}", where=f"groups[{index}]", mend="list every parameter once")
+                raise ConfigError(f"parameter {name!r} is {where}", where=f"groups[{index}]", fix="list every parameter once")
             own.add(id(tensor))
         seen |= own
 

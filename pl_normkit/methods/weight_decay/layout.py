@@ -71,7 +71,7 @@ def check_layouts(saved: Sequence[OptimizerLayout], current: Sequence[OptimizerL
     """
     if len(saved) != len(current):
         raise ConfigError(
-            f"the checkpoint holds {len(saved)} optimizers, this run has {len(current)}", where="resume", mend="resume with the same ones"
+            f"the checkpoint holds {len(saved)} optimizers, this run has {len(current)}", where="resume", fix="resume with the same ones"
         )
     for index, (before, now) in enumerate(zip(saved, current, strict=True)):
         if before["groups"] != now["groups"]:
@@ -79,7 +79,7 @@ def check_layouts(saved: Sequence[OptimizerLayout], current: Sequence[OptimizerL
                 f"the checkpoint's parameter groups are not those of this run (optimizer {index}, {now['optimizer']})",
                 where="resume",
                 evidence="; ".join(_differences(before["groups"], now["groups"])),
-                mend="resume with the same weight-decay policy, overrides and model, or load the weights alone",
+                fix="resume with the same weight-decay policy, overrides and model, or load the weights alone",
             )
 
 
@@ -94,7 +94,7 @@ def check_group_sizes(saved: Sequence[Sequence[int]], current: Sequence[Optimize
             "the checkpoint was written without GammaDecay, and its parameter groups are not those of this run",
             where="resume",
             evidence=f"parameters in each group of each optimizer: {[list(groups) for groups in saved]} before, {sizes} now",
-            mend="finish that run without GammaDecay, or load the weights alone",
+            fix="finish that run without GammaDecay, or load the weights alone",
         )
 
 

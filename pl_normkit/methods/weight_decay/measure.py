@@ -52,10 +52,10 @@ def read_history(path: Path) -> NormHistory:
             "no gamma norms can be read",
             where=str(path),
             evidence=f"{type(error).__name__}: {error}",
-            mend="name the log folder of a run trained with GammaDecay and a logger",
+            fix="name the log folder of a run trained with GammaDecay and a logger",
         ) from error
     if not history:
-        raise DataError("no gamma norms were recorded", where=str(path), mend="train at least one step of a model with norm scales")
+        raise DataError("no gamma norms were recorded", where=str(path), fix="train at least one step of a model with norm scales")
     return history
 
 
@@ -128,7 +128,7 @@ def plot_gamma_norms(history: NormHistory, path: Path | None = None) -> Figure:
 
     lines = {role: points for role, points in history.items() if points}
     if not lines:
-        raise DataError("no gamma norms were recorded", mend="train at least one step of a model with norm scales")
+        raise DataError("no gamma norms were recorded", fix="train at least one step of a model with norm scales")
     figure = Figure(figsize=(6, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

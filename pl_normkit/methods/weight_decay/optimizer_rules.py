@@ -141,11 +141,11 @@ def coupled_decay_in_adam(subject: Subject) -> Iterator[Observation]:
         decays = _coupled_decays(optimizer)
         if decays:
             kind = type(optimizer).__name__
-            mend = "torch.optim.AdamW" if kind == "Adam" else f"{kind}(..., decoupled_weight_decay=True) or torch.optim.AdamW"
+            fix = "torch.optim.AdamW" if kind == "Adam" else f"{kind}(..., decoupled_weight_decay=True) or torch.optim.AdamW"
             yield Observation(
                 f"{kind} adds its weight decay to the gradient and then rescales it (L2, not decoupled decay)",
                 [Place("")],
-                f"Use {mend}, or an L2 term below {_MEANT_DECOUPLED:g} if L2 is meant",
+                f"Use {fix}, or an L2 term below {_MEANT_DECOUPLED:g} if L2 is meant",
                 (Evidence("largest weight decay", max(decays), f"below {_MEANT_DECOUPLED:g} for L2", is_measured=False),),
                 cause=f"optimizer {index}",
             )

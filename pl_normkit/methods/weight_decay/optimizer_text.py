@@ -34,17 +34,17 @@ def build_optimizer(text: str, model: nn.Module) -> Optimizer:
 
 
 def _read_call(text: str) -> tuple[str, dict[str, Any]]:
-    mend = 'write it as "torch.optim.AdamW(lr=1e-3, weight_decay=0.05)"'
+    fix = 'write it as "torch.optim.AdamW(lr=1e-3, weight_decay=0.05)"'
     try:
         calls = literal_calls(text)
     except SyntaxError as error:
-        raise ConfigError("this is no optimizer", where=text, evidence=str(error), mend=mend) from error
+        raise ConfigError("this is no optimizer", where=text, evidence=str(error), fix=fix) from error
     except ValueError as error:
-        raise ConfigError("an optimizer's options are literals", where=text, evidence=str(error), mend=mend) from error
+        raise ConfigError("an optimizer's options are literals", where=text, evidence=str(error), fix=fix) from error
     if len(calls) != 1 or not _DOTTED.fullmatch(calls[0].path):
-        raise ConfigError("this is no optimizer", where=text, mend=mend)
+        raise ConfigError("this is no optimizer", where=text, fix=fix)
     if calls[0].arguments or "**" in calls[0].options:
-        raise ConfigError("an optimizer's options are given by keyword, its parameters come from the model", where=text, mend=mend)
+        raise ConfigError("an optimizer's options are given by keyword, its parameters come from the model", where=text, fix=fix)
     return calls[0].path, calls[0].options
 
 
@@ -61,5 +61,5 @@ def _find_class(path: str) -> type[Optimizer]:
     if not isinstance(kind, type) or not issubclass(kind, Optimizer):
         known = [word for word, value in vars(torch.optim).items() if isinstance(value, type) and issubclass(value, Optimizer)]
         hint = nearest(path.rpartition(".")[2], known)
-        raise ConfigError(f"{path} is no optimizer class", where=path, mend=hint or "give a class of torch.optim")
+        raise ConfigError(f"{path} is no optimizer class", where=path, fix=hint or "give a class of torch.optim")
     return kind

@@ -146,7 +146,7 @@ class OptimizerSplitter:
             raise EditError(
                 f"{type(optimizer).__name__} exists already, and {reason}, so its groups cannot be split",
                 where="configure_optimizers",
-                mend="build optimizer and scheduler inside configure_optimizers, or build the groups with param_groups",
+                fix="build optimizer and scheduler inside configure_optimizers, or build the groups with param_groups",
             )
         parts = [self._split_named(optimizer, group) for group in optimizer.param_groups]
         origin = [index for index, split in enumerate(parts) for _ in split]

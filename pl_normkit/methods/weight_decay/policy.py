@@ -97,7 +97,7 @@ class DecayPolicy:
             if not matched:
                 raise ConfigError(
                     f"the weight-decay override {pattern!r} matches no parameter",
-                    mend=nearest(pattern, factors) or "see model.named_parameters()",
+                    fix=nearest(pattern, factors) or "see model.named_parameters()",
                 )
             factors.update(dict.fromkeys(matched, float(factor)))
         return factors
@@ -169,9 +169,7 @@ def resolve_policy(policy: str | DecayPolicy, overrides: Mapping[str, float] | N
     """A preset by name, or the policy itself, with `overrides` added. Raises ConfigError for an unknown preset."""
     if isinstance(policy, str):
         if policy not in PRESETS:
-            raise ConfigError(
-                f"no weight-decay policy {policy!r}", mend=nearest(policy, PRESETS) or f"known policies: {', '.join(PRESETS)}"
-            )
+            raise ConfigError(f"no weight-decay policy {policy!r}", fix=nearest(policy, PRESETS) or f"known policies: {', '.join(PRESETS)}")
         policy = PRESETS[policy]
     merged: dict[str, Any] = {**policy.overrides, **(overrides or {})}
     return replace(policy, overrides=merged)

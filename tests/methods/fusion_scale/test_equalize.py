@@ -206,7 +206,7 @@ def test_sums_on_request() -> None:
     model, loader = SumDecoder(), images()
     with pytest.raises(NothingMatchedError, match="no fusion of levels") as caught:
         equalize_scales(model, loader)
-    assert "sums=True" in caught.value.mend
+    assert "sums=True" in caught.value.fix
     equalize_scales(model, loader, sums=True)
     assert set(scales_after(model, loader)) == {"lateral.1.scale_equalizer", "up.scale_equalizer"}
     for (mean,), (std,) in scales_after(model, loader).values():

@@ -141,7 +141,7 @@ def test_a_batch_norm_over_one_value_is_refused_with_a_reason() -> None:
     model = smp.DeepLabV3("resnet18", encoder_weights=None)
     with pytest.raises(DataError, match="one value per channel") as caught:
         measure_fusion_scales(model, [torch.randn(1, 3, 32, 32)])
-    assert "drop_last" in caught.value.mend
+    assert "drop_last" in caught.value.fix
 
 
 # Structure by the sources of segmentation-models-pytorch 0.6; (kind, channels of each branch).

@@ -140,7 +140,7 @@ def test_a_smaller_grid_needs_the_original() -> None:
     model.set_input_size((64, 64))
     with pytest.raises(NothingMatchedError, match="shows no resampling") as caught:
         rescale_positional_embedding(model)
-    assert "pass original=" in caught.value.mend
+    assert "pass original=" in caught.value.fix
     rescale_positional_embedding(model, original=original)
     assert share_of_patches(model, original, 1) == pytest.approx(1.0, abs=1e-6)
 
