@@ -267,7 +267,7 @@ class AttachAfter:
 class MixIn:
     """Give the module at `path` a subclass of its own class in which the methods of `mixin` come first.
 
-    The module stays the same object with the same keys. The subclass bears the name and the module of the class it stands for, and
+    The module stays the same object with the same keys. The subclass has the name and the module of the class it stands for, and
     is rebuilt from the two where a model is unpickled.
     """
 

@@ -47,7 +47,7 @@ def compare_runs(
     Args:
         make_module: builds a new LightningModule; called with the arm's `module` arguments.
         make_data: builds a new LightningDataModule; called with the arm's `data` arguments, and with `seed` where `split_per_seed`.
-        arms: name -> what that arm has of its own. One without anything, "without", comes by itself.
+        arms: name -> what that arm has of its own. One without anything, "without", is added.
         seeds: how many (0, 1, ...), or which.
         metric: name of a logged metric or a probe, chosen before the runs are seen, that decides; more names are shown beside it.
         trainer: arguments of the Trainer. Logger, checkpoints, bars and the sanity check are off unless they say otherwise.

@@ -93,7 +93,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Read:
-    """How an operation on activations comes by a parameter.
+    """How a parameter reaches an operation on activations.
 
     Attributes:
         parameter: its name, as in `model.named_parameters()`.

@@ -95,7 +95,7 @@ def snapshot(model: nn.Module) -> list[tuple[object, ...]]:
 
 
 class Bare(nn.Module):
-    """One pre-activation block on wide inputs without positions: the setting of the method sheet's numbers."""
+    """One pre-activation block on wide inputs without positions: the setting of the derivation's numbers."""
 
     def __init__(self, position: int, p: float, width: int = 128) -> None:
         super().__init__()

@@ -80,7 +80,7 @@ def read_site(subject: Subject) -> PositionalSite | None:
 
 
 def read_data(subject: Subject) -> Data:
-    """The steps that can be read off the loaders; none where the model is of no concern, as one whose patch tokens are normalised."""
+    """The steps that can be read off the loaders; none where they cannot matter: patch tokens are normalised."""
     site, loaders = subject.once(read_site), subject.loaders
     if site is None or site.is_normalised or loaders is None:
         return Data()
