@@ -8,6 +8,7 @@ __all__ = [
     "DropoutPlacement",
     "GammaDecay",
     "GaussianBias",
+    "GradientHealth",
     "ModelAudit",
     "NaNGuard",
     "PositionalVariance",
@@ -21,6 +22,7 @@ from pl_normkit.callbacks.depth_profile import DepthProfile
 from pl_normkit.callbacks.dropout_placement import DropoutPlacement
 from pl_normkit.callbacks.gamma_decay import GammaDecay
 from pl_normkit.callbacks.gaussian_bias import GaussianBias
+from pl_normkit.callbacks.gradient_health import GradientHealth
 from pl_normkit.callbacks.model_audit import ModelAudit
 from pl_normkit.callbacks.nan_guard import NaNGuard
 from pl_normkit.callbacks.positional_variance import PositionalVariance

@@ -1,0 +1,90 @@
+"""`GradientHealth` against numbers taken by hand, under accumulation, and with the weights of a run without it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from pl_normkit.callbacks import GradientHealth
+from pl_normkit.errors import ConfigError
+
+
+class Net(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(6, 12), nn.ReLU())
+        self.head = nn.Linear(12, 3)
+        nn.init.constant_(self.body[0].bias[:3], -50.0)  # three of twelve units are dead
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return F.cross_entropy(self.head(self.body(batch[0])), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(callbacks: list[pl.Callback], folder: Path, **options: Any) -> Net:
+    module = Net()
+    torch.manual_seed(1)
+    data = DataLoader(TensorDataset(torch.randn(24, 6), torch.randint(0, 3, (24,))), 4)
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    pl.Trainer(accelerator="cpu", max_epochs=1, callbacks=callbacks, default_root_dir=folder, **{**quiet, **options}).fit(module, data)
+    return module
+
+
+def by_hand(accumulate: int) -> dict[str, tuple[float, float]]:
+    """Gradient norm and update ratio of the first step."""
+    module = Net()
+    torch.manual_seed(1)
+    x, y = torch.randn(24, 6), torch.randint(0, 3, (24,))
+    losses = [F.cross_entropy(module.head(module.body(x[4 * i : 4 * i + 4])), y[4 * i : 4 * i + 4]) for i in range(accumulate)]
+    (sum(losses) / accumulate).backward()  # type: ignore[union-attr]
+    found = {}
+    for name in ("body", "head"):
+        parameters = list(module.get_submodule(name).parameters())
+        gradient = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]).norm()
+        weight = torch.cat([p.detach().flatten() for p in parameters]).norm()
+        found[name] = (float(gradient), float(0.1 * gradient / weight))
+    return found
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_numbers_are_those_of_the_first_step(accumulate: int, tmp_path: Path) -> None:
+    health = GradientHealth(every_n_steps=50)
+    fit([health], tmp_path, accumulate_grad_batches=accumulate)
+    expected = by_hand(accumulate)
+    assert list(health.latest) == ["body", "head"]
+    for block, (gradient, ratio) in expected.items():
+        assert health.latest[block].gradient_norm == pytest.approx(gradient, rel=1e-4)
+        assert health.latest[block].update_ratio == pytest.approx(ratio, rel=1e-4)
+    assert health.latest["head"].dead_share is None
+    assert health.latest["body"].dead_share is not None
+    assert health.latest["body"].dead_share >= 3 / 12
+
+
+def test_they_reach_the_logger_every_few_steps(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    fit([GradientHealth(every_n_steps=2)], tmp_path, logger=logger, log_every_n_steps=1)
+    rows = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
+    assert "normkit/gradient_norm/body" in rows[0]
+    assert len(rows) == 1 + 3  # steps 0, 2 and 4 of six
+
+
+def test_the_run_is_that_without_it(tmp_path: Path) -> None:
+    plain, watched = fit([], tmp_path), fit([GradientHealth(1)], tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), watched.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1.5, True])
+def test_bad_intervals(steps: Any) -> None:
+    with pytest.raises(ConfigError):
+        GradientHealth(steps)
