@@ -19,6 +19,7 @@ from pl_normkit.callbacks.gamma_decay import GammaDecay
 from pl_normkit.findings import NoteKind
 from pl_normkit.first_step import StepRecorder
 from pl_normkit.graph.sharing import shared_traces
+from pl_normkit.methods.nan_safety.stress import StepCall
 from pl_normkit.restoring import edit_records
 from pl_normkit.rules import load_rules
 from pl_normkit.run_audit import RunAudit
@@ -38,16 +39,17 @@ class WatchedRun:
         example_inputs: for the LightningModule's forward, None where they are to be found.
         measure: whether rules may run the networks.
         fix: as for `ModelAudit`.
+        stress: the same.
 
     Attributes:
         audit: what is known so far.
     """
 
-    def __init__(self, fit: Fit, selection: Selection, example_inputs: Any, *, measure: bool, fix: str) -> None:
+    def __init__(self, fit: Fit, selection: Selection, example_inputs: Any, *, measure: bool, fix: str, stress: bool = False) -> None:
         self.audit = RunAudit(fit.pl_module, selection, measure=measure and not is_sharded(fit.trainer))
         self._fit = fit
         self._example_inputs = example_inputs
-        self._fix = fix
+        self._fix, self._stress = fix, stress
         self._watch: NetworkCalls | None = None
         self._recorder: StepRecorder | None = None
         self._batch: Any = None
@@ -89,10 +91,17 @@ class WatchedRun:
     def before_backward(self, loss: Any) -> None:
         """Each loss of the first step that has one."""
         if self._is_first and not self._is_inside_compiled_step:
-            self._has_loss = True
-            self.audit.judge_loss(loss)
             if self._recorder is not None and isinstance(loss, Tensor):
                 self._recorder.before_backward(loss)
+            self.audit.judge_loss(loss, self._step_call() if self._stress and not self._has_loss else None)
+            self._has_loss = True
+
+    def _step_call(self) -> StepCall | None:
+        """The first training step, to be run on corner batches; a step that optimizes by hand would train on them."""
+        module, trainer = self._fit.pl_module, self._fit.trainer
+        if not module.automatic_optimization or is_sharded(trainer):
+            return None
+        return StepCall(module, self._batch, context=trainer.precision_plugin.train_step_context)
 
     def after_backward(self) -> None:
         """The gradients of the first step, as the backward leaves them."""

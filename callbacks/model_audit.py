@@ -37,6 +37,7 @@ class ModelAudit(Callback):
         fail_on: severity at which the run is stopped before its first optimizer step, with all findings.
         fix: "safe" applies fixes that keep the function now or in eval mode, "unsafe" the others too. Checkpoints store them.
         measure: whether rules may run the inputs through the network, on every rank, to put numbers to their findings.
+        stress: whether the first training step is also run on corner batches: one sample, empty masks, all labels ignored.
         config: whether `[tool.pl-normkit]` of pyproject.toml applies.
         output: file the report is also written to, as its ending says: .sarif, .json or .html.
 
@@ -55,21 +56,19 @@ class ModelAudit(Callback):
         fail_on: Literal["note", "warning", "error"] | None = None,
         fix: Literal["none", "safe", "unsafe"] = "none",
         measure: bool = False,
+        stress: bool = False,
         config: bool = True,
         output: str | Path | None = None,
     ) -> None:
         self.example_inputs = example_inputs
         self.selection = (Selection.from_pyproject() if config else Selection()).override(select, ignore, per_module_ignore)
         self.selection.rules()
-        self.fail_on = check_options(fix, fail_on)
-        self.fix = fix
-        self.measure = measure
-        self.output = check_output(output)
+        self.fix, self.measure, self.stress = fix, measure, stress
+        self.fail_on, self.output = check_options(fix, fail_on), check_output(output)
         self.report: Report | None = None
-        self.changes = Changes()
+        self.changes, self._has_said = Changes(), False
         self._watched: WatchedRun | None = None
         self._records: list[dict[str, Any]] = []
-        self._has_said = False
         self._stop_waiting: Callable[[], None] = lambda: None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -78,7 +77,8 @@ class ModelAudit(Callback):
         self._watched = None
         if stage == "fit":
             self.report = None
-            self._watched = WatchedRun(fit, self.selection, self.example_inputs, measure=self.measure, fix=self.fix)
+            options: dict[str, Any] = {"measure": self.measure, "fix": self.fix, "stress": self.stress}
+            self._watched = WatchedRun(fit, self.selection, self.example_inputs, **options)
             if self.fix != "none":
                 fit.fix(self._fix)
 

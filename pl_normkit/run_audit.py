@@ -84,9 +84,10 @@ class RunAudit:
             self.note(f"not fixed: {skipped}", NoteKind.INFORMATION)
         return planned if changes else []
 
-    def judge_loss(self, loss: Any) -> None:
+    def judge_loss(self, loss: Any, call: Any = None) -> None:
+        """A loss before its backward; `call` is what rules may call again with other arguments, as for `Subject.loss_call`."""
         if isinstance(loss, Tensor) and loss.grad_fn is not None:
-            self._take(self._audit(Subject(root=self.root, loss=loss, measure=False), {Needs.LOSS}))
+            self._take(self._audit(Subject(root=self.root, loss=loss, loss_call=call, measure=False), {Needs.LOSS}))
 
     def judge(self, *, optimizers: Sequence[Optimizer], loaders: Loaders | None = None) -> None:
         """Judge every network and the run itself, with its optimizers, loaders and `parts`."""

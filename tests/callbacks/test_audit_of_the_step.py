@@ -137,3 +137,31 @@ def test_nothing_is_watched_after_the_second_batch(tmp_path: Path) -> None:
     hooks = [part for part in module.modules() if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks]
     assert hooks == []
     assert not torch.nn.modules.module._global_forward_hooks
+
+
+class EmptyMask(Net):
+    """Its loss is the mean over a mask, which may be empty."""
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        x, y = batch
+        return (self(x)[y > 0]).square().mean()
+
+
+@pytest.mark.parametrize("stress", [False, True])
+def test_stress_runs_the_step_on_corner_batches_and_changes_nothing(stress: bool, tmp_path: Path) -> None:
+    def train(callbacks: list[pl.Callback]) -> Net:
+        torch.manual_seed(0)
+        module = EmptyMask()
+        data = DataLoader(TensorDataset(torch.randn(16, 6), torch.ones(16, dtype=torch.long)), 4)
+        settings: dict[str, Any] = {"max_epochs": 1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        pl.Trainer(accelerator="cpu", callbacks=callbacks, enable_model_summary=False, default_root_dir=tmp_path, **settings).fit(
+            module, data
+        )
+        return module
+
+    audit = ModelAudit(config=False, stress=stress)
+    stressed, plain = train([audit]), train([])
+    assert audit.report is not None
+    assert ("NK411" in {finding.code for finding in audit.report.findings}) is stress
+    pairs = zip(stressed.state_dict().values(), plain.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
