@@ -135,7 +135,9 @@ class StepRecorder:
         return _Watched(self, inputs)
 
     def before_forward(self, inputs: Any = None) -> None:
-        if not self._is_done and self._watch is None and self._forward is None:
+        if self._is_done:
+            self.late_facts()
+        elif self._watch is None and self._forward is None:
             self._watch = ForwardWatch(self._model, inputs)
             self._watch.start()
 
@@ -201,19 +203,21 @@ class _Clearing:
         self._not_cleared: list[Tensor] = []
         self._optimizer = optimizer
         self._watched: Tensor | None = None
-        self._was_cleared = self._has_grown = False
+        self._was_cleared = self._has_grown = self._is_over = False
         self._handles: list[Any] = [optimizer.register_step_post_hook(self._after_step)]
 
     def _after_step(self, *_: Any) -> None:
+        """A hook may not take itself away while the optimizer goes through its hooks: `take` and `close` do."""
+        if self._is_over:
+            return
         if self._watched is not None:
             if self._has_grown and not self._was_cleared:
                 self._not_cleared = [p for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
-            self.close()
+            self._is_over = True
             return
         self._watched = _smallest_with_gradient(self._optimizer.param_groups)
-        if self._watched is None:
-            self.close()
-        else:
+        self._is_over = self._watched is None
+        if self._watched is not None:
             self._handles.append(self._watched.register_hook(self._before_accumulation))  # type: ignore[no-untyped-call]
 
     def _before_accumulation(self, _: Tensor) -> None:
@@ -225,6 +229,8 @@ class _Clearing:
     def take(self) -> list[Tensor]:
         """Parameters whose gradients were found uncleared, once."""
         found, self._not_cleared = self._not_cleared, []
+        if self._is_over:
+            self.close()
         return found
 
     def close(self) -> None:

@@ -202,14 +202,15 @@ class Node:
 
 
 _FRAME = re.compile(r'File "(.+?)", line (\d+), in ')
-_TORCH = f"{Path(torch.__file__).parent}/"
+_NOT_THE_USERS = (f"{Path(torch.__file__).parent}/", f"{Path(__file__).parent}/")
+"""Code of torch, and of this folder, which calls the model while it is traced."""
 _LIBRARIES = tuple(sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), str(Path(torch.__file__).parents[1])}))
 
 
 def source_of(stack_trace: str) -> str:
-    """The innermost frame outside torch, as a path relative to the libraries' folder or the working directory."""
+    """The innermost frame outside torch and this library, as a path relative to the libraries' folder or the working directory."""
     for file, line in reversed(_FRAME.findall(stack_trace)):
-        if not file.startswith(_TORCH):
+        if not file.startswith(_NOT_THE_USERS):
             return f"{shorten(file)}:{line}"
     return ""
 

@@ -209,8 +209,8 @@ def test_four_callbacks_trace_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from pl_normkit.graph import trace as tracing
 
     traces: list[Any] = []
-    export = tracing._export
-    monkeypatch.setattr(tracing, "_export", lambda model, *rest: traces.append(type(model)) or export(model, *rest))
+    export = tracing.export_model
+    monkeypatch.setattr(tracing, "export_model", lambda model, *rest: traces.append(type(model)) or export(model, *rest))
     with pytest.warns(NormkitWarning, match="ScaleEqualization changes nothing"):
         trainer(ModelAudit(), GammaDecay(), NaNGuard(), ScaleEqualization()).fit(Module(), loader())
     assert traces == [Net]

@@ -39,8 +39,7 @@ def test_rules_lists_every_rule_with_its_summary(run: Run) -> None:
     lines = [" ".join(line.split()) for line in result.out.splitlines()]
     for known in load_rules().values():
         name = f"{known.name} (preview)" if known.preview else known.name
-        (line,) = [line for line in lines if line.startswith(f"{known.code} ")]
-        assert line.startswith(f"{known.code} {name.split()[0]}")
+        assert any(line.startswith(f"{known.code} {name.split()[0]}") for line in lines)
     flat = " ".join(result.out.split())
     assert "dropout-before-batch-norm warning published safe" in flat
     assert "contested" not in flat

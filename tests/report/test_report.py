@@ -93,7 +93,7 @@ def test_merging_keeps_everything_in_order() -> None:
 
 def test_json_uses_the_names_of_the_attributes() -> None:
     document = json.loads(REPORT.to_json())
-    assert list(document) == ["version", "subject", "findings", "notes", "fixed", "about", "landmarks"]
+    assert list(document) == ["version", "subject", "findings", "notes", "fixed", "about", "landmarks", "numbers"]
     assert (document["version"], document["subject"], document["notes"], document["fixed"]) == (
         2,
         "ResNet",

@@ -329,7 +329,7 @@ def stream_near_float16_limit(subject: Subject) -> Iterator[Observation]:
     Source
     Derived from the range of float16; the factor of 4 leaves room for inputs that were not measured.
     """
-    if subject.model is None or not _computes_in_float16(subject.model):
+    if not subject.measure or subject.model is None or not _computes_in_float16(subject.model):
         return
     profile = subject.once(_profile)
     rows = [row for row in profile.additions if row.dtype == "float16" and not row.largest <= FLOAT16_LARGEST / 4] if profile else []

@@ -92,8 +92,8 @@ def time_vanishes(subject: Subject) -> Iterator[Observation]:
     pl_normkit.nn.TimeAfterNorm and FiLMNorm, or resnet_time_scale_shift="scale_shift" of a diffusers UNet.
 
     Source
-    arXiv 2405.14126: the abstract states that batch norm and, depending on channels and groups, group norm remove the time. The threshold
-    is derived.
+    Published: the abstract of arXiv 2405.14126 states that batch norm and, depending on channels and groups, group norm remove the time.
+    The threshold is derived.
     """
     found = [judged for judged in _judged(subject) if judged.share < VANISHED]
     if found:
