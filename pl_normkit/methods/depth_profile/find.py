@@ -70,7 +70,7 @@ def find_additions(graph: ModelGraph) -> list[Addition]:
     found = []
     for add in adds:
         entered = _entered_by(add, calls)
-        if entered is not None and add.node.source:
+        if entered is not None:
             (node, operand), axis = entered, _channel_axis(add)
             names = dict.fromkeys(name for branch in add.branches for inner in branch.nodes for name in inner.parameters)
             found.append(

@@ -94,7 +94,7 @@ class DepthProbe:
         history: deque[Tokens] = deque(maxlen=self.span)
         with _measuring(self.model), torch.set_grad_enabled(loss_fn is not None):
             visit = lambda step: rows.__setitem__(step.addition, _row(step, mask, history))  # noqa: E731 - the watch calls it
-            with watched_additions(self.additions, visit) as list_unread:
+            with watched_additions(self.model, self.additions, visit) as list_unread:
                 output = _call(self.model, batch)
             unread = list_unread()
             found = {addition: row for addition, row in rows.items() if addition not in unread}
@@ -123,7 +123,7 @@ class DepthProbe:
     ) -> dict[Addition, AdditionProfile]:
         costs = {}
         for addition in rows:
-            with _measuring(self.model), torch.no_grad(), watched_additions(self.additions, _ignore, skipped=addition):
+            with _measuring(self.model), torch.no_grad(), watched_additions(self.model, self.additions, _ignore, skipped=addition):
                 costs[addition] = float(_scalar(loss_fn(_call(self.model, batch)))) - loss
         return {addition: replace(row, skip_cost=costs[addition]) for addition, row in rows.items()}
 

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pl_normkit.graph.nodes import shorten
@@ -36,8 +37,9 @@ class Step:
 class _Watch(TorchFunctionMode):
     """Recognizes additions by their source line and their count there."""
 
-    def __init__(self, additions: Sequence[Addition], visit: Callable[[Step], None], skipped: Addition | None) -> None:
+    def __init__(self, model: nn.Module, additions: Sequence[Addition], visit: Callable[[Step], None], skipped: Addition | None) -> None:
         super().__init__()
+        self._model = model
         self._ends: dict[tuple[str, int], Addition] = {(add.call.source, add.call.number): add for add in additions}
         self._entries = {(add.shortcut_call.source, add.shortcut_call.number): add for add in additions}
         self._sources = {call.source for add in additions for call in (add.call, add.shortcut_call)}
@@ -48,8 +50,8 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        source = _calling_line() if func in _ADDS and _is_sum_of_two(args, kwargs) else ""
-        if source not in self._sources:
+        source = _calling_line(self._model) if func in _ADDS and _is_sum_of_two(args, kwargs) else None
+        if source is None or source not in self._sources:
             return func(*args, **kwargs or {})
         key = (source, self.counts[source])
         self.counts[source] += 1
@@ -77,24 +79,26 @@ def _is_sum_of_two(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool
     return bool(args) and isinstance(args[0], Tensor) and isinstance(other, Tensor)
 
 
-def _calling_line() -> str:
-    """The innermost line outside torch that led here, as the graph writes it."""
-    frame = sys._getframe(2)
+def _calling_line(model: nn.Module) -> str:
+    """The innermost line outside torch that led here, as the graph writes it: "" where torch's own modules are all of the model."""
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_code.co_filename.startswith(_TORCH):
-        frame = frame.f_back  # type: ignore[assignment]
+        if frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is model:
+            return ""
+        frame = frame.f_back
     return f"{shorten(frame.f_code.co_filename)}:{frame.f_lineno}" if frame is not None else ""
 
 
 @contextmanager
 def watched_additions(
-    additions: Sequence[Addition], visit: Callable[[Step], None], *, skipped: Addition | None = None
+    model: nn.Module, additions: Sequence[Addition], visit: Callable[[Step], None], *, skipped: Addition | None = None
 ) -> Iterator[Callable[[], list[Addition]]]:
     """Calls `visit` at each of `additions` that runs inside the block, and leaves out the branches of `skipped`.
 
     Gives a function that lists, after the block, additions that cannot be told apart: their lines ran another number of times than when
     the model was traced.
     """
-    watch = _Watch(additions, visit, skipped)
+    watch = _Watch(model, additions, visit, skipped)
 
     def is_off(call: Call) -> bool:
         return watch.counts[call.source] != call.total
