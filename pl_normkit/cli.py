@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from pl_normkit import __version__
 from pl_normkit.catalog import CatalogRule, catalog_rules, read_catalog, rules_of_code
 from pl_normkit.errors import ConfigError, NormkitError, nearest
-from pl_normkit.output import CalmStream, say, tolerate_any_text
+from pl_normkit.output import say, screen, tolerate_any_text
 
 _FORMATS = ("text", "json", "sarif", "github", "html", "junit")
 _OF_RECIPES = ("run", "compare")
@@ -218,26 +218,24 @@ def lint_options(words: Sequence[str]) -> argparse.Namespace:
 
 
 def _list_rules(_: argparse.Namespace) -> int:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("code", "name", "severity", "mark", "fix", "what it does", box=None)
     for known in catalog_rules():
         name = f"{known.name} (preview)" if known.preview else known.name
         table.add_row(known.code, name, known.severity, known.mark, known.fix_safety, known.summary)
-    Console(file=CalmStream(sys.stdout), emoji=False, width=None if sys.stdout.isatty() else 160).print(table)  # type: ignore[arg-type]
+    screen(sys.stdout, None if sys.stdout.isatty() else 160).print(table)
     return 0
 
 
 def _explain(options: argparse.Namespace) -> int:
-    from rich.console import Console
     from rich.markup import escape
 
     known = _find_rule(options.rule, catalog_rules()) or _find_rule(options.rule, rules_of_code())
     if known is None:
         names = [name for rule in catalog_rules() for name in (rule.code, rule.name)]
         raise ConfigError(f"there is no rule {options.rule!r}", fix=nearest(options.rule, names) or "see `pl-normkit rules`")
-    console = Console(file=CalmStream(sys.stdout), emoji=False, width=None if sys.stdout.isatty() else 120)  # type: ignore[arg-type]
+    console = screen(sys.stdout, None if sys.stdout.isatty() else 120)
     preview = ", preview: off until selected" if known.preview else ""
     console.print(f"[bold]{known.code} {known.name}[/bold] ({known.severity}{preview})")
     for title, text in known.sections.items():

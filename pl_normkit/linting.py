@@ -23,7 +23,7 @@ from pl_normkit.graph import ModelGraph
 from pl_normkit.importing import users_code
 from pl_normkit.inputs import parse_inputs
 from pl_normkit.listed_models import lint_listed
-from pl_normkit.output import CalmStream, calm, say
+from pl_normkit.output import CalmStream, calm, say, screen
 from pl_normkit.report import Report
 from pl_normkit.report.several import in_form
 from pl_normkit.selection import Selection
@@ -141,9 +141,7 @@ def _show(reports: Sequence[Report], form: str, output: Path | None) -> None:
         if output:
             stream = stack.enter_context(output.open("w", encoding="utf-8", errors="backslashreplace"))
         if form == "text":
-            from rich.console import Console
-
-            console = Console(file=CalmStream(stream), emoji=False, width=None if stream.isatty() else 120)  # type: ignore[arg-type]
+            console = screen(stream, None if stream.isatty() else 120)
             for report in shown:
                 replace(report, notes=()).print(console)  # its notes go to standard error
         else:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["CalmStream", "calm", "say", "tolerate_any_text"]
+__all__ = ["CalmStream", "calm", "say", "screen", "tolerate_any_text"]
 
 import io
 import re
 import sys
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _BRACKETED = re.compile(r"##(?=\w*\[)")  # GitHub's older form, Azure's ##vso[, TeamCity's ##teamcity[
 
@@ -32,6 +35,18 @@ class CalmStream:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
+
+
+def screen(stream: TextIO, width: int | None) -> Console:
+    """A console that writes calm text to `stream`, `width` characters wide (None: as wide as the terminal)."""
+    from rich.console import Console
+
+    class PipedConsole(Console):
+        def on_broken_pipe(self) -> None:
+            """Rich would leave the process; who reads our output may stop at any time."""
+            raise BrokenPipeError
+
+    return PipedConsole(file=CalmStream(stream), emoji=False, width=width)  # type: ignore[arg-type]
 
 
 def say(text: str) -> None:

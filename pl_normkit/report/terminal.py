@@ -28,8 +28,8 @@ def print_report(report: Report, console: Console | None = None) -> None:
     elif report.findings:
         table = Table(title=f"pl_normkit: {escape(report.subject)}", title_justify="left", show_lines=True, expand=False)
         table.add_column("rule", no_wrap=True)
-        table.add_column("finding", overflow="fold", min_width=finding_width)
-        table.add_column("places", overflow="fold", min_width=places_width)
+        table.add_column("finding", overflow="fold", max_width=console.width - _FRAME - places_width)
+        table.add_column("places", overflow="fold", min_width=places_width, max_width=max(places_width, console.width // 2))
         for finding in report.findings:
             table.add_row(_head(finding), _body(finding), _places(finding))
         console.print(table)

@@ -121,3 +121,13 @@ def test_roles_lists_every_parameter(run: Run) -> None:
     assert rows["0.weight"] == ["4x3x3x3", "weight", "yes"]
     assert rows["1.bn1.bias"] == ["4", "beta", "no"]
     assert len(rows) == 18
+
+
+def test_a_reader_that_stops_early_is_no_error() -> None:
+    """`pl-normkit rules | head -1`."""
+    code = "import sys; from pl_normkit.cli import main; sys.exit(main(['rules']))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""

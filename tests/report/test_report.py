@@ -282,3 +282,15 @@ def test_html_embeds_pictures_and_no_other_form_has_them() -> None:
     assert page.rstrip().endswith("</html>")
     assert merge_reports("all", [report, Report([])]).pictures == report.pictures
     assert all("sooner" not in text for text in (report.to_json(), report.to_sarif(), report.to_github(), shown(report)))
+
+
+@pytest.mark.parametrize("width", [100, 120, 200])
+def test_no_path_is_cut_off_or_broken(width: int) -> None:
+    """A long source beside a long message: each stands whole on one line, whatever form that takes."""
+    source = "segmentation_models_pytorch/decoders/deeplabv3/decoder.py:228"
+    message = "ASPP rates belong to another output stride, and the feature map that they read is smaller than they reach"
+    found = finding(message=message, places=(Place("decoder.aspp.0.convs.1.0.0", source),))
+    text = shown(Report([found]), width)
+    assert any(source in line for line in text.splitlines())
+    if "│" in text:  # a table
+        assert max(map(len, text.splitlines())) <= width
