@@ -45,14 +45,12 @@ class Step:
 def image_steps() -> Iterator[Step]:
     import torchvision
 
+    def build(name: str) -> nn.Module:
+        without = {"weights_backbone": None} if name in TORCHVISION_SEGMENTATION else {}
+        return torchvision.models.get_model(name, weights=None, **without)
+
     shipped = [
-        Case(
-            f"torchvision.{name}",
-            name,
-            "shipped",
-            lambda name=name: torchvision.models.get_model(name, weights=None),
-            (3, *2 * (SIZES.get(name, 224),)),
-        )
+        Case(f"torchvision.{name}", name, "shipped", lambda name=name: build(name), (3, *2 * (SIZES.get(name, 224),)))
         for name in (*TORCHVISION, *TORCHVISION_SEGMENTATION)
     ]
     for case in (*timm_cases(), *smp_cases(), *shipped):

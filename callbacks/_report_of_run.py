@@ -67,9 +67,9 @@ def conclude(trainer: pl.Trainer, report: Report, shown: Report | None, output: 
         if output is not None:
             _write(report, output)
     if is_new:
-        counts = {f"normkit/{severity.value}s": float(count) for severity, count in report.counts().items()}
+        numbers = {f"normkit/{name}": number for name, number in report.summary().items()}
         for logger in trainer.loggers:
-            logger.log_metrics(counts, step=trainer.global_step)
+            logger.log_metrics(numbers, step=trainer.global_step)
     if fail_on is not None and new.at_least(fail_on):
         raise _failure(report, fail_on)
 

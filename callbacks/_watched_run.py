@@ -78,10 +78,9 @@ class WatchedRun:
 
     @property
     def _can_record(self) -> bool:
-        """One loss with one backward a step, whose operations nothing compiles and whose parameters no rank holds in part."""
-        module, trainer = self._fit.pl_module, self._fit.trainer
-        is_plain = module.automatic_optimization and len(trainer.optimizers) == 1
-        return is_plain and not is_compiled(module) and not has_compiled_part(module) and not is_sharded(trainer)
+        """A step whose operations nothing compiles and whose parameters no rank holds in part."""
+        module = self._fit.pl_module
+        return not is_compiled(module) and not has_compiled_part(module) and not is_sharded(self._fit.trainer)
 
     @property
     def _trained_module(self) -> nn.Module:
@@ -104,7 +103,11 @@ class WatchedRun:
         return StepCall(module, self._batch, context=trainer.precision_plugin.train_step_context)
 
     def after_backward(self) -> None:
-        """The gradients of the first step, as the backward leaves them."""
+        """The gradients of the first step, as the backward leaves them; where the user calls backward, more may follow before a step."""
+        if self._fit.pl_module.automatic_optimization:
+            self._read_gradients()
+
+    def _read_gradients(self) -> None:
         if self._recorder is not None:
             self._recorder.after_backward()
             self._note_facts()
@@ -115,7 +118,10 @@ class WatchedRun:
             self.audit.parts["step"] = facts
 
     def before_optimizer_step(self) -> bool:
-        return self._has_loss and not self._is_concluded and not self._is_inside_compiled_step and self._conclude()
+        if not self._has_loss or self._is_concluded or self._is_inside_compiled_step:
+            return False
+        self._read_gradients()
+        return self._conclude()
 
     def end_batch(self) -> bool:
         """What ran after the first optimizer step is judged here, and all where the optimizers stepped out of sight."""

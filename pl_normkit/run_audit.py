@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["RunAudit"]
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -53,13 +53,16 @@ class RunAudit:
         self._judged: dict[nn.Module, Subject] = {}
         self._findings: dict[Finding, None] = {}
         self._notes: dict[Note, None] = {}
+        self._curves: dict[str, Mapping[str, float]] = {}
+        self._numbers: dict[str, float] = {}
 
     @property
     def report(self) -> Report:
         """All that was found so far, the most severe first."""
         findings = sorted(self._findings, key=lambda finding: (-finding.severity.rank, finding.code))
         fixed = [f"fixed: {change}" for change in self.changes.made]
-        return Report(findings, type(self.root).__name__, list(self._notes), fixed)
+        name = type(self.root).__name__
+        return Report(findings, name, list(self._notes), fixed, curves=dict(self._curves), numbers=dict(self._numbers))
 
     def note(self, text: str, kind: NoteKind = NoteKind.FAILED) -> None:
         self._notes[Note(text, kind)] = None
@@ -133,6 +136,8 @@ class RunAudit:
     def _take(self, report: Report) -> None:
         self._findings.update({finding: None for finding in report.findings if not self._is_told(finding)})
         self._notes.update(dict.fromkeys(report.notes))
+        self._curves.update(report.curves)
+        self._numbers.update(report.numbers)
 
     def _is_told(self, finding: Finding) -> bool:
         """Whether the same cause was found at these places before, in a network that contains this one."""

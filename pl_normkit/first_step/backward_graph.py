@@ -93,8 +93,15 @@ def dead_shares(graph: GraphView) -> dict[str, float]:
         result = saved_tensor(node, "result") if base(node) == "Relu" else None
         name = graph.nearest_parameter(node) if result is not None else ""
         if result is not None and name:
-            found.setdefault(name, float((_largest_by_unit(result) <= 0).float().mean()))
+            found.setdefault(name, _dead_share(result))
     return found
+
+
+def _dead_share(result: Tensor) -> float:
+    """A unit that is alive for the first samples is alive; where all are, the rest need not be read."""
+    if result.dim() > 1 and bool((_largest_by_unit(result[:4]) > 0).all()):
+        return 0.0
+    return float((_largest_by_unit(result) <= 0).float().mean())
 
 
 def _unit_dim(result: Tensor) -> int:
@@ -107,19 +114,26 @@ def _largest_by_unit(result: Tensor) -> Tensor:
     return result.amax(others) if others else result
 
 
+def _none_is(value: Tensor, passes: Callable[[Tensor], Tensor]) -> bool:
+    """Whether no element passes; the first sample alone tells it nearly always."""
+    if value.dim() > 1 and bool(passes(value[:1]).any()):
+        return False
+    return not bool(passes(value).any())
+
+
 def _relu(node: Node) -> bool | None:
     result = saved_tensor(node, "result")
-    return None if result is None else not bool(result.any())
+    return None if result is None else _none_is(result, lambda part: part)
 
 
 def _sigmoid(node: Node) -> bool | None:
     result = saved_tensor(node, "result")
-    return None if result is None else not bool((result * (1 - result)).any())
+    return None if result is None else _none_is(result, lambda value: value * (1 - value))
 
 
 def _tanh(node: Node) -> bool | None:
     result = saved_tensor(node, "result")
-    return None if result is None else not bool((1 - result * result).any())
+    return None if result is None else _none_is(result, lambda value: 1 - value * value)
 
 
 def _softmax(node: Node) -> bool | None:
@@ -129,7 +143,7 @@ def _softmax(node: Node) -> bool | None:
 def _outside(low: float, high: float) -> Callable[[Node], bool | None]:
     def check(node: Node) -> bool | None:
         value = saved_tensor(node, "self")
-        return None if value is None else not bool(((value > low) & (value < high)).any())
+        return None if value is None else _none_is(value, lambda part: (part > low) & (part < high))
 
     return check
 
@@ -246,7 +260,8 @@ _FACTOR_AT = {
 
 def explained_by_zeros(graph: GraphView, parameters: Mapping[str, Tensor]) -> frozenset[str]:
     """Parameters before a factor that is 0 everywhere: a zero-initialised scale, head or up-projection, which will move first."""
-    zeros = {name for name, value in parameters.items() if value.numel() and not value.is_meta and not bool(value.detach().any())}
+    real = {name: value.detach() for name, value in parameters.items() if value.numel() and not value.is_meta}
+    zeros = {name for name, value in real.items() if _none_is(value, lambda part: part)}
     starts: list[Node] = []
     for node in graph.nodes:
         if graph.name_of(node) in zeros:

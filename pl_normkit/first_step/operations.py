@@ -48,6 +48,8 @@ SHAPE_ONLY = _words("""zeros_like ones_like empty_like full_like rand_like randn
     new_full new_tensor size bernoulli_ uniform_ normal_ fill_ zero_""")
 """Their result has the shape of the argument and none of its values."""
 VALUE_READS = _words("item tolist numpy __bool__ __int__ __float__ __index__ __array__ __contains__ is_nonzero equal allclose")
+_SAMPLES = 8
+"""So many images show the range of all."""
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
@@ -113,10 +115,11 @@ def norm_call(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], place: 
 def first_input(value: Tensor, place: Place, *, is_cast: bool) -> FirstInput:
     """Range and moments of a float tensor, and the feature that is farthest from 0 in units of its own spread."""
     with torch.no_grad():
-        value = value.detach().float()
+        shape = tuple(value.shape)
+        value = (value[:_SAMPLES] if value.dim() > 3 else value).detach().float()
         low, high = (float(bound) for bound in value.aminmax())
         std, mean = (float(moment) for moment in torch.std_mean(value))
-        return FirstInput(place, tuple(value.shape), low, high, mean, std, _is_whole(value), _far_column(value), is_cast)
+        return FirstInput(place, shape, low, high, mean, std, _is_whole(value), _far_column(value), is_cast)
 
 
 def _is_whole(value: Tensor) -> bool:

@@ -43,6 +43,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
         yield from tensors_in(list(vars(value).values()))
 
 
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _PLAIN = (nn.Module, str, bytes, int, float, type(None), type)
 
 
@@ -304,8 +305,9 @@ def _reachable(value: Any, depth: int) -> Iterator[Tensor]:
 
 def _left_in(module: nn.Module) -> list[Any]:
     """Tensors a forward pass left in attributes, for a loss to take up."""
-    registries = ("_parameters", "_buffers", "_modules")
-    return [value for name, value in vars(module).items() if name not in registries and isinstance(value, (Tensor, list, tuple, dict))]
+    return [
+        value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE and isinstance(value, (Tensor, list, tuple, dict))
+    ]
 
 
 def _behind(cut: _Cut, names: dict[int, str]) -> frozenset[str]:
