@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pl_normkit.methods.nan_safety.loss_call import LossCall, read_loss_call
-from pl_normkit.methods.nan_safety.search import search
+from pl_normkit.methods.nan_safety.losses.loss_call import LossCall, read_loss_call
+from pl_normkit.methods.nan_safety.losses.search import search
 from pl_normkit.nn import BinaryFocalLoss, RMSELoss
 
 RESULTS = Path(__file__).parent / "results" / "loss_search.csv"

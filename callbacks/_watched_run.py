@@ -19,7 +19,7 @@ from pl_normkit.callbacks.gamma_decay import GammaDecay
 from pl_normkit.findings import NoteKind
 from pl_normkit.first_step import StepRecorder
 from pl_normkit.graph.sharing import shared_traces
-from pl_normkit.methods.nan_safety.stress import StepCall
+from pl_normkit.methods.nan_safety.losses.stress import StepCall
 from pl_normkit.restoring import edit_records
 from pl_normkit.rules import load_rules
 from pl_normkit.run_audit import RunAudit

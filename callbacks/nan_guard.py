@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pl_normkit.callbacks._lightning import Callback
-from pl_normkit.methods.nan_safety.budget import SkipBudget
-from pl_normkit.methods.nan_safety.guard import StepGuard
-from pl_normkit.methods.nan_safety.running import Surroundings
+from pl_normkit.methods.nan_safety.guard.budget import SkipBudget
+from pl_normkit.methods.nan_safety.guard.running import Surroundings
+from pl_normkit.methods.nan_safety.guard.step_guard import StepGuard
 
 
 class NaNGuard(Callback):

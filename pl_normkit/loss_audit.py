@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pl_normkit.auditing import audit_subject
-from pl_normkit.methods.nan_safety.arguments import Domain
-from pl_normkit.methods.nan_safety.loss_call import read_loss_call
+from pl_normkit.methods.nan_safety.losses.arguments import Domain
+from pl_normkit.methods.nan_safety.losses.loss_call import read_loss_call
 from pl_normkit.report import Report
 from pl_normkit.selection import Selection
 from pl_normkit.subject import Subject

@@ -27,7 +27,6 @@ __all__ = [
     "StepFacts",
     "StepRecorder",
     "read_step",
-    "tensors_in",
 ]
 
 from pl_normkit.first_step.facts import (
@@ -44,4 +43,4 @@ from pl_normkit.first_step.facts import (
     StepFacts,
 )
 from pl_normkit.first_step.recorder import StepRecorder, read_step
-from pl_normkit.first_step.watch import ForwardWatch, Seen, tensors_in
+from pl_normkit.first_step.watch import ForwardWatch, Seen

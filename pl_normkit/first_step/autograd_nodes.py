@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-__all__ = ["GraphView", "base", "behind", "output_shape", "saved"]
+__all__ = ["GraphView", "output_shape", "saved_tensor", "through_reshapes"]
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
+
+from pl_normkit.graph.autograd import base, behind, saved
 
 
 def _words(text: str) -> frozenset[str]:
@@ -29,27 +29,10 @@ RESHAPES = _words("""View UnsafeView ReshapeAlias Permute Transpose T Squeeze Un
     Flatten Unflatten Split SplitWithSizes Unbind Movedim Swapaxes Narrow IndexSelect MaskedSelect ViewAs Detach""")
 
 
-def base(node: Node) -> str:
-    """Name of the operation: "Sqrt" for SqrtBackward0."""
-    return re.sub(r"Backward\d*$", "", node.name().rsplit("::", 1)[-1])
-
-
-def saved(node: Node, name: str) -> Any:
-    """A value the node keeps for its backward; None where there is none or it was freed or overwritten."""
-    try:
-        return getattr(node, f"_saved_{name}", None)
-    except RuntimeError:
-        return None
-
-
 def saved_tensor(node: Node, name: str) -> Tensor | None:
     """As `saved`, for tensors with values alone."""
     value = saved(node, name)
     return value.detach() if isinstance(value, Tensor) and value.numel() and not value.is_meta else None
-
-
-def behind(node: Node) -> list[Node]:
-    return [following for following, _ in node.next_functions if following is not None]
 
 
 def output_shape(node: Node, index: int = 0) -> tuple[int, ...] | None:

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from pl_normkit.first_step.autograd_nodes import RESHAPES, GraphView, base, behind, output_shape, saved, saved_tensor, through_reshapes
+from pl_normkit.first_step.autograd_nodes import RESHAPES, GraphView, output_shape, saved_tensor, through_reshapes
 from pl_normkit.first_step.facts import InitialLoss, Silenced, StackedActivation
+from pl_normkit.graph.autograd import base, behind, saved
 
 _WORDS = {
     "Softmax": "softmax",

@@ -10,8 +10,9 @@ from itertools import zip_longest
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from pl_normkit.first_step.autograd_nodes import GraphView, base, output_shape, saved_tensor
+from pl_normkit.first_step.autograd_nodes import GraphView, output_shape, saved_tensor
 from pl_normkit.first_step.facts import Broadcast
+from pl_normkit.graph.autograd import base
 
 Shape = tuple[int, ...]
 _ELEMENTWISE = {

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["ForwardWatch", "Seen", "tensors_in"]
+__all__ = ["ForwardWatch", "Seen"]
 
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -22,25 +20,9 @@ from pl_normkit.findings import Place
 from pl_normkit.first_step import operations
 from pl_normkit.first_step.autograd_nodes import GraphView
 from pl_normkit.first_step.facts import Cut, Dropout, FirstInput, ForwardFacts, NormCall, ReverseRead
-from pl_normkit.graph.nodes import shorten
+from pl_normkit.graph.autograd import source_line, tensors_in
 
-_OWN = f"{Path(__file__).parents[1]}/"
-_HIDDEN = (f"{Path(torch.__file__).parent}/", _OWN)
 _CALLERS = ("recorder.py", "measure.py", "auditing.py")
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in a nest of lists, tuples, mappings and dataclasses."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors_in(item)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        yield from tensors_in(list(vars(value).values()))
 
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
@@ -165,7 +147,7 @@ class ForwardWatch(TorchFunctionMode):
         if not self._is_on:
             return func(*args, **kwargs)
         if func is torch._C._set_grad_enabled:
-            self._switched_off = "" if args[0] else source_line(sys._getframe(1))
+            self._switched_off = "" if args[0] else _line(2)
             return func(*args, **kwargs)
         wants_gradient = torch.is_grad_enabled()
         output = func(*args, **kwargs)
@@ -216,7 +198,7 @@ class ForwardWatch(TorchFunctionMode):
             self._written.add(own)
 
     def _place(self) -> Place:
-        return Place(self._stack[-1] if self._stack else "", source_line(sys._getframe(2)))
+        return Place(self._stack[-1] if self._stack else "", _line(3))
 
     def _follow(self, name: str, sources: Sequence[Tensor], results: Sequence[Tensor], reads_parameter: bool) -> None:
         """Which of the model's inputs a result depends on, and whether it still is an input that no layer has touched."""
@@ -250,20 +232,20 @@ class ForwardWatch(TorchFunctionMode):
 
     def _see_cut(self, name: str, sources: Sequence[Tensor], parameters: frozenset[str], wants: bool) -> None:
         if wants:
-            place = Place(self._stack[-1] if self._stack else "", source_line(sys._getframe(3)))
+            place = Place(self._stack[-1] if self._stack else "", _line(4))
             self._cuts.append(_Cut(operations.as_written(name), place, sources, parameters))
         else:
-            place = Place(self._stack[-1] if self._stack else "", self._switched_off or source_line(sys._getframe(3)))
+            place = Place(self._stack[-1] if self._stack else "", self._switched_off or _line(4))
             self._cuts.append(_Cut("torch.no_grad()", place, sources, parameters))
 
     def _see_norm(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        call = operations.norm_call(name, args, kwargs, Place(self._stack[-1] if self._stack else "", source_line(sys._getframe(3))))
+        call = operations.norm_call(name, args, kwargs, Place(self._stack[-1] if self._stack else "", _line(4)))
         if call is not None:
             self._norms.append(call)
 
     def _see_first_input(self, value: Tensor) -> None:
         if value.is_floating_point() and value.numel() > 1 and not value.is_meta and len(self._first_inputs) < 8:
-            place = Place(self._stack[-1] if self._stack else "", source_line(sys._getframe(3)))
+            place = Place(self._stack[-1] if self._stack else "", _line(4))
             self._first_inputs.append(operations.first_input(value, place, is_cast=self._raw[value]))
 
     # What it tells.
@@ -318,13 +300,5 @@ def _bases(tensor: Tensor) -> list[Tensor]:
     return [] if tensor._base is None else [tensor._base]
 
 
-def source_line(frame: FrameType | None) -> str:
-    """`file.py:line` of the innermost frame outside torch and this package; "" where this package called the model itself."""
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if file.startswith(_OWN) and file.endswith(_CALLERS):
-            return ""
-        if not file.startswith(_HIDDEN) and not file.startswith("<"):
-            return f"{shorten(file)}:{frame.f_lineno}"
-        frame = frame.f_back
-    return ""
+def _line(depth: int) -> str:
+    return source_line(sys._getframe(depth), _CALLERS)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pl_normkit.callbacks.nan_guard import NaNGuard
 from pl_normkit.errors import ConfigError, NonFiniteError
-from pl_normkit.methods.nan_safety.replay import replay
+from pl_normkit.methods.nan_safety.diagnosis.replay import replay
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers.*", "ignore:.*log_every_n_steps.*", "ignore:.*isinstance.treespec.*", "ignore:Checkpoint directory"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pl_normkit.callbacks.nan_guard import NaNGuard
 from pl_normkit.errors import NonFiniteError, NormkitWarning
-from pl_normkit.methods.nan_safety.replay import replay
+from pl_normkit.methods.nan_safety.diagnosis.replay import replay
 from tests.callbacks.test_nan_guard import Batches, Module, equal, fit, scaler_plugin, state_of
 
 pytestmark = pytest.mark.filterwarnings(

@@ -13,9 +13,9 @@ from torch import nn
 from pl_normkit.commands import command, lint_part
 from pl_normkit.errors import ConfigError, DataError
 from pl_normkit.importing import users_code
-from pl_normkit.methods.nan_safety.arguments import NOT_EMPTY, Bounds
-from pl_normkit.methods.nan_safety.loss_call import read_loss_call
-from pl_normkit.methods.nan_safety.replay import replay
+from pl_normkit.methods.nan_safety.diagnosis.replay import replay
+from pl_normkit.methods.nan_safety.losses.arguments import NOT_EMPTY, Bounds
+from pl_normkit.methods.nan_safety.losses.loss_call import read_loss_call
 
 
 @lint_part(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,8 @@ from pl_normkit.methods.positional_variance.pipelines.scaling import Mistake, mi
 from pl_normkit.methods.positional_variance.pipelines.variance import as_fed
 from pl_normkit.methods.positional_variance.pipelines.walk import read_loader, read_owner
 from pl_normkit.rules import Mark, Needs, Observation, Subject, rule
+
+log = logging.getLogger(__name__)
 
 _SECOND = "second moment of the images of a batch, {}"
 _BEYOND = 4.0  # noise that replaces pixels, and overshoot of resampling, leave the range of the pixels too
@@ -129,7 +132,8 @@ def _drawn(subject: Subject) -> dict[str, Tensor]:
             with generators_kept(loader):
                 try:
                     leaves = tree_leaves(next(iter(loader), None))
-                except Exception:  # a batch hook that needs a run, or data that the run itself will fail on: the settings are judged alone
+                except Exception as error:  # a batch hook that needs a run, or data that the run itself will fail on
+                    log.info("no batch of the %s loader (%s: %s): its settings are judged alone", name, type(error).__name__, error)
                     continue
             image = next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() == 4), None)
             if image is not None and image.is_floating_point() and image.shape[1] in (1, 3) and not image.is_meta:

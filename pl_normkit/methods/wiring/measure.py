@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pl_normkit.findings import Place
-from pl_normkit.first_step import Dropout, ForwardWatch, Seen, tensors_in
+from pl_normkit.first_step import Dropout, ForwardWatch, Seen
 from pl_normkit.graph import call_arguments
+from pl_normkit.graph.autograd import tensors_in
 from pl_normkit.preserve import preserved
 
 _ROWS = (5, 7, 3)

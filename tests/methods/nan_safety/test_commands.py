@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from pl_normkit.cli import main
-from pl_normkit.methods.nan_safety.diagnosis import diagnose
-from pl_normkit.methods.nan_safety.replay import RandomState, save_replay
+from pl_normkit.methods.nan_safety.diagnosis.first_bad import diagnose
+from pl_normkit.methods.nan_safety.diagnosis.replay import RandomState, save_replay
 
 LOSSES = """
 import torch

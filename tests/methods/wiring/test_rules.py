@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from pl_normkit import audit
 from pl_normkit.auditing import audit_subject
 from pl_normkit.findings import Finding
-from pl_normkit.first_step import read_step, tensors_in
+from pl_normkit.first_step import read_step
+from pl_normkit.graph.autograd import tensors_in
 from pl_normkit.report import Report
 from pl_normkit.rules import Subject
 from pl_normkit.selection import Selection

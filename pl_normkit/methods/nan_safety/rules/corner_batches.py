@@ -7,8 +7,8 @@ __all__: list[str] = []
 from collections.abc import Iterator
 
 from pl_normkit.findings import Place, Severity, Witness
-from pl_normkit.methods.nan_safety.stable_forms import explain
-from pl_normkit.methods.nan_safety.stress import StepCall, Stressed, stress_step
+from pl_normkit.methods.nan_safety.losses.stable_forms import explain
+from pl_normkit.methods.nan_safety.losses.stress import StepCall, Stressed, stress_step
 from pl_normkit.rules import Mark, Observation, rule
 from pl_normkit.subject import Needs, Subject
 
@@ -17,7 +17,7 @@ from pl_normkit.subject import Needs, Subject
     "NK411",
     "step-fails-on-a-corner-batch",
     mark=Mark.DERIVED,
-    source="tests/methods/nan_safety/test_stress.py",
+    source="tests/methods/nan_safety/losses/test_stress.py",
     needs=(Needs.LOSS,),
 )
 def step_fails_on_a_corner_batch(subject: Subject) -> Iterator[Observation]:

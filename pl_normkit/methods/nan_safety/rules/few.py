@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from pl_normkit.methods.nan_safety.cases import Case, explained, observations
-from pl_normkit.methods.nan_safety.loss_graph import LossGraph, cancelling_differences, masked_origin, read_loss_graph
-from pl_normkit.methods.nan_safety.ranges import base, saved
+from pl_normkit.graph.autograd import base, saved
+from pl_normkit.methods.nan_safety.losses.cases import Case, explained, observations
+from pl_normkit.methods.nan_safety.losses.loss_graph import LossGraph, cancelling_differences, masked_origin, read_loss_graph
 from pl_normkit.rules import Mark, Observation, rule
 from pl_normkit.subject import Needs, Subject
 
@@ -97,7 +97,7 @@ def _variance_cases(graph: LossGraph) -> Iterator[Case]:
     "NK408",
     "mean-of-nothing",
     mark=Mark.DERIVED,
-    source="tests/methods/nan_safety/test_witness.py",
+    source="tests/methods/nan_safety/losses/test_witness.py",
     needs=(Needs.LOSS,),
 )
 def mean_of_nothing(subject: Subject) -> Iterator[Observation]:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from pl_normkit.methods.nan_safety.cases import Case, explained, lost_epsilons, observations
-from pl_normkit.methods.nan_safety.loss_graph import (
+from pl_normkit.graph.autograd import base, output_dtype, saved
+from pl_normkit.methods.nan_safety.losses.cases import Case, explained, lost_epsilons, observations
+from pl_normkit.methods.nan_safety.losses.loss_graph import (
     LossGraph,
     is_square,
     read_loss_graph,
 )
-from pl_normkit.methods.nan_safety.ranges import base, output_dtype, saved
 from pl_normkit.rules import Mark, Observation, rule
 from pl_normkit.subject import Needs, Subject
 
@@ -27,7 +27,7 @@ from pl_normkit.subject import Needs, Subject
     "NK405",
     "float16-overflow",
     mark=Mark.DERIVED,
-    source="tests/methods/nan_safety/test_rules.py",
+    source="tests/methods/nan_safety/rules/test_suspicions.py",
     needs=(Needs.LOSS,),
 )
 def float16_overflow(subject: Subject) -> Iterator[Observation]:
@@ -113,7 +113,7 @@ def _overflowing(node: Node, what: str, kept: Any, grow: Callable[[float], float
     "NK406",
     "epsilon-lost-in-half-precision",
     mark=Mark.DERIVED,
-    source="tests/methods/nan_safety/test_rules.py",
+    source="tests/methods/nan_safety/rules/test_suspicions.py",
     needs=(Needs.LOSS,),
 )
 def epsilon_lost(subject: Subject) -> Iterator[Observation]:
@@ -164,7 +164,7 @@ def epsilon_lost(subject: Subject) -> Iterator[Observation]:
     "NK409",
     "value-overflow",
     mark=Mark.DERIVED,
-    source="tests/methods/nan_safety/test_witness.py",
+    source="tests/methods/nan_safety/losses/test_witness.py",
     needs=(Needs.LOSS,),
 )
 def overflow(subject: Subject) -> Iterator[Observation]:

@@ -10,10 +10,20 @@ import torch
 from torch import Tensor
 
 from pl_normkit.findings import Severity
-from pl_normkit.methods.nan_safety.cases import LOGS, Case, can_divide, denominator, explained, hazard, is_root, lost_epsilons, observations
-from pl_normkit.methods.nan_safety.loss_graph import LossGraph, fed_by_saturating, read_loss_graph
-from pl_normkit.methods.nan_safety.ranges import base, output_dtype, saved
-from pl_normkit.methods.nan_safety.sources import place_of
+from pl_normkit.graph.autograd import base, output_dtype, saved
+from pl_normkit.methods.nan_safety.diagnosis.sources import place_of
+from pl_normkit.methods.nan_safety.losses.cases import (
+    LOGS,
+    Case,
+    can_divide,
+    denominator,
+    explained,
+    hazard,
+    is_root,
+    lost_epsilons,
+    observations,
+)
+from pl_normkit.methods.nan_safety.losses.loss_graph import LossGraph, fed_by_saturating, read_loss_graph
 from pl_normkit.rules import Mark, Observation, rule
 from pl_normkit.subject import Needs, Subject
 
@@ -65,7 +75,7 @@ def root_of_zero(subject: Subject) -> Iterator[Observation]:
 
     Source
         Published: the cause (abstract of arXiv 2311.03938). Derived: the criterion (interval of the argument, read from the
-        autograd graph), tested in tests/methods/nan_safety/test_rules.py.
+        autograd graph), tested in tests/methods/nan_safety/rules/test_suspicions.py.
     """
     yield from explained(subject, "NK401", _suspected_roots(subject))
 
@@ -170,7 +180,7 @@ def _log_cases(graph: LossGraph) -> Iterator[Case]:
     "NK404",
     "division-by-zero",
     mark=Mark.DERIVED,
-    source="tests/methods/nan_safety/test_rules.py",
+    source="tests/methods/nan_safety/rules/test_suspicions.py",
     needs=(Needs.LOSS,),
 )
 def division_by_zero(subject: Subject) -> Iterator[Observation]:
@@ -233,7 +243,7 @@ def _suspected_divisions(subject: Subject) -> Iterator[Observation]:
     "NK407",
     "border-of-domain",
     mark=Mark.DERIVED,
-    source="tests/methods/nan_safety/test_witness.py",
+    source="tests/methods/nan_safety/losses/test_witness.py",
     needs=(Needs.LOSS,),
 )
 def border_of_domain(subject: Subject) -> Iterator[Observation]:
@@ -278,7 +288,7 @@ def border_of_domain(subject: Subject) -> Iterator[Observation]:
     "NK410",
     "not-finite-somewhere",
     mark=Mark.DERIVED,
-    source="tests/methods/nan_safety/test_witness.py",
+    source="tests/methods/nan_safety/losses/test_witness.py",
     needs=(Needs.LOSS,),
 )
 def not_finite_somewhere(subject: Subject) -> Iterator[Observation]:

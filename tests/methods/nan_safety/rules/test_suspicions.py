@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pl_normkit.findings import Finding, Place, Severity
-from pl_normkit.methods.nan_safety.loss_call import read_loss_call
+from pl_normkit.methods.nan_safety.losses.loss_call import read_loss_call
 from pl_normkit.nn import BinaryFocalLoss, BinaryLogLoss, RMSELoss, SILogLoss, safe_log, safe_sqrt, stable_variance
 from pl_normkit.rules import load_rules
 from pl_normkit.subject import Subject
