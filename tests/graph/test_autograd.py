@@ -19,7 +19,8 @@ def test_nodes_are_named_and_ordered() -> None:
     order = forward_order(root)
     assert sorted(map(base, order)) == ["AccumulateGrad", "Exp", "Exp", "Mul", "Sqrt", "Sum"]
     assert all(order.index(inner) < order.index(node) for node in order for inner in behind(node))
-    assert order[-1] is root and output_dtype(root) == torch.float32
+    assert order[-1] is root
+    assert output_dtype(root) == torch.float32
 
 
 def test_a_freed_value_is_none() -> None:
