@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types zoo bench gpu docs site clean
+.PHONY: demo test lint types zoo bench value gpu docs site clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +37,9 @@ zoo: $(VENV)/.test  ## one model of every timm family, every smp architecture: f
 
 bench: $(VENV)/.test  ## every benchmark that runs without a GPU
 	for script in benchmarks/[a-z]*.py; do case $$script in *zoo.py|*/gpu.py) ;; *) $(BIN)/python $$script || exit 1;; esac; done
+
+value: $(VENV)/.test  ## every remedy trained with and without on fresh seeds: docs/value.md; an hour on one core
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python benchmarks/value
 
 gpu:  ## everything that needs a GPU, in 8 minutes, with the Python that has a torch for it (PYTHON=...); installs nothing
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py

@@ -8,15 +8,16 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, get_args
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves
 
-from pl_normkit.errors import NothingMatchedError
-from pl_normkit.graph import Dropout, Kind, ModelGraph, Node
+from pl_normkit.errors import ConfigError, NothingMatchedError
+from pl_normkit.graph import Dropout, Kind, ModelGraph, Node, call_arguments
 from pl_normkit.methods.dropout_placement.find import (
     BranchDropout,
     HeadDropout,
@@ -25,6 +26,8 @@ from pl_normkit.methods.dropout_placement.find import (
     read_branch_dropouts,
     read_head_dropouts,
 )
+from pl_normkit.methods.dropout_placement.measure import equal_strength
+from pl_normkit.preserve import preserved
 from pl_normkit.surgery import Change, Changes, Edit, Filter, Insert, Replace, SetAttributes, apply_edits
 from pl_normkit.wrappers import unwrapped
 
@@ -32,23 +35,31 @@ SLOT = "placed_dropout"
 """Name of the child that a moved dropout becomes."""
 
 
-def place_dropout(model: nn.Module, example_inputs: Any, *, filter_fn: Filter | None = None) -> Changes:
+HeadP = Literal["same", "equal_strength"]
+"""The drop probability in front of a pool."""
+
+
+def place_dropout(model: nn.Module, example_inputs: Any, *, filter_fn: Filter | None = None, head_p: HeadP = "same") -> Changes:
     """Move dropouts to where they shift no variance: before the last weight layer of the branch, before pooling in the head.
 
-    Keeps each drop probability and every state_dict key. Of several dropouts in one branch one stays: "one dropout"
-    (arXiv 2302.06112, abstract). The output in eval mode is unchanged. Post-activation branches have no admissible slot
-    and are left alone, as is a dropout that is shared with code outside the plan or that acts in eval mode too (Monte Carlo
-    dropout); all are listed in `Changes.skipped`.
+    Keeps every state_dict key, and each drop probability unless `head_p` says otherwise. Of several dropouts in one branch one stays:
+    "one dropout" (arXiv 2302.06112, abstract). The output in eval mode is unchanged. Post-activation branches have no admissible slot
+    and are left alone, as is a dropout that is shared with code outside the plan or that acts in eval mode too (Monte Carlo dropout);
+    all are listed in `Changes.skipped`.
 
     Args:
         model: any module that `ModelGraph.from_model` can read.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
         filter_fn: called with (module that drops, path), says whether this dropout may be moved; by default all.
+        head_p: the same p before a pool is a much weaker dropout than behind it. "equal_strength" sets the p whose noise at the classifier
+            has the variance of the dropout behind the pool, measured on `example_inputs` in eval mode with the weights there are
+            (derived here; see `equal_strength`).
 
     Returns:
         the edits; empty when every dropout already stands right.
 
     Raises:
+        ConfigError: for another `head_p`.
         NothingMatchedError: when the model has no active dropout.
         TraceError: when the model cannot be read.
 
@@ -65,11 +76,13 @@ def place_dropout(model: nn.Module, example_inputs: Any, *, filter_fn: Filter | 
     >>> len(changes.made) > 0
     True
     """
+    if head_p not in get_args(HeadP):
+        raise ConfigError("head_p is unknown", evidence=repr(head_p), fix=f"give one of {', '.join(get_args(HeadP))}")
     model = unwrapped(model)
     graph = ModelGraph.from_model(model, example_inputs)
     if not any(dropout.p > 0 for dropout in graph.dropouts):
         raise NothingMatchedError("the model has no active dropout to place", fix="give its dropouts p > 0, or leave the fix out")
-    plan = _Plan(model, graph, example_inputs, filter_fn)
+    plan = _Plan(model, graph, example_inputs, filter_fn, head_p)
     plan.add_branches(read_branch_dropouts(graph))
     plan.add_heads(read_head_dropouts(graph))
     return apply_edits(model, plan.edits(), plan.skipped)
@@ -89,6 +102,7 @@ class _Plan:
     graph: ModelGraph
     example_inputs: Any
     filter_fn: Filter | None = None
+    head_p: HeadP = "same"
     moves: list[_Move] = field(default_factory=list)
     skipped: list[Change] = field(default_factory=list)
 
@@ -157,13 +171,34 @@ class _Plan:
         return Insert(slot.module, SLOT, kind(dropout.p), f"{kind.__name__}(p={dropout.p:g}) now acts before this layer")
 
     def _before_pool(self, pool: Node, dropout: Dropout) -> Insert | None:
-        what = f"Dropout(p={dropout.p:g}) now acts before the pooling"
+        source, where = self._beside_pool(pool)
+        if source is None:
+            return None
+        p = dropout.p
+        if self.head_p == "equal_strength":
+            p = equal_strength(p, self._maps(source.module, is_output=where == "after"))
+        what = f"Dropout(p={p:.4g}) now acts before the pooling" + (f", as strong as p={dropout.p:g} behind it" if p != dropout.p else "")
+        return Insert(source.module, SLOT, nn.Dropout(p), what, where=where)
+
+    def _beside_pool(self, pool: Node) -> tuple[Node | None, Literal["before", "after"]]:
+        """The module that a dropout in front of the pool can be attached to, and on which side of it."""
         if self._runs_alone(pool):
-            return Insert(pool.module, SLOT, nn.Dropout(dropout.p), what)
+            return pool, "before"
         source = pool.inputs[0]
-        if source.users == [pool] and self._runs_alone(source):
-            return Insert(source.module, SLOT, nn.Dropout(dropout.p), what, where="after")
-        return None
+        return (source if source.users == [pool] and self._runs_alone(source) else None), "after"
+
+    def _maps(self, path: str, is_output: bool) -> Tensor:
+        """What a pool averages, on the example inputs."""
+        seen: list[Tensor] = []
+        module = self.model.get_submodule(path)
+        handle = module.register_forward_hook(lambda _, arguments, output: seen.append(output if is_output else arguments[0]))
+        args, kwargs = call_arguments(self.example_inputs)
+        try:
+            with preserved(self.model, buffers=True), torch.no_grad():
+                self.model.eval()(*args, **kwargs)
+        finally:
+            handle.remove()
+        return seen[0]
 
     def _runs_alone(self, node: Node) -> bool:
         """Whether the operation is all that its module does, once in a forward pass."""

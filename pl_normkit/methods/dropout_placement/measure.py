@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["measure_variance_shift"]
+__all__ = ["equal_strength", "measure_variance_shift"]
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -59,6 +59,31 @@ def measure_variance_shift(model: nn.Module, batch: Any) -> dict[str, float]:
                 module.train()
         evaluation = _input_variances(model, args, kwargs)
     return {path: evaluation[path] / variance for path, variance in train.items() if variance > 0 and path in evaluation}
+
+
+def equal_strength(p: float, maps: Tensor) -> float:
+    """The p of an element-wise dropout in front of global average pooling that is as strong as dropout `p` behind it.
+
+    Behind the pool the noise of a channel has variance p/(1-p) g^2, with g its mean over N positions; in front of it p/(1-p) mean(x^2)/N.
+    Both are summed over samples and channels and set equal (derived here).
+
+    Args:
+        p: the drop probability behind the pool, in [0, 1).
+        maps: what is pooled, (samples, channels, *positions), in eval mode.
+
+    Returns:
+        a probability in [0, 1); `p` itself where nothing can be said, since all maps are zero or one position is averaged.
+
+    >>> import torch
+    >>> round(equal_strength(0.5, torch.ones(2, 3, 4, 4)), 4)  # odds 1 times 16 positions
+    0.9412
+    """
+    positions = maps.double().flatten(2)
+    square_of_mean, mean_of_square = float(positions.mean(2).square().sum()), float(positions.square().mean(2).sum())
+    if mean_of_square == 0.0 or positions.shape[2] == 1:
+        return p
+    odds = p / (1 - p) * positions.shape[2] * square_of_mean / mean_of_square
+    return odds / (1 + odds)
 
 
 def _input_variances(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, float]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from pl_normkit.findings import Evidence, FixSafety, Place
+from pl_normkit.findings import Evidence, FixSafety, Place, Severity
 from pl_normkit.graph import Dropout, ModelGraph, Node, Norm
 from pl_normkit.methods.dropout_placement.find import (
     BranchDropout,
@@ -293,7 +293,8 @@ def several_dropouts_in_branch(subject: Subject) -> Iterator[Observation]:
     mark=Mark.PUBLISHED,
     source=PAPER,
     fix=place_dropout,
-    fix_safety=FixSafety.SAFE,
+    fix_safety=FixSafety.UNSAFE,
+    severity=Severity.NOTE,
 )
 def dropout_after_global_pooling(subject: Subject) -> Iterator[Observation]:
     """What it does
@@ -323,9 +324,11 @@ def dropout_after_global_pooling(subject: Subject) -> Iterator[Observation]:
     ```
 
     Fix and its safety
-    place_dropout puts an element-wise dropout of the same p before the pooling; safe: the output in eval mode is the same.
-    The noise that reaches the classifier is much weaker there (the formulas above), so a p that was tuned after the pooling is
-    small before it (derived). Pooling written as a function in the middle of a forward method cannot be reached and is listed as skipped.
+    place_dropout puts an element-wise dropout of the same p before the pooling. The output in eval mode is the same, but the noise that
+    reaches the classifier is much weaker there (the formulas above): a p that was tuned after the pooling is small before it, and where
+    the dropout was needed the network then fits worse (docs/value.md). So the fix is unsafe: it changes what is trained.
+    `place_dropout(model, inputs, head_p="equal_strength")` sets the p of equal strength, measured on the inputs.
+    Pooling written as a function in the middle of a forward method cannot be reached and is listed as skipped.
 
     Source
     Published: dropout before global average pooling is stated in the abstract of arXiv 2302.06112; element-wise as in the
@@ -341,7 +344,8 @@ def dropout_after_global_pooling(subject: Subject) -> Iterator[Observation]:
             message="Dropout after global pooling in the head",
             places=[_place(item.dropout.node) for item in found],
             evidence=[Evidence("positions averaged by the pooling", positions, is_measured=False)],
-            advice=f"Move it, element-wise, before the pooling ({_place(pool)}); {_FIX}",
+            advice=f"Move it, element-wise, before the pooling ({_place(pool)}), where the same p is much weaker: "
+            'place_dropout(model, example_inputs, head_p="equal_strength") keeps its strength',
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import timm.data
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from skimage import data
+from sklearn.datasets import load_digits
 from timm.data import Mixup
 
 from pl_normkit.errors import ConfigError, DataError
@@ -64,6 +67,39 @@ def test_corrected_mixup_keeps_the_ratio() -> None:
     images = normal_images(64)
     train = [VarianceSafeMixup(0.8, num_classes=2, mode="elem")(images, torch.zeros(64))[0]]
     assert measure_positional_variance(vit(), train, [images]).rho == pytest.approx(1.0, rel=0.01)
+
+
+def digits() -> torch.Tensor:
+    images = torch.tensor(load_digits().images, dtype=torch.float32)[:512, None]
+    return (images - images.mean()) / images.std()
+
+
+def photographs() -> torch.Tensor:
+    """Crops along one strip of a portrait, which overlap: they have much in common."""
+    crops = [torch.from_numpy(data.astronaut() / 255).float().permute(2, 0, 1)[:, top : top + 64, 190:254] for top in range(0, 256, 4)]
+    images = torch.stack(crops)
+    return (images - images.mean()) / images.std()
+
+
+def textures() -> torch.Tensor:
+    images = torch.from_numpy(data.brick() / 255).float().unfold(0, 32, 32).unfold(1, 32, 32).reshape(-1, 1, 32, 32)
+    return (images - images.mean()) / images.std()
+
+
+@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+@pytest.mark.parametrize("make_images", [digits, photographs, textures, lambda: normal_images(256, 16)])
+def test_real_images_keep_their_second_moment(make_images: Callable[[], torch.Tensor], mode: Any) -> None:
+    """Over many batches, as a normalization sees it; plain Mixup does not keep it on any of them."""
+    images = make_images()
+    global_numbers.seed(0)
+    order = torch.Generator().manual_seed(0)
+    batches = [images[torch.randperm(len(images), generator=order)[:64]] for _ in range(60)]
+    safe, plain = (cls(0.8, num_classes=2, mode=mode) for cls in (VarianceSafeMixup, Mixup))
+    labels = torch.zeros(64)
+    kept = torch.stack([safe(batch.clone(), labels)[0].square().mean() / batch.square().mean() for batch in batches])
+    lost = torch.stack([plain(batch.clone(), labels)[0].square().mean() / batch.square().mean() for batch in batches])
+    assert float(kept.mean()) == pytest.approx(1.0, abs=0.05)
+    assert float(lost.mean()) < 0.93
 
 
 def test_images_are_not_changed_in_place_and_unmixed_ones_not_at_all() -> None:

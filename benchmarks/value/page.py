@@ -1,0 +1,107 @@
+"""docs/value.md and its picture, from the runs."""
+
+from __future__ import annotations
+
+__all__ = ["draw_differences", "write_page"]
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+
+from experiment import Experiment
+
+from pl_normkit.recipes.contrasts import ALPHA
+from pl_normkit.recipes.paired_difference import PairedDifference, holm, paired_difference, smallest_shown
+
+Rows = Sequence[Mapping[str, str]]
+
+_INTRO = """# Proof of value
+
+Each remedy in a setting in which its mechanism can show, and some in which it cannot. `make value` runs everything (one core, {minutes:.0f}
+minutes here) and writes this page, its picture and `benchmarks/results/value/*.csv`; `python benchmarks/value NAME` runs one.
+
+Runs of one seed share the split of the data, the first weights, the batches and the random numbers. Settings were looked for with other
+seeds than those below, and by the authors of the remedies: read each row as "it can", never as "it will on your data"; for that there
+is [`pl-normkit compare`](compare.md). A difference is the mean over seeds with Student's 95 % interval; *shown* means p < 0.05 by Holm
+over the rows of its table, *not shown* that these runs cannot tell it from nothing. "Could show" is the difference that four of five
+such comparisons would show.
+
+![Differences with their intervals](value.png)
+"""
+
+_ELSEWHERE = """
+## Shown elsewhere
+
+- Time that vanishes in a norm, by norm and by way of injection: [timestep embeddings](timestep_embedding.md),
+  `python benchmarks/timestep_toy.py`
+- Conversions of norms, the same function and the time saved or not: [norm operators](norm_operators.md),
+  `python benchmarks/conversions.py`
+"""
+
+
+def differences(experiment: Experiment, rows: Rows) -> list[tuple[str, str, PairedDifference, float | None]]:
+    """(arm, against, difference, p by Holm) in the deciding metric."""
+    metric = experiment.metrics[0]
+    values = {(row["seed"], row["arm"]): float(row[metric]) for row in rows}
+    found = []
+    for arm, against in experiment.contrasts:
+        seeds = sorted({seed for seed, name in values if name == arm} & {seed for seed, name in values if name == against})
+        found.append((arm, against, paired_difference([values[seed, against] for seed in seeds], [values[seed, arm] for seed in seeds])))
+    adjusted = iter(holm([difference.p for *_, difference in found if difference.p is not None]))
+    return [(arm, against, difference, next(adjusted) if difference.p is not None else None) for arm, against, difference in found]
+
+
+def write_page(experiments: Sequence[Experiment], done: Mapping[str, Rows], path: Path) -> None:
+    """Every experiment that has been run, in the order of `experiments`."""
+    seconds = sum(float(row["seconds"]) for rows in done.values() for row in rows)
+    sections = [_section(experiment, done[experiment.name]) for experiment in experiments if experiment.name in done]
+    path.write_text(_INTRO.format(minutes=seconds / 60) + "".join(sections) + _ELSEWHERE)
+
+
+def _section(experiment: Experiment, rows: Rows) -> str:
+    seeds = len({row["seed"] for row in rows})
+    minutes = sum(float(row["seconds"]) for row in rows) / 60
+    metrics = [name for name in rows[0] if name not in ("seed", "arm", "seconds")]
+    arms = list(dict.fromkeys(["without", *experiment.arms]))
+    lines = [
+        f"\n## {experiment.remedy}\n",
+        f"{experiment.question} {experiment.setting[0].upper()}{experiment.setting[1:]}; {seeds} seeds,",
+    ]
+    lines += [f"{minutes:.1f} minutes (`python benchmarks/value {experiment.name}`). [What it does]({experiment.page})\n"]
+    lines += [f"| arm | {' | '.join(metrics)} |", "|---|" + "---:|" * len(metrics)]
+    for arm in arms:
+        own = [row for row in rows if row["arm"] == arm]
+        lines.append(f"| {arm} | " + " | ".join(f"{fmean(float(row[name]) for row in own):.4g}" for name in metrics) + " |")
+    lines += ["", f"| difference in {experiment.metrics[0]} | mean, 95 % interval | verdict | could show |", "|---|---|---|---:|"]
+    found = differences(experiment, rows)
+    lines += [_difference_row(*one, family=len(found)) for one in found]
+    return "\n".join([*lines, *([f"\n{experiment.limits}"] if experiment.limits else []), ""])
+
+
+def _difference_row(arm: str, against: str, difference: PairedDifference, p: float | None, family: int) -> str:
+    power = "" if not difference.spread else f"{smallest_shown(difference.spread, difference.count, ALPHA / family):.3g}"
+    verdict = "no pair of finite values" if p is None else "**shown**" if p < ALPHA else "not shown"
+    interval = f"{difference.mean:+.3g} [{difference.low:+.3g}, {difference.high:+.3g}]" if p is not None else ""
+    return f"| {arm} - {against} | {interval} | {verdict} | {power} |"
+
+
+def draw_differences(experiments: Sequence[Experiment], done: Mapping[str, Rows], path: Path) -> None:
+    """A panel for each experiment: its differences in the deciding metric with their intervals."""
+    from matplotlib.figure import Figure
+
+    shown = [experiment for experiment in experiments if experiment.name in done]
+    if not shown:
+        return
+    figure = Figure(figsize=(11, 0.5 + sum(0.5 + 0.28 * len(experiment.contrasts) for experiment in shown)), layout="constrained")
+    panels = figure.subplots(len(shown), 1, squeeze=False, height_ratios=[1 + 0.5 * len(experiment.contrasts) for experiment in shown])
+    for (axes,), experiment in zip(panels, shown, strict=True):
+        found = differences(experiment, done[experiment.name])
+        for row, (_, _, difference, p) in enumerate(found):
+            colour = "tab:gray" if p is None or p >= ALPHA else "tab:blue"
+            axes.errorbar([difference.mean], [row], xerr=[difference.half_width or 0.0], fmt="o", color=colour, capsize=4)
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set_yticks(range(len(found)), [f"{arm} - {against}" for arm, against, *_ in found], fontsize=8)
+        axes.set_ylim(len(found) - 0.5, -0.5)
+        axes.set_title(f"{experiment.remedy}: {experiment.metrics[0]}", fontsize=9, loc="left")
+        axes.tick_params(axis="x", labelsize=8)
+    figure.savefig(path, dpi=80)
