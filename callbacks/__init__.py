@@ -14,6 +14,7 @@ __all__ = [
     "PositionalVariance",
     "ScaleEqualization",
     "StochasticPooling",
+    "SwapNorms",
     "TimestepEmbedding",
 ]
 
@@ -28,4 +29,5 @@ from pl_normkit.callbacks.nan_guard import NaNGuard
 from pl_normkit.callbacks.positional_variance import PositionalVariance
 from pl_normkit.callbacks.scale_equalization import ScaleEqualization
 from pl_normkit.callbacks.stochastic_pooling import StochasticPooling
+from pl_normkit.callbacks.swap_norms import SwapNorms
 from pl_normkit.callbacks.timestep_embedding import TimestepEmbedding

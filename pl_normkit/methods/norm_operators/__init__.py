@@ -9,15 +9,18 @@ Sources: "Pre-RMSNorm and Pre-CRMSNorm Transformers", arXiv 2305.14858, for the 
     rms_conversion.py  `to_rmsnorm`: layer norms to RMS norms with the same function
     recalibrate.py     `recalibrate_batch_norm`: running statistics of other data, or precise ones
     swap.py            `swap_norms`: other norms before training
+    places.py          which modules of a model a norm can replace
     operators/         one norm a file, found without registration
+    rows.py            base of norms over channels; statistics over tokens of all ranks; `norm_inputs`: mask and time beside x
     modules.py         what conversions put into a model
 """
 
 from __future__ import annotations
 
-__all__ = ["fold_norms", "recalibrate_batch_norm", "swap_norms", "to_rmsnorm"]
+__all__ = ["fold_norms", "norm_inputs", "recalibrate_batch_norm", "swap_norms", "to_rmsnorm"]
 
 from pl_normkit.methods.norm_operators.fold import fold_norms
 from pl_normkit.methods.norm_operators.recalibrate import recalibrate_batch_norm
 from pl_normkit.methods.norm_operators.rms_conversion import to_rmsnorm
+from pl_normkit.methods.norm_operators.rows import norm_inputs
 from pl_normkit.methods.norm_operators.swap import swap_norms

@@ -11,30 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from pl_normkit.methods.norm_operators.operators import OldNorm, Operator
+from pl_normkit.methods.norm_operators.places import row_norms
+from pl_normkit.methods.norm_operators.rows import RowNorm
+
+LANGUAGE_ALPHA = {1024: (1.0, 1.0), 2048: (1.0, 0.5), 4096: (0.8, 0.2), 5120: (0.6, 0.15), 8192: (0.2, 0.05)}
+"""Width of a language model -> alpha at the start in front of attention, and elsewhere (arXiv 2503.10622, tables 11 and 12)."""
 
 
-class DynamicTanh(nn.Module):
-    """gamma * tanh(alpha * x) + beta, with a scalar alpha and the old norm's gamma and beta.
-
-    >>> old = OldNorm(2, 1e-5, None, None, torch.device("cpu"), torch.float32)
-    >>> DynamicTanh(old, 0.5)(torch.tensor([0.0, 100.0])).tolist()
-    [0.0, 1.0]
-    """
+class DynamicTanh(RowNorm):
+    """gamma * tanh(alpha * x) + beta, with a scalar alpha and the old norm's gamma and beta."""
 
     def __init__(self, old: OldNorm, alpha: float) -> None:
-        super().__init__()
-        self.alpha = nn.Parameter(torch.full((1,), alpha, device=old.device, dtype=old.dtype))
-        self.weight: nn.Parameter | None
-        self.bias: nn.Parameter | None
-        self.register_parameter("weight", old.weight)
-        self.register_parameter("bias", old.bias)
+        super().__init__(old)
+        self.alpha = nn.Parameter(old.ones(1) * alpha)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x` of shape (..., width); the same shape."""
-        y = torch.tanh(self.alpha * x)
-        if self.weight is not None:
-            y = y * self.weight
-        return y if self.bias is None else y + self.bias
+    def normalized(self, rows: Tensor) -> Tensor:
+        return torch.tanh(self.alpha * rows)
 
 
 def _make(old: OldNorm, options: Mapping[str, Any]) -> nn.Module:
@@ -42,10 +34,13 @@ def _make(old: OldNorm, options: Mapping[str, Any]) -> nn.Module:
 
 
 OPERATOR = Operator(
-    "dyt",
-    "gamma * tanh(alpha * x) + beta",
-    "Transformers without Normalization, arXiv 2503.10622 (code): alpha 0.5 outside language models; for those, tables 11 and 12 by width",
-    _make,
-    {"alpha": 0.5},
-    drops=("alpha",),
+    name="dyt",
+    formula="gamma tanh(alpha x) + beta",
+    source="Transformers without Normalization, arXiv 2503.10622 (code): alpha 0.5 but for language models, where tables 11, 12 say it",
+    replaces="layer norms and RMS norms",
+    places=row_norms,
+    make=_make,
+    kept="no",
+    when="transformers and ConvNeXt from scratch with the hyper-parameters of layer norm; watch the share of saturated values",
+    options={"alpha": 0.5},
 )

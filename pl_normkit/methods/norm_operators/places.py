@@ -1,0 +1,71 @@
+"""Which modules an operator can replace: row norms, batch norms, convolutions."""
+
+from __future__ import annotations
+
+__all__ = ["batch_norms", "old_norm", "row_norms", "why_no_batch_norm"]
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import nn
+
+from pl_normkit.graph import ModelGraph
+from pl_normkit.methods.norm_operators.operators import OldNorm, Place
+
+_CHANNELS_FIRST = frozenset(
+    (("timm.layers.norm", "LayerNorm2d"), ("timm.layers.norm", "RmsNorm2d"), ("torchvision.models.convnext", "LayerNorm2d"))
+)
+"""Layer norms over the second dimension, by module and class."""
+_ROWS = frozenset((("timm.layers.norm", "LayerNorm"), ("timm.layers.norm", "RmsNorm")))
+_BATCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def row_norms(model: nn.Module, graph: ModelGraph | None) -> Iterator[Place]:
+    """Layer norms and RMS norms of torch, timm and torchvision, over the last dimension or the channels of images."""
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or _name_of(module) in _ROWS | _CHANNELS_FIRST:
+            yield Place(path, _why_no_rows(module, path))
+
+
+def batch_norms(model: nn.Module, graph: ModelGraph | None) -> Iterator[Place]:
+    """Batch norms of torch."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            yield Place(path, why_no_batch_norm(module, path))
+
+
+def why_no_batch_norm(module: nn.Module, path: str) -> str:
+    if type(module) not in _BATCH:
+        return f"{type(module).__name__} may do more than a norm"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "it has hooks"
+    return "" if path else "the model itself cannot be replaced"
+
+
+def _name_of(module: nn.Module) -> tuple[str, str]:
+    return type(module).__module__, type(module).__name__
+
+
+def _why_no_rows(module: nn.Module, path: str) -> str:
+    if type(module) not in (nn.LayerNorm, nn.RMSNorm) and _name_of(module) not in _ROWS | _CHANNELS_FIRST:
+        return f"{type(module).__name__} may do more than a norm"
+    if len(module.normalized_shape) != 1:  # type: ignore[arg-type]
+        return "it normalizes several dimensions"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "it has hooks"
+    return "" if path else "the model itself cannot be replaced"
+
+
+def old_norm(module: nn.Module) -> OldNorm:
+    """What there is to take over from a norm or a convolution."""
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    like = next((tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()), torch.empty(0))
+    eps = getattr(module, "eps", None)
+    eps = float(torch.finfo(like.dtype).eps if eps is None else eps)
+    is_row = isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or _name_of(module) in _ROWS | _CHANNELS_FIRST
+    axis: Literal[-1, 1] = -1 if is_row and _name_of(module) not in _CHANNELS_FIRST else 1
+    centred = not is_row or isinstance(module, nn.LayerNorm)
+    names = ("normalized_shape", "num_features", "out_channels")
+    width = next(getattr(module, name) for name in names if hasattr(module, name))
+    return OldNorm(int(width[0] if is_row else width), eps, weight, bias, like.device, like.dtype, axis, centred, module)
