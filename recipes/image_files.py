@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-__all__ = ["IMAGE_SUFFIXES", "decode_picture", "find_images", "image_size", "open_picture", "read_gray", "read_image", "require_folder"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "decode_picture",
+    "find_images",
+    "image_size",
+    "name_images",
+    "open_picture",
+    "read_gray",
+    "read_image",
+    "require_folder",
+]
 
 import gzip
 import io
@@ -40,6 +50,19 @@ def find_images(folder: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> lis
             evidence=f"{held} entries, none of them an image" if held else "no entries",
             fix=f"put images there ({', '.join(suffixes)}), or give another folder",
         )
+    return found
+
+
+def name_images(folder: Path, layout: str) -> dict[str, Path]:
+    """Image files under `folder` by their path within it, without suffix. Raises DataError; `layout` says what should be there."""
+    require_folder(folder, "the image folder", layout)
+    found: dict[str, Path] = {}
+    for path in find_images(folder):
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        if name in found:
+            evidence = f"{found[name].name} and {path.name}"
+            raise DataError("two images have one name", where=str(folder), evidence=evidence, fix="rename or remove one of them")
+        found[name] = path
     return found
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from pl_normkit.errors import DataError
 from pl_normkit.recipes.loading import Part, RecipeData, require_option
 from pl_normkit.recipes.segmentation.files import FileSource, Pair, check_files, find_predict_images
-from pl_normkit.recipes.segmentation.folder import SplitBy, read_class_names, split_folder
+from pl_normkit.recipes.segmentation.folder import pair_files, read_class_names
 from pl_normkit.recipes.segmentation.images import MaskCode
 from pl_normkit.recipes.segmentation.mosaic import TEXTURES, MosaicSource, load_photograph
 from pl_normkit.recipes.segmentation.samples import (
@@ -28,6 +28,7 @@ from pl_normkit.recipes.segmentation.samples import (
     SegmentationDataset,
     crop_middle,
 )
+from pl_normkit.recipes.splitting import SplitBy, split_folder
 
 
 class SegmentationData(RecipeData[SampleSource]):
@@ -200,7 +201,7 @@ class FolderData(FilesData):
         self.seed = seed
 
     def find_pairs(self) -> dict[Part, list[Pair]]:
-        return split_folder(self.root, self.split, self.val_share, self.seed)
+        return split_folder(self.root, self.split, self.val_share, self.seed, lambda base: pair_files(base / "images", base / "masks"))
 
 
 class TextureMosaic(SegmentationData):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["FileSource", "Pair", "check_files", "find_predict_images", "name_images", "read_split_file", "require_masks"]
+__all__ = ["FileSource", "Pair", "check_files", "find_predict_images", "require_masks"]
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +12,8 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from pl_normkit.errors import DataError, nearest
-from pl_normkit.recipes.image_files import find_images, image_size, read_image, require_folder
+from pl_normkit.errors import DataError
+from pl_normkit.recipes.image_files import image_size, name_images, read_image
 from pl_normkit.recipes.loading import Part
 from pl_normkit.recipes.segmentation.images import MaskCode, mask_size, read_mask
 from pl_normkit.recipes.segmentation.samples import Sample, SampleSource
@@ -51,19 +51,6 @@ class FileSource(SampleSource):
         return read_image(pair.image), read_mask(pair.mask, self.code)
 
 
-def name_images(folder: Path, layout: str) -> dict[str, Path]:
-    """Image files under `folder` by their path within it, without suffix. Raises DataError; `layout` says what should be there."""
-    require_folder(folder, "the image folder", layout)
-    found: dict[str, Path] = {}
-    for path in find_images(folder):
-        name = path.relative_to(folder).with_suffix("").as_posix()
-        if name in found:
-            evidence = f"{found[name].name} and {path.name}"
-            raise DataError("two images have one name", where=str(folder), evidence=evidence, fix="rename or remove one of them")
-        found[name] = path
-    return found
-
-
 def find_predict_images(folder: Path) -> list[Pair]:
     """Images of `folder`, without masks. Raises DataError when there are none."""
     return [Pair(name, path, None) for name, path in name_images(folder, "give a folder of images").items()]
@@ -80,31 +67,6 @@ def require_masks(pairs: Sequence[Pair]) -> None:
             evidence=f"no file {first.mask}; {len(lacking)} of {len(pairs)} images lack theirs",
             fix="add the mask as a PNG with the name of its image, or take the image away",
         )
-
-
-def read_split_file(path: Path, known: Collection[str]) -> list[str]:
-    """Image names, one a line, without suffix. Raises DataError for a file that cannot be read, is empty or names what is not `known`."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise DataError(
-            "a split file cannot be read",
-            where=str(path),
-            evidence=f"{type(error).__name__}: {error}",
-            fix="write one image name a line, without suffix, or split another way with --data.split",
-        ) from error
-    for number, line in enumerate(lines, 1):
-        if line.strip() and line.strip() not in known:
-            raise DataError(
-                "a split file names an image that is not there",
-                where=f"{path}, line {number}",
-                evidence=repr(line.strip()),
-                fix=nearest(line.strip(), known) or "write the name of an image file, without suffix",
-            )
-    names = [line.strip() for line in lines if line.strip()]
-    if not names:
-        raise DataError("a split file is empty", where=str(path), fix="write one image name a line, without suffix")
-    return names
 
 
 def check_files(pairs: Sequence[Pair], code: MaskCode, part: Part, *, decode_masks: bool) -> None:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-__all__ = ["TEXTURES", "MosaicSource", "Texture", "compose_mosaic", "cut_part", "load_photograph"]
+__all__ = ["TEXTURES", "MosaicSource", "Texture", "compose_mosaic", "load_photograph"]
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pl_normkit.errors import DataError
 from pl_normkit.recipes.image_files import read_gray
 from pl_normkit.recipes.loading import Part
+from pl_normkit.recipes.photographs import cut_part, draw_cells, draw_patch, find_photograph
 from pl_normkit.recipes.segmentation.samples import Sample, SampleSource
 
 
@@ -41,32 +39,7 @@ TEXTURES = (
 
 def load_photograph(texture: Texture) -> Tensor:
     """Grey values (H, W), uint8. Raises DataError without scikit-image or when its file is missing."""
-    spec = importlib.util.find_spec("skimage")
-    if spec is None or spec.origin is None:
-        raise DataError(
-            "TextureMosaic is made of the photographs in scikit-image, which is not installed",
-            fix="pip install 'pl_normkit[demo]', or train on your own images with --data FolderData",
-        )
-    return read_gray(Path(spec.origin).parent / "data" / texture.file)
-
-
-def cut_part(photograph: Tensor, part: Part, train_share: float = 0.6) -> Tensor:
-    """Training takes the left `train_share` of the photograph (H, W), validation and test the rest: no pixel is in both."""
-    border = round(photograph.shape[1] * train_share)
-    return photograph[:, :border] if part == "train" else photograph[:, border:]
-
-
-def _mirror(start: int, length: int, period: int) -> Tensor:
-    steps = torch.arange(start, start + length) % (2 * period)
-    return torch.minimum(steps, 2 * period - 1 - steps)
-
-
-def _random_patch(part: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """A random (size, size) patch of `part`, mirrored at its borders where `part` is smaller than `size`."""
-    height, width = part.shape
-    top = int(torch.randint(max(height - size, 0) + 1, (), generator=generator))
-    left = int(torch.randint(max(width - size, 0) + 1, (), generator=generator))
-    return part[_mirror(top, size, height)][:, _mirror(left, size, width)]
+    return read_gray(find_photograph(texture.file, "TextureMosaic"))
 
 
 def compose_mosaic(parts: Sequence[Tensor], size: int, regions: int, generator: torch.Generator) -> Sample:
@@ -81,15 +54,12 @@ def compose_mosaic(parts: Sequence[Tensor], size: int, regions: int, generator: 
     Returns:
         Mosaic (size, size) of the parts' dtype, every value a copy of a value in `parts`, and labels (size, size) int64.
     """
-    points = torch.rand(regions, 2, generator=generator) * size
-    axis = torch.arange(size) + 0.5
-    squares = (axis[:, None, None] - points[:, 0]) ** 2 + (axis[None, :, None] - points[:, 1]) ** 2
-    owner = squares.argmin(dim=-1)
+    owner = draw_cells(size, regions, generator)
     classes = torch.randint(len(parts), (regions,), generator=generator)
     mosaic = torch.empty(size, size, dtype=parts[0].dtype)
     for region, label in enumerate(classes.tolist()):
         inside = owner == region
-        mosaic[inside] = _random_patch(parts[label], size, generator)[inside]
+        mosaic[inside] = draw_patch(parts[label], size, generator)[inside]
     return mosaic, classes[owner]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["class_colours", "colour_mask", "draw_sheet", "save_palette_mask"]
+__all__ = ["class_colours", "colour_mask", "draw_masks", "save_palette_mask"]
 
 import colorsys
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
+from pl_normkit.recipes.sheets import draw_sheet
+
 _IGNORED = (255, 255, 255)
-_GAP = 6
-_LINE = 16
 
 
 def class_colours(count: int) -> list[tuple[int, int, int]]:
@@ -46,7 +46,7 @@ def save_palette_mask(mask: Tensor, path: Path, count: int) -> None:
     picture.save(path)
 
 
-def draw_sheet(images: Tensor, truths: Tensor, predictions: Tensor, class_names: Sequence[str], path: Path) -> None:
+def draw_masks(images: Tensor, truths: Tensor, predictions: Tensor, class_names: Sequence[str], path: Path) -> None:
     """Write a PNG with one row a sample: image, truth, prediction; and a legend of the classes below.
 
     Args:
@@ -56,26 +56,9 @@ def draw_sheet(images: Tensor, truths: Tensor, predictions: Tensor, class_names:
         class_names: one name per class.
         path: file to write; its folder is made.
     """
-    count, _, height, width = images.shape
-    sheet_width = 3 * width + 4 * _GAP
-    columns = max(sheet_width // 110, 1)
-    legend_height = -(-len(class_names) // columns) * _LINE + _GAP
-    sheet = Image.new("RGB", (sheet_width, _LINE + count * (height + _GAP) + legend_height), (24, 24, 24))
-    pen = ImageDraw.Draw(sheet)
-    for column, title in enumerate(("image", "truth", "prediction")):
-        pen.text((_GAP + column * (width + _GAP), 2), title, fill=(255, 255, 255))
-    for row in range(count):
-        cells = (images[row], colour_mask(truths[row], len(class_names)), colour_mask(predictions[row], len(class_names)))
-        for column, cell in enumerate(cells):
-            corner = (_GAP + column * (width + _GAP), _LINE + row * (height + _GAP))
-            sheet.paste(Image.fromarray(cell.permute(1, 2, 0).numpy()), corner)
-    _draw_legend(pen, class_names, columns, _LINE + count * (height + _GAP))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
-
-
-def _draw_legend(pen: ImageDraw.ImageDraw, class_names: Sequence[str], columns: int, top: int) -> None:
-    for index, (name, colour) in enumerate(zip(class_names, class_colours(len(class_names)), strict=True)):
-        x, y = _GAP + index % columns * 110, top + index // columns * _LINE
-        pen.rectangle((x, y + 2, x + 10, y + 12), fill=colour)
-        pen.text((x + 15, y + 1), name[:14], fill=(255, 255, 255))
+    count = len(class_names)
+    rows = [
+        (image, colour_mask(truth, count), colour_mask(prediction, count))
+        for image, truth, prediction in zip(images, truths, predictions, strict=True)
+    ]
+    draw_sheet(("image", "truth", "prediction"), rows, path, list(zip(class_names, class_colours(count), strict=True)))

@@ -11,11 +11,12 @@ from typing import Any, Literal
 import yaml  # type: ignore[import-untyped]
 
 from pl_normkit.errors import DataError
-from pl_normkit.recipes.image_files import IMAGE_SUFFIXES, find_images, require_folder
+from pl_normkit.recipes.image_files import IMAGE_SUFFIXES, find_images, name_images, require_folder
 from pl_normkit.recipes.loading import Part, require_option
 from pl_normkit.recipes.segmentation.data import FilesData
-from pl_normkit.recipes.segmentation.files import Pair, name_images, read_split_file, require_masks
+from pl_normkit.recipes.segmentation.files import Pair, require_masks
 from pl_normkit.recipes.segmentation.images import NO_LABEL, MaskCode
+from pl_normkit.recipes.splitting import read_split_file
 
 _CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 """The label ids of the 19 classes that are evaluated, in the order of their train ids."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from pl_normkit.recipes.outcome import finish_fit
 from pl_normkit.recipes.segmentation.data import SegmentationData
 from pl_normkit.recipes.segmentation.model import SegmentationModule
-from pl_normkit.recipes.segmentation.pictures import draw_sheet
+from pl_normkit.recipes.segmentation.pictures import draw_masks
 from pl_normkit.recipes.segmentation.samples import denormalize
 
 _SHEET_ROWS = 6
@@ -72,7 +72,7 @@ def _draw_validation(module: SegmentationModule, data: SegmentationData, path: P
     module.train(training)
     rows = range(min(len(images), _SHEET_ROWS))
     side = [max(image.shape[axis] for image in images) for axis in (-2, -1)]
-    draw_sheet(
+    draw_masks(
         torch.stack([_fit(images[row], side, 0) for row in rows]),
         torch.stack([_fit(truths[row], side, -1) for row in rows]),
         torch.stack([_fit(predictions[row], side, -1) for row in rows]),

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from pl_normkit.errors import DataError
+from pl_normkit.recipes.photographs import cut_part
 from pl_normkit.recipes.segmentation import TEXTURES, TextureMosaic
-from pl_normkit.recipes.segmentation.mosaic import MosaicSource, compose_mosaic, cut_part, load_photograph
+from pl_normkit.recipes.segmentation.mosaic import MosaicSource, compose_mosaic, load_photograph
 
 
 def _numbered_photographs() -> list[torch.Tensor]:
