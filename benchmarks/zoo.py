@@ -16,7 +16,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -226,21 +226,27 @@ def read_case(case: Case, codes: list[str]) -> dict[str, Any] | None:
         return {**row, "crash": f"build: {type(error).__name__}: {str(error).splitlines()[0]}"}
     started = time.perf_counter()
     inputs = (torch.zeros(BATCH, *_size(model, case), device="meta"),)
-    subject = traced(Subject(model=model, example_inputs=inputs, measure=False))
+    found, graph = read_findings(Subject(model=model, example_inputs=inputs, measure=False), codes)
+    row |= {**found, "seconds": round(time.perf_counter() - started, 2)}
+    return {**row, **(read_counts(graph) if graph is not None else {})}
+
+
+def read_findings(subject: Subject, codes: list[str]) -> tuple[dict[str, Any], ModelGraph | None]:
+    """The part of a row that every rule, previews included, writes, and the graph they read."""
+    subject = traced(subject)
     report = audit_subject(subject, Selection(select=["ALL"]))
-    row["seconds"] = round(time.perf_counter() - started, 2)
-    row["crash"] = " | ".join(" ".join(str(note).split()) for note in report.notes)
-    row |= dict.fromkeys(codes, 0)
-    row |= Counter(finding.code for finding in report.findings)
-    row["places"] = " ".join(f"{finding.code}@{finding.places[0].module}" for finding in report.findings if finding.places)
-    return {**row, **(_counts(subject.graph) if subject.graph is not None else {})}
+    found = {"crash": " | ".join(" ".join(str(note).split()) for note in report.notes), **dict.fromkeys(codes, 0)}
+    found |= Counter(finding.code for finding in report.findings)
+    found["places"] = " ".join(f"{finding.code}@{finding.places[0].module}" for finding in report.findings if finding.places)
+    return found, subject.graph
 
 
 def _size(model: nn.Module, case: Case) -> tuple[int, ...]:
     return case.size or tuple(model.pretrained_cfg["input_size"])
 
 
-def _counts(graph: ModelGraph) -> dict[str, int]:
+def read_counts(graph: ModelGraph) -> dict[str, int]:
+    """How many structures of each kind it holds."""
     kinds = Counter(norm.kind for norm in graph.norms)
     adds = Counter(add.kind for add in graph.residual_adds)
     return {
@@ -290,11 +296,11 @@ def read_table(path: Path) -> dict[Key, dict[str, Any]]:
         return {key_of(row): row for row in csv.DictReader(file)}
 
 
-def write_table(path: Path, rows: dict[Key, dict[str, Any]], codes: list[str]) -> None:
+def write_table(path: Path, rows: dict[Key, dict[str, Any]], codes: list[str], more: Sequence[str] = ()) -> None:
     """Write all rows; called after each model, so that an interrupted run keeps what it has read."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*COLUMNS, *codes, "places", "crash"], restval="", extrasaction="ignore", lineterminator="\n")
+        writer = csv.DictWriter(file, [*COLUMNS, *more, *codes, "places", "crash"], restval="", extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows[key] for key in sorted(rows))
 

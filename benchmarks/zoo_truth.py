@@ -1,0 +1,201 @@
+"""What the architectures of `zoo_libraries.py` hold by hand: residual additions from the configuration, roles from names.
+
+A count is the number of additions of a shortcut and a branch in one forward pass of the base model, as the paper or the model's source
+has its blocks; a pair counts those with an identity and those with a projection as shortcut. Nothing here reads the trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+Count = int | tuple[int, int]
+Formula = Callable[[Any], Count]
+
+
+def per_layer(count: int) -> Formula:
+    return lambda config: count * config.num_hidden_layers
+
+
+def encoder_decoder(encoder: int = 2, decoder: int = 3) -> Formula:
+    """Self-attention and feed-forward in the encoder; self-attention, cross-attention and feed-forward in the decoder."""
+    return lambda config: encoder * _encoder_layers(config) + decoder * _decoder_layers(config)
+
+
+def _encoder_layers(config: Any) -> int:
+    names = ("encoder_layers", "num_encoder_layers", "encoder_num_hidden_layers", "num_layers", "num_hidden_layers")
+    return int(next(value for name in names if (value := getattr(config, name, None)) is not None))
+
+
+def _decoder_layers(config: Any) -> int:
+    names = ("decoder_layers", "num_decoder_layers", "decoder_num_hidden_layers", "num_layers")
+    return int(next(value for name in names if (value := getattr(config, name, None)) is not None))
+
+
+def two_towers(config: Any) -> int:
+    """A transformer for text and one for images (or audio), two additions in each layer."""
+    other = config.vision_config if hasattr(config, "vision_config") else config.audio_config
+    return 2 * (config.text_config.num_hidden_layers + other.num_hidden_layers)
+
+
+def text_alone(config: Any) -> int:
+    """A language model with an image or audio encoder that is not called."""
+    return 2 * config.get_text_config().num_hidden_layers
+
+
+def stages(count: int) -> Formula:
+    return lambda config: count * sum(config.depths)
+
+
+def bottlenecks(config: Any) -> tuple[int, int]:
+    """Each stage begins with a projection (the first too, where it changes the width)."""
+    return sum(config.depths) - len(config.depths), len(config.depths)
+
+
+TRANSFORMERS: dict[Formula, str] = {
+    per_layer(2): """
+        llama mistral ministral ministral3 mistral4 qwen2 qwen3 gemma gemma2 gemma3_text phi3 olmo olmo2 olmo3 starcoder2 stablelm granite
+        smollm3 seed_oss arcee apertus bitnet exaone4 glm glm4 helium cwm ernie4_5 hunyuan_v1_dense hunyuan_v1_moe nemotron persimmon
+        vaultgemma youtu nanochat diffllama minicpm3 internlm3 iquestcoder exaone hyperclovax qwen2_vl_text qwen2_5_vl_text qwen3_vl_text
+        mixtral qwen2_moe qwen3_moe qwen3_next qwen3_5_text olmoe phimoe gpt_oss dbrx deepseek_v2 deepseek_v3 deepseek_v32 granitemoe
+        granitemoeshared granitemoehybrid minimax minimax_m2 glm4_moe glm4_moe_lite ernie4_5_moe dots1 flex_olmo jetmoe jamba bamba afmoe
+        lfm2 lfm2_moe solar_open olmo_hybrid bailing_hybrid kimi_linear llama4_text recurrent_gemma qwen3_vl_moe_text exaone_moe
+        axk1 laguna mellum mimo_v2_flash sarvam_moe sarvam_mla hy_v3 openai_privacy_filter longcat_flash2 jais2 lara_mini
+        gpt2 gpt-sw3 gpt_neo gpt_bigcode opt bloom biogpt xglm ctrl openai-gpt imagegpt cpmant mpt gpt_neox_japanese
+        bert roberta electra albert camembert xlm-roberta xlm-roberta-xl ernie distilbert deberta deberta-v2 data2vec-text layoutlm
+        layoutlmv3 luke mpnet megatron-bert nystromformer rembert roformer roc_bert squeezebert splinter tapas visual_bert yoso mra ibert
+        convbert fnet esm bert-generation big_bird xmod markuplm roberta-prelayernorm modernbert nomic_bert eurobert xlm flaubert
+        longformer ultrabert jina_embeddings_v3 modernbert-decoder bros vilt data2vec-vision beit
+        vit deit dinov2 dinov2_with_registers dinov3_vit vit_mae vit_msn ijepa videomae vivit yolos audio-spectrogram-transformer pixio
+        aimv2_vision_model clip_vision_model clip_text_model siglip_vision_model siglip2_vision_model chinese_clip_vision_model pixtral
+        mlcd_vision_model internvl_vision vjepa2 glm4v_vision qwen3_vl_vision idefics3_vision smolvlm_vision
+        wav2vec2 hubert wavlm unispeech unispeech-sat data2vec-audio rwkv timesfm xlnet patchtst tipsv2_vision_model
+        decision_transformer mobilevitv3""",
+    per_layer(1): """
+        gpt_neox gptj codegen phi cohere cohere2 mamba mamba2 falcon_mamba nemotron_h""",
+    per_layer(3): "timesformer",
+    per_layer(4): "wav2vec2-conformer wav2vec2-bert lasr_encoder parakeet_encoder lilt",
+    encoder_decoder(): """
+        bart mbart pegasus blenderbot blenderbot-small m2m_100 marian plbart led bigbird_pegasus t5 mt5 umt5 longt5 switch_transformers
+        prophetnet nllb-moe fsmt t5gemma whisper speech_to_text moonshine mvp time_series_transformer informer trocr dia pegasus_x
+        florence_lang""",
+    two_towers: "clip siglip siglip2 chinese_clip altclip metaclip_2 aimv2 clipseg owlvit owlv2 xclip_plain groupvit_plain tipsv2",
+    text_alone: """
+        llava llava_next llava_next_video llava_onevision vipllava video_llava mistral3 paligemma internvl qwen2_vl qwen2_5_vl qwen3_vl
+        idefics2 idefics3 smolvlm gemma3 got_ocr2 aria qwen2_audio voxtral audioflamingo3 cohere2_vision llama4 qwen3_5 janus fuyu ovis2
+        glm4v glm46v lighton_ocr lfm2_vl fast_vlm deepseek_vl musicflamingo qwen3_vl_moe glm4v_moe qwen3_5_moe""",
+    stages(1): "convnext convnextv2 dinov3_convnext",
+    stages(2): "swin donut-swin maskformer-swin swinv2 poolformer focalnet segformer pvt pvt_v2 hiera_plain",
+    bottlenecks: "resnet regnet",
+}
+SPECIAL: dict[str, Formula] = {
+    "segformer": lambda c: 2 * sum(c.depths),
+    "pvt": lambda c: 2 * sum(c.depths),
+    "pvt_v2": lambda c: 2 * sum(c.depths),
+    "cvt": lambda c: 2 * sum(c.depth),
+    "falcon": lambda c: (1 if c.parallel_attn or c.new_decoder_architecture else 2) * c.num_hidden_layers,
+    "bit": lambda c: (sum(c.depths) - len(c.depths), len(c.depths)),
+    "xlnet": lambda c: 2 * c.n_layer,
+    "mobilenet_v2": lambda c: 10,  # repeats 1, 2, 3, 4, 3, 3, 1, all but the first of a stage
+    "levit": lambda c: 2 * sum(c.depths) + 2,  # of each down-sampling its feed-forward
+    "canine": lambda c: 2 * (c.num_hidden_layers + 2),  # a local layer before, one after
+    "perceiver": lambda c: 2 * (c.num_blocks * c.num_self_attends_per_block + 1),  # one cross-attention layer before
+    "mobilebert": lambda c: (2 + c.num_feedforward_networks) * c.num_hidden_layers,  # attention, stacked and last feed-forward, bottleneck
+    "blip": lambda c: 2 * c.vision_config.num_hidden_layers + 3 * c.text_config.num_hidden_layers,
+    "zamba": lambda c: 2 * c.num_hidden_layers,
+    "bert-generation": lambda c: 2 * c.num_hidden_layers,
+    "sam_vision_model": lambda c: 2 * c.num_hidden_layers,
+    "falcon_h1": lambda c: 2 * c.num_hidden_layers,
+    "vitdet": lambda c: 2 * c.num_hidden_layers,
+    "hiera": lambda c: 2 * sum(c.depths),
+    "detr": lambda c: (12 + 2 * c.encoder_layers + 3 * c.decoder_layers, 4),  # ResNet-50 without its head
+    "table-transformer": lambda c: (5 + 2 * c.encoder_layers + 3 * c.decoder_layers, 3),  # ResNet-18
+    "speecht5": lambda c: 2 * c.encoder_layers + 3 * c.decoder_layers,
+}
+OF_OTHERS: dict[str, Count] = {
+    "diffusers.UNet2DModel": (7, 5),  # 6 residual blocks in the levels + 2 in the middle; 4 attentions; the concatenations widen
+    "diffusers.UNet2DConditionModel": (19, 5),
+    "diffusers.AutoencoderKL": (9, 3),
+    "diffusers.AutoencoderTiny": 10,
+    "diffusers.DiTTransformer2DModel": 4,
+    "diffusers.PixArtTransformer2DModel": 6,
+    "diffusers.SanaTransformer2DModel": 6,
+    "diffusers.WanTransformer3DModel": 6,
+    "diffusers.SD3Transformer2DModel": 7,  # two streams of two each, of which the last layer ends one after attention
+    "diffusers.FluxTransformer2DModel": 10,  # two streams of two in each double block, one in each single block
+    "diffusers.PriorTransformer": 4,
+    "diffusers.Transformer2DModel": 7,  # three in each layer and one around all
+    "monai.UNet/plain": 0,
+    "monai.AttentionUnet": 0,
+    "monai.BasicUNet": 0,
+    "monai.BasicUNetPlusPlus": 0,
+    "monai.UNet": (2, 3),  # a unit in each level and at the bottom, identity where width and size stay; in the decoder's last units too
+    "monai.DynUNet": (0, 3),
+    "monai.ViT": 4,
+    "monai.ViTAutoEnc": 4,
+    "monai.UNETR": (24, 0),
+    "monai.DenseNet121": 0,
+    "monai.SEResNet50": (12, 4),
+    "monai.ResNet": (5, 3),
+    "monai.EfficientNetBN": 9,
+    "monai.FlexibleUNet": 9,
+    "monai.FullyConnectedNet": 0,
+    "monai.HighResNet": 9,
+    "torchaudio.Conformer": 8,
+    "torchaudio.DeepSpeech": 0,
+    "torchaudio.Wav2Letter": 0,
+    "torchaudio.Emformer": 4,
+    "torchaudio.wav2vec2_model": 5,  # two per layer and the positional convolution
+    "torchaudio.hubert_pretrain_model": 5,
+    "torchvision.r3d_18": (5, 3),
+    "torchvision.mc3_18": (5, 3),
+    "torchvision.r2plus1d_18": (5, 3),
+    "torchvision.s3d": 0,
+    "torchvision.swin3d_t": 24,
+    "torchvision.fasterrcnn_resnet50_fpn": (12, 4),
+    "torchvision.retinanet_resnet50_fpn_v2": (12, 4),
+    "torchvision.fcos_resnet50_fpn": (12, 4),
+    "torchvision.maskrcnn_resnet50_fpn": (12, 4),
+    "torchvision.keypointrcnn_resnet50_fpn": (12, 4),
+    "torchvision.ssd300_vgg16": 0,
+}
+"""Counts of the networks that are not of transformers, at the sizes in `zoo_libraries.py`."""
+
+
+def expected_adds(library: str, name: str, model: nn.Module) -> Count | None:
+    """The additions that the architecture has, None where they were not counted by hand."""
+    if library != "transformers":
+        return OF_OTHERS.get(f"{library}.{name}")
+    formula = _formula(name)
+    return None if formula is None else formula(model.config)
+
+
+def is_counted(library: str, name: str) -> bool:
+    return f"{library}.{name}" in OF_OTHERS or (library == "transformers" and _formula(name) is not None)
+
+
+def _formula(name: str) -> Formula | None:
+    return SPECIAL.get(name) or next((formula for formula, names in TRANSFORMERS.items() if name in names.split()), None)
+
+
+def _gamma(*more: str) -> tuple[str, ...]:
+    return ("gamma_last", "gamma_shortcut", "gamma_branch", "gamma_trunk", *more)
+
+
+ROLES: list[tuple[str, tuple[str, ...]]] = [
+    (r"relative_position_bias_table$|relative_attention_bias\.weight$|rel_pos_[hwd]$|rel_embeddings\.weight$", ("relative_position",)),
+    (r"(layer_?scale\w*(\.lambda1|\.gamma)?|lambda_?1|lambda_?2|gamma_[12])$", ("layer_scale",)),
+    (r"(cls|class|register|mask|distillation|dist|bos|pad)_?tokens?$|class_embedding$|query_tokens$|latents$", ("token",)),
+    (r"(position|pos)_?embed(ding)?s?$|positional_embedding$", ("position",)),
+    (r"(position_embeddings?|embed_positions|wpe|pos_embed(ding)?s?)\.weight$", ("position", "embedding")),
+    (r"(word_embeddings|embed_tokens|wte|token_type_embeddings|tok_embeddings|shared)\.weight$", ("embedding",)),
+    (r"(sinks)$", ("relative_position", "token", "bias")),
+    (r"(layer_?norm\w*|rms_?norm|LayerNorm|_norm|\bnorm\d*|\bln_\w+|normalization|bn\d?|batch_?norm\w*)\.weight$", _gamma()),
+    (r"(layer_?norm\w*|LayerNorm|_norm|\bnorm\d*|\bln_\w+|normalization|bn\d?|batch_?norm\w*)\.bias$", ("beta",)),
+    (r"experts\.(gate_up_proj|down_proj|up_proj|gate_proj)$", ("weight",)),
+    (r"(proj|fc\d?|dense|query|key|value|qkv|out|lin\d?|[qkvo]|wi|wo|w[123])\.weight$", ("weight",)),
+    (r"(proj|fc\d?|dense|query|key|value|qkv|out|lin\d?)\.bias$", ("bias",)),
+]
+"""Patterns of names, the first that matches counts; where both a table of positions and its lookup are right, both are named."""
