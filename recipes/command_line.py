@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import lightning as L
 import yaml  # type: ignore[import-untyped]
@@ -61,7 +61,7 @@ class LastCheckpoint(ModelCheckpoint):
         super().on_train_epoch_end(trainer, pl_module)
         is_new = trainer.global_step != self.saved_step  # this epoch had no validation, or max_steps ended it before
         if self.is_on and is_new and not getattr(trainer, "fast_dev_run", False) and self.dirpath is not None:
-            trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt")
+            trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt", weights_only=False)
 
 
 class RecipeCLI(LightningCLI):
@@ -76,11 +76,11 @@ class RecipeCLI(LightningCLI):
         )
         parser.add_argument("--with", type=str | None, default=None, help=about)
 
-    def add_checkpoint_arguments(self, parser: LightningArgumentParser, monitor: str) -> None:
-        """Options `--checkpoint.*` of the best state by `monitor`, higher being better, and `--last.*` of the last one."""
+    def add_checkpoint_arguments(self, parser: LightningArgumentParser, monitor: str, mode: Literal["min", "max"] = "max") -> None:
+        """Options `--checkpoint.*` of the best state by `monitor`, and `--last.*` of the last one."""
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         # At the end of validation only: a resumed run first closes the epoch it was saved in, without a metric to go by.
-        checkpoint = {"monitor": monitor, "mode": "max", "save_on_train_epoch_end": False}
+        checkpoint = {"monitor": monitor, "mode": mode, "save_on_train_epoch_end": False}
         parser.set_defaults({f"checkpoint.{option}": value for option, value in checkpoint.items()})
         parser.add_lightning_class_args(LastCheckpoint, "last")
 

@@ -44,12 +44,16 @@ class ExportForm:
         build: gives the bare architecture of a run's options.
         stride: what the sides of `--size` are multiples of; None where the size of the network is that of the data.
         notes: lines to print after the file, such as how images are normalized.
+        inputs: names of what the network is called with, images first.
+        output: name of what it gives.
     """
 
     library: str
     build: Callable[[Any], Bare]
     stride: int | None = None
     notes: Callable[[Any], Sequence[str]] = lambda cli: ()
+    inputs: tuple[str, ...] = ("images",)
+    output: str = "logits"
 
     @property
     def formats(self) -> dict[str, str]:
@@ -130,7 +134,8 @@ def _export_cli(base: type[RecipeCLI], form: ExportForm, path: Path, size: tuple
             self.datamodule.setup = lambda stage: None  # no sample is read
 
         def after_test(self) -> None:
-            images = self.model.example_input_array
+            example = self.model.example_input_array
+            images, *others = example if isinstance(example, tuple) else (example,)
             if size is not None:
                 images = images.new_zeros(*images.shape[:2], *size)
             lines = [f"network:    {path}"]
@@ -140,21 +145,32 @@ def _export_cli(base: type[RecipeCLI], form: ExportForm, path: Path, size: tuple
                 lines.append(f"loads into: {bare.call}")
                 return bare.network
 
-            export_network(self.model.network.cpu(), path, images.cpu(), build)
+            arguments = tuple(tensor.cpu() for tensor in (images, *others))
+            export_network(self.model.network.cpu(), path, arguments, build, form.inputs, form.output)
             for line in [*lines, *form.notes(self)]:
                 Console().print(line, soft_wrap=True, highlight=False, markup=False)
 
     return ExportCLI
 
 
-def export_network(network: nn.Module, path: Path, images: Tensor, build: Callable[[], nn.Module]) -> None:
+def export_network(
+    network: nn.Module,
+    path: Path,
+    arguments: tuple[Tensor, ...],
+    build: Callable[[], nn.Module],
+    inputs: Sequence[str] = ("images",),
+    output: str = "logits",
+) -> None:
     """Write `network` in the format that the suffix of `path` names; it is left in evaluation mode, scale equalizers folded where exact.
 
     Args:
-        network: from images (N, channels, H, W) to logits.
+        network: from `arguments` to one tensor.
         path: .onnx, .pt2 or .pt; its folder is made.
-        images: (2, channels, H, W), of the size to export for; any batch size will do later.
+        arguments: what it is called with: images (2, channels, H, W) of the size to export for, and tensors (2, ...) such as times; any
+            batch size will do later.
         build: gives the bare network, whose keys and function a .pt file must have.
+        inputs: names of the arguments.
+        output: name of what comes out.
 
     Raises ConfigError for .pt where the bare network would not do the same.
     """
@@ -163,40 +179,41 @@ def export_network(network: nn.Module, path: Path, images: Tensor, build: Callab
     if any(isinstance(module, ScaleEqualizer) for module in network.modules()):
         fold(network)
     if path.suffix == ".pt":
-        _require_same(network, build().eval(), torch.rand_like(images))
+        _require_same(network, build().eval(), (torch.rand_like(arguments[0]), *arguments[1:]))
         torch.save(network.state_dict(), path)
         return
-    shapes = ({0: torch.export.Dim("batch", min=1)},)
+    batch = torch.export.Dim("batch", min=1)
+    shapes = tuple({0: batch} for _ in arguments)
     with torch.no_grad():
         if path.suffix == ".pt2":
-            torch.export.save(torch.export.export(network, (images,), dynamic_shapes=shapes), path)
+            torch.export.save(torch.export.export(network, arguments, dynamic_shapes=shapes), path)
             return
         torch.onnx.export(
             network,
-            (images,),
+            arguments,
             path,
             dynamo=True,
             dynamic_shapes=shapes,
-            input_names=["images"],
-            output_names=["logits"],
+            input_names=list(inputs),
+            output_names=[output],
             external_data=False,
             verbose=False,
         )
 
 
 @torch.no_grad()
-def _require_same(network: nn.Module, bare: nn.Module, images: Tensor) -> None:
+def _require_same(network: nn.Module, bare: nn.Module, arguments: tuple[Tensor, ...]) -> None:
     state, fix = network.state_dict(), "export to .onnx or .pt2, which hold the whole computation"
     differing = sorted(state.keys() ^ bare.state_dict().keys())
     if differing:
         more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
         raise ConfigError("the network has other weights than its bare architecture", evidence=", ".join(differing[:4]) + more, fix=fix)
     bare.load_state_dict(state)
-    expected, found = network(images), bare(images)
+    expected, found = network(*arguments), bare(*arguments)
     scale = expected.abs().max()
     if not torch.allclose(expected, found, rtol=1e-4, atol=1e-4 * float(scale)):
         raise ConfigError(
             "the bare architecture computes something else with these weights: an edit is not among them",
-            evidence=f"logits differ by {float((expected - found).abs().max()):.3g} where the largest is {float(scale):.3g}",
+            evidence=f"outputs differ by {float((expected - found).abs().max()):.3g} where the largest is {float(scale):.3g}",
             fix=fix,
         )
