@@ -61,7 +61,7 @@ class LastCheckpoint(ModelCheckpoint):
         super().on_train_epoch_end(trainer, pl_module)
         is_new = trainer.global_step != self.saved_step  # this epoch had no validation, or max_steps ended it before
         if self.is_on and is_new and not getattr(trainer, "fast_dev_run", False) and self.dirpath is not None:
-            trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt")
+            trainer.save_checkpoint(Path(self.dirpath) / "last.ckpt", weights_only=False)
 
 
 class RecipeCLI(LightningCLI):

@@ -44,7 +44,7 @@ class ExportForm:
         build: gives the bare architecture of a run's options.
         stride: what the sides of `--size` are multiples of; None where the size of the network is that of the data.
         notes: lines to print after the file, such as how images are normalized.
-        inputs: names of what the network takes.
+        inputs: names of what the network is called with, images first.
         output: name of what it gives.
     """
 
@@ -134,10 +134,10 @@ def _export_cli(base: type[RecipeCLI], form: ExportForm, path: Path, size: tuple
             self.datamodule.setup = lambda stage: None  # no sample is read
 
         def after_test(self) -> None:
-            given = self.model.example_input_array
-            inputs = given if isinstance(given, tuple) else (given,)
+            example = self.model.example_input_array
+            arguments = example if isinstance(example, tuple) else (example,)
             if size is not None:
-                inputs = tuple(value.new_zeros(*value.shape[:2], *size) for value in inputs)
+                arguments = tuple(value.new_zeros(*value.shape[:2], *size) if value.dim() == 4 else value for value in arguments)
             lines = [f"network:    {path}"]
 
             def build() -> nn.Module:
@@ -145,8 +145,8 @@ def _export_cli(base: type[RecipeCLI], form: ExportForm, path: Path, size: tuple
                 lines.append(f"loads into: {bare.call}")
                 return bare.network
 
-            inputs = tuple(value.cpu() for value in inputs)
-            export_network(self.model.network.cpu(), path, inputs, build, inputs=form.inputs, output=form.output)
+            arguments = tuple(tensor.cpu() for tensor in arguments)
+            export_network(self.model.network.cpu(), path, arguments, build, form.inputs, form.output)
             for line in [*lines, *form.notes(self)]:
                 Console().print(line, soft_wrap=True, highlight=False, markup=False)
 
@@ -156,44 +156,43 @@ def _export_cli(base: type[RecipeCLI], form: ExportForm, path: Path, size: tuple
 def export_network(
     network: nn.Module,
     path: Path,
-    images: Tensor | tuple[Tensor, ...],
+    arguments: tuple[Tensor, ...],
     build: Callable[[], nn.Module],
-    *,
     inputs: Sequence[str] = ("images",),
     output: str = "logits",
 ) -> None:
     """Write `network` in the format that the suffix of `path` names; it is left in evaluation mode, scale equalizers folded where exact.
 
     Args:
-        network: from images (N, channels, H, W) to logits.
+        network: from `arguments` to one tensor.
         path: .onnx, .pt2 or .pt; its folder is made.
-        images: (2, channels, H, W), or one for each input, of the size to export for; any batch size will do later.
+        arguments: what it is called with: images (2, channels, H, W) of the size to export for, and tensors (2, ...) such as times; any
+            batch size will do later.
         build: gives the bare network, whose keys and function a .pt file must have.
-        inputs: their names in an .onnx file.
-        output: its name there.
+        inputs: names of the arguments.
+        output: name of what comes out.
 
     Raises ConfigError for .pt where the bare network would not do the same.
     """
     network.eval()
-    given = images if isinstance(images, tuple) else (images,)
     path.parent.mkdir(parents=True, exist_ok=True)
     if any(isinstance(module, ScaleEqualizer) for module in network.modules()):
         fold(network)
     if path.suffix == ".pt":
-        _require_same(network, build().eval(), [torch.rand_like(value) for value in given])
+        _require_same(network, build().eval(), tuple(torch.rand_like(value) if value.is_floating_point() else value for value in arguments))
         torch.save(network.state_dict(), path)
         return
     batch = torch.export.Dim("batch", min=1)
-    shapes = tuple({0: batch} for _ in given)
+    shapes = tuple({0: batch} for _ in arguments)
     with torch.no_grad(), warnings.catch_warnings():
         # Of networks with several inputs: they share their first axis, as they should.
         warnings.filterwarnings("ignore", message=r"# The axis name: batch will not be used", category=UserWarning)
         if path.suffix == ".pt2":
-            torch.export.save(torch.export.export(network, given, dynamic_shapes=shapes), path)
+            torch.export.save(torch.export.export(network, arguments, dynamic_shapes=shapes), path)
             return
         torch.onnx.export(
             network,
-            given,
+            arguments,
             path,
             dynamo=True,
             dynamic_shapes=shapes,
@@ -205,18 +204,18 @@ def export_network(
 
 
 @torch.no_grad()
-def _require_same(network: nn.Module, bare: nn.Module, given: Sequence[Tensor]) -> None:
+def _require_same(network: nn.Module, bare: nn.Module, arguments: tuple[Tensor, ...]) -> None:
     state, fix = network.state_dict(), "export to .onnx or .pt2, which hold the whole computation"
     differing = sorted(state.keys() ^ bare.state_dict().keys())
     if differing:
         more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
         raise ConfigError("the network has other weights than its bare architecture", evidence=", ".join(differing[:4]) + more, fix=fix)
     bare.load_state_dict(state)
-    expected, found = network(*given), bare(*given)
+    expected, found = network(*arguments), bare(*arguments)
     scale = expected.abs().max()
     if not torch.allclose(expected, found, rtol=1e-4, atol=1e-4 * float(scale)):
         raise ConfigError(
             "the bare architecture computes something else with these weights: an edit is not among them",
-            evidence=f"logits differ by {float((expected - found).abs().max()):.3g} where the largest is {float(scale):.3g}",
+            evidence=f"outputs differ by {float((expected - found).abs().max()):.3g} where the largest is {float(scale):.3g}",
             fix=fix,
         )

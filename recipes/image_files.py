@@ -1,4 +1,4 @@
-"""Find and read image files; whatever is wrong with one is a DataError that names the file."""
+"""Find, read and draw images; whatever is wrong with one is a DataError that names the file."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ __all__ = [
     "read_gray",
     "read_image",
     "require_folder",
+    "to_picture",
 ]
 
 import gzip
@@ -81,6 +82,13 @@ def decode_picture(path: Path, kind: str, mode: str | None) -> Tensor:
             return torch.from_numpy(np.array(picture.convert(mode) if mode else picture))
     except _REFUSALS as error:
         raise _unreadable(path, kind, error) from error
+
+
+def to_picture(image: Tensor, size: tuple[int, int]) -> Image.Image:
+    """An image (channels, H, W) uint8 as colours, brought to (width, height) with its pixels left sharp."""
+    colours = image.expand(3, -1, -1) if image.shape[0] == 1 else image[:3]
+    pixels = colours.permute(1, 2, 0).contiguous()
+    return Image.fromarray(torch.Tensor.numpy(pixels)).resize(size, Image.Resampling.NEAREST)
 
 
 def _unreadable(path: Path, kind: str, error: Exception) -> DataError:

@@ -11,7 +11,7 @@ from typing import Any, Generic, Literal, TypeVar
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from pl_normkit.errors import DataError
 
@@ -61,12 +61,15 @@ class RecipeData(L.LightningDataModule, Generic[Source]):
         if missing:
             self.sources.update(self.build_sources(missing))
 
-    def build_loader(self, dataset: Any, collate_fn: Callable[..., Any], *, training: bool = False) -> DataLoader[Any]:
-        """In training whole batches in a random order, else all of it in its own."""
+    def build_loader(
+        self, dataset: Any, collate_fn: Callable[..., Any], *, training: bool = False, sampler: Sampler[Any] | None = None
+    ) -> DataLoader[Any]:
+        """In training whole batches in a random order, or in that of `sampler`; else all of it in its own."""
         return DataLoader(
             dataset,
             batch_size=min(self.batch_size, len(dataset)) if training else self.eval_batch_size,
-            shuffle=training,
+            shuffle=training and sampler is None,
+            sampler=sampler,
             drop_last=training,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["RecipeModule"]
+__all__ = ["RecipeModule", "require_model_option"]
 
 from collections.abc import Sequence
 from typing import Any
@@ -48,7 +48,7 @@ class RecipeModule(L.LightningModule):
         checkpoint["class_names"] = self.class_names
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raises DataError where the checkpoint has other classes."""
+        """Raises DataError where the checkpoint has other classes, ConfigError where it belongs to another network."""
         saved = checkpoint.get("class_names", self.class_names)
         if list(saved) != self.class_names:
             raise DataError(
@@ -56,3 +56,22 @@ class RecipeModule(L.LightningModule):
                 evidence=f"checkpoint: {list(saved)}; data: {self.class_names}",
                 fix="give the data the classes the checkpoint was trained with",
             )
+        own = self.state_dict()
+        strange = [key for key, value in checkpoint["state_dict"].items() if key not in own or own[key].shape != value.shape]
+        if strange:
+            raise ConfigError(
+                "the checkpoint belongs to another network",
+                where=strange[0],
+                evidence=f"{len(strange)} of its tensors are not in this network, or have another shape",
+                fix=self.explain_strange_keys(strange),
+            )
+
+    def explain_strange_keys(self, keys: Sequence[str]) -> str:
+        """What to do about a checkpoint whose tensors `keys` this network does not have."""
+        return "give the --model options and the callbacks (--with) that the checkpoint was trained with"
+
+
+def require_model_option(holds: bool, option: str, value: object, fix: str) -> None:
+    """Raise ConfigError naming the model option unless `holds`."""
+    if not holds:
+        raise ConfigError(f"the model option {option} cannot be used", where=f"--model.{option}", evidence=repr(value), fix=fix)

@@ -69,15 +69,17 @@ def write_page(trainer: L.Trainer, pictures: Mapping[str, Path], path: Path, con
     console.print(f"report:     {path}", soft_wrap=True, highlight=False)
 
 
-def finish_fit(trainer: L.Trainer, module: L.LightningModule, draw: Callable[[Path], None] | None, console: Console) -> None:
-    """What every fit ends with: findings, the checkpoint, the sheet of validation images that `draw` writes, the field and the page."""
+def finish_fit(
+    trainer: L.Trainer, module: L.LightningModule, draw: Callable[[Path], None] | None, console: Console, sheet: str = "validation images"
+) -> None:
+    """What every fit ends with: findings, the checkpoint, the sheet (named `sheet`) that `draw` writes, the field and the page."""
     print_findings(trainer, console)
     print_checkpoint(trainer, console)
     if draw is None:
         return
     folder = Path(trainer.log_dir or trainer.default_root_dir)
-    sheet = folder / "validation.png"
-    draw(sheet)
-    console.print(f"pictures:   {sheet}", soft_wrap=True, highlight=False)
+    picture = folder / f"{sheet.partition(' ')[0]}.png"
+    draw(picture)
+    console.print(f"pictures:   {picture}", soft_wrap=True, highlight=False)
     pictures = finish_field(trainer, module, folder / "receptive_field.png", console)
-    write_page(trainer, {"validation images": sheet, **pictures}, folder / "report.html", console)
+    write_page(trainer, {sheet: picture, **pictures}, folder / "report.html", console)

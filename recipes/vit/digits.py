@@ -4,12 +4,9 @@ from __future__ import annotations
 
 __all__ = ["Digits", "TensorSource"]
 
-import importlib.util
-
-import torch
 from torch import Tensor
 
-from pl_normkit.errors import DataError
+from pl_normkit.recipes.digits import DIGIT_NAMES, split_digits
 from pl_normkit.recipes.loading import Part
 from pl_normkit.recipes.vit.data import ClassificationData
 from pl_normkit.recipes.vit.samples import ImageSource
@@ -75,28 +72,12 @@ class Digits(ClassificationData):
 
     @property
     def class_names(self) -> list[str]:
-        return [str(digit) for digit in range(10)]
+        return list(DIGIT_NAMES)
 
     @property
     def in_chans(self) -> int:
         return 1
 
     def build_sources(self, parts: tuple[Part, ...]) -> dict[Part, ImageSource]:
-        images, labels = _load_digits()
-        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(self.seed))
-        share = len(labels) // 5
-        chosen: dict[Part, Tensor] = {"val": order[:share], "test": order[share : 2 * share], "train": order[2 * share :]}
-        return {part: TensorSource(images[chosen[part]], labels[chosen[part]]) for part in parts}
-
-
-def _load_digits() -> tuple[Tensor, Tensor]:
-    if importlib.util.find_spec("sklearn") is None:
-        raise DataError(
-            "the digits lie in scikit-learn, which is not installed",
-            fix="pip install 'pl_normkit[demo]', or train on your own images with --data FolderData",
-        )
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    images = torch.from_numpy(bunch.images * (255 / 16)).round().to(torch.uint8)
-    return images[:, None], torch.from_numpy(bunch.target).long()
+        split = split_digits(self.seed)
+        return {part: TensorSource(*split[part]) for part in parts}

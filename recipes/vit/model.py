@@ -16,7 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from pl_normkit.errors import ConfigError
 from pl_normkit.methods.gaussian_bias import add_gaussian_bias
-from pl_normkit.recipes.module import RecipeModule
+from pl_normkit.recipes.module import RecipeModule, require_model_option
 from pl_normkit.recipes.vit.groups import layer_decay_groups
 from pl_normkit.recipes.vit.network import build_network
 
@@ -74,11 +74,11 @@ class ClassifierModule(RecipeModule):
         ema_decay: float = 0.0,
     ) -> None:
         super().__init__()
-        _require(drop_path is None or 0 <= drop_path < 1, "drop_path", drop_path, "take a probability below 1")
-        _require(0 <= label_smoothing < 1, "label_smoothing", label_smoothing, "take a share below 1")
-        _require(0 < layer_decay <= 1, "layer_decay", layer_decay, "take a factor above 0, at most 1 (1 switches it off)")
-        _require(warmup_epochs >= 0, "warmup_epochs", warmup_epochs, "take 0 or more")
-        _require(0 <= ema_decay < 1, "ema_decay", ema_decay, "take a decay below 1, such as 0.999; 0 switches it off")
+        require_model_option(drop_path is None or 0 <= drop_path < 1, "drop_path", drop_path, "take a probability below 1")
+        require_model_option(0 <= label_smoothing < 1, "label_smoothing", label_smoothing, "take a share below 1")
+        require_model_option(0 < layer_decay <= 1, "layer_decay", layer_decay, "take a factor above 0, at most 1 (1 switches it off)")
+        require_model_option(warmup_epochs >= 0, "warmup_epochs", warmup_epochs, "take 0 or more")
+        require_model_option(0 <= ema_decay < 1, "ema_decay", ema_decay, "take a decay below 1, such as 0.999; 0 switches it off")
         self.class_names = list(class_names)
         self.pretrained = pretrained
         self.label_smoothing = label_smoothing
@@ -168,20 +168,5 @@ class ClassifierModule(RecipeModule):
         per_epoch = batches / self.trainer.accumulate_grad_batches if math.isfinite(batches) else total
         return min(round(self.warmup_epochs * per_epoch), total // 3)
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        own = self.state_dict()
-        strange = [key for key, value in checkpoint["state_dict"].items() if key not in own or own[key].shape != value.shape]
-        if strange:
-            bias = any("gaussian_bias" in key for key in strange)
-            raise ConfigError(
-                "the checkpoint belongs to another network",
-                where=strange[0],
-                evidence=f"{len(strange)} of its tensors are not in this network, or have another shape",
-                fix="set --model.gaussian_bias true" if bias else "give the --model options the checkpoint was trained with",
-            )
-
-
-def _require(holds: bool, option: str, value: object, fix: str) -> None:
-    if not holds:
-        raise ConfigError(f"the model option {option} cannot be used", where=f"--model.{option}", evidence=repr(value), fix=fix)
+    def explain_strange_keys(self, keys: Sequence[str]) -> str:
+        return "set --model.gaussian_bias true" if any("gaussian_bias" in key for key in keys) else super().explain_strange_keys(keys)

@@ -7,9 +7,10 @@ __all__ = ["draw_predictions"]
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
+
+from pl_normkit.recipes.image_files import to_picture
 
 _SIDE = 96
 _GAP = 6
@@ -35,16 +36,10 @@ def draw_predictions(images: Tensor, labels: Tensor, shares: Tensor, class_names
     pen = ImageDraw.Draw(sheet)
     for index, (image, label, share) in enumerate(zip(images, labels.tolist(), shares, strict=True)):
         x, y = _GAP + index % _COLUMNS * (_SIDE + _GAP), _GAP + index // _COLUMNS * height
-        sheet.paste(_to_picture(image), (x, y))
+        sheet.paste(to_picture(image, (_SIDE, _SIDE)), (x, y))
         guess = int(share.argmax())
         pen.text((x, y + _SIDE), f"{class_names[guess][:10]} {share[guess]:.2f}", fill=_RIGHT if guess == label else _WRONG)
         if guess != label:
             pen.text((x, y + _SIDE + _LINE), f"is {class_names[label][:12]}", fill=(255, 255, 255))
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
-
-
-def _to_picture(image: Tensor) -> Image.Image:
-    colours = image.expand(3, -1, -1) if image.shape[0] == 1 else image[:3]
-    pixels = colours.permute(1, 2, 0).contiguous()
-    return Image.fromarray(torch.Tensor.numpy(pixels)).resize((_SIDE, _SIDE), Image.Resampling.NEAREST)

@@ -10,25 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
+from pl_normkit.recipes.writing import FileWriter
 
-class PredictionWriter(BasePredictionWriter):
+
+class PredictionWriter(FileWriter):
     """One line per image: its name, the likeliest class and its probability.
 
     Args:
         output_file: CSV to write; None takes `predictions.csv` in the run's log folder. Each process writes a file of its own.
     """
 
-    def __init__(self, output_file: str | None = None) -> None:
-        super().__init__(write_interval="batch")
-        self.output_file = Path(output_file) if output_file is not None else None
-
-    def find_file(self, trainer: L.Trainer) -> Path:
-        """Where the predictions of this process go."""
-        path = self.output_file or Path(trainer.log_dir or trainer.default_root_dir) / "predictions.csv"
-        return path if trainer.world_size == 1 else path.with_stem(f"{path.stem}_{trainer.global_rank}")
+    default_name = "predictions.csv"
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         path = self.find_file(trainer)

@@ -86,7 +86,7 @@ def test_an_edit_that_a_plain_checkpoint_would_lose_is_refused(tmp_path):
     network = build()
     set_atrous_rates(network, 64)
     with pytest.raises(ConfigError, match="computes something else"):
-        export_network(network, tmp_path / "model.pt", torch.zeros(2, 3, 64, 64), build)
+        export_network(network, tmp_path / "model.pt", (torch.zeros(2, 3, 64, 64),), build)
 
     assert not (tmp_path / "model.pt").exists()
 
@@ -104,7 +104,7 @@ def test_scale_equalizers_that_fold_end_in_a_plain_checkpoint(tmp_path):
     network, images = _equalized("Segformer"), torch.rand(2, 3, 32, 32)
     expected = network(images)
 
-    export_network(network, tmp_path / "model.pt", images, lambda: smp.create_model("Segformer", "tu-test_resnet", None, classes=3))
+    export_network(network, tmp_path / "model.pt", (images,), lambda: smp.create_model("Segformer", "tu-test_resnet", None, classes=3))
 
     plain = smp.create_model("Segformer", "tu-test_resnet", None, classes=3).eval()
     plain.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
@@ -116,7 +116,10 @@ def test_scale_equalizers_that_stay_are_named(tmp_path):
 
     with pytest.raises(ConfigError, match="other weights than its bare architecture") as caught:
         export_network(
-            network, tmp_path / "model.pt", torch.zeros(2, 3, 32, 32), lambda: smp.create_model("Unet", "tu-test_resnet", None, classes=3)
+            network,
+            tmp_path / "model.pt",
+            (torch.zeros(2, 3, 32, 32),),
+            lambda: smp.create_model("Unet", "tu-test_resnet", None, classes=3),
         )
 
     assert "scale_equalizer" in caught.value.evidence
