@@ -25,7 +25,8 @@ def preserved(model: nn.Module, *, buffers: bool = False) -> Iterator[None]:
 
     Args:
         model: the module whose state is kept.
-        buffers: also copy and restore buffer values; needed when real data runs through the model, not for tracing.
+        buffers: also copy and restore the values of buffers, and of frozen parameters that are no larger than a codebook is, which
+            forward passes write to as well; needed when real data runs through the model, not for tracing.
     """
     with ExitStack() as stack:
         for restore in (_attributes(model), random_states()):
@@ -58,6 +59,8 @@ def objects_kept(*roots: object) -> Iterator[None]:
             restore()
 
 
+_MOST_FROZEN = 2**19
+"""Entries of a frozen parameter that is copied: codebooks and centres are smaller, matrices of large backbones larger."""
 _MOST_OBJECTS = 10_000
 _LONG = 1_000
 _NOT_PLAIN = (
@@ -229,7 +232,8 @@ def _nothing() -> None:
 
 
 def _buffer_values(model: nn.Module) -> Callable[[], None]:
-    restorers = [_tensor_value(buffer) for buffer in model.buffers()]
+    frozen = [p for p in model.parameters() if not p.requires_grad and p.numel() <= _MOST_FROZEN and type(p) is nn.Parameter]
+    restorers = [_tensor_value(tensor) for tensor in [*model.buffers(), *frozen]]
 
     def restore_all() -> None:
         for restore in restorers:

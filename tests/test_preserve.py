@@ -153,3 +153,20 @@ def test_tensors_of_inference_mode_are_left_alone() -> None:
     with preserved(model, buffers=True):
         model.cache = None
     assert model.cache.tolist() == [1, 1]
+
+
+def test_frozen_parameters_are_put_back_as_buffers_are() -> None:
+    class Codebook(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.entries = nn.Parameter(torch.zeros(3), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.entries.data += x
+            return self.entries * x
+
+    model = Codebook()
+    with preserved(model, buffers=True):
+        model(torch.ones(3))
+        assert model.entries.eq(1).all()
+    assert model.entries.eq(0).all()

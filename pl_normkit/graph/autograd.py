@@ -28,11 +28,19 @@ def base(node: Node) -> str:
 
 
 def saved(node: Node, name: str) -> Any:
-    """A value the node keeps for its backward; None where there is none or it was freed or overwritten."""
+    """A value the node keeps for its backward; None where there is none, or it was freed, overwritten or packed away.
+
+    To unpack what a hook has packed is to run its code: a checkpoint would run its part of the network again, batch norm and all.
+    """
     try:
-        return getattr(node, f"_saved_{name}", None)
+        return None if _is_packed(getattr(node, f"_raw_saved_{name}", None)) else getattr(node, f"_saved_{name}", None)
     except RuntimeError:
         return None
+
+
+def _is_packed(raw: Any) -> bool:
+    parts = raw if isinstance(raw, tuple) else (raw,)
+    return any(getattr(part, "unpack_hook", None) is not None for part in parts)
 
 
 def output_dtype(node: Node) -> torch.dtype | None:

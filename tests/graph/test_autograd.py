@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from pl_normkit.graph.autograd import base, behind, forward_order, output_dtype, saved, source_line, tensors_in
 
@@ -30,6 +31,18 @@ def test_a_freed_value_is_none() -> None:
     y.sum().backward()
     assert saved(y.grad_fn, "result") is None
     assert saved(y.grad_fn, "nothing_of_that_name") is None
+
+
+def test_a_checkpoint_is_not_run_again() -> None:
+    runs: list[Tensor] = []
+
+    def part(hidden: Tensor) -> Tensor:
+        runs.append(hidden)
+        return hidden.exp()
+
+    y = checkpoint(part, torch.ones(3, requires_grad=True), use_reentrant=False)
+    assert saved(y.grad_fn, "result") is None
+    assert len(runs) == 1
 
 
 def test_the_line_is_that_of_the_innermost_users_frame() -> None:

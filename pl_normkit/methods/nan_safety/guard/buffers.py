@@ -1,4 +1,6 @@
-"""The last good values of all buffers, whatever happens to them: written to, assigned anew, added, resized or deleted. Derived here."""
+"""The last good values of all buffers, whatever happens to them: written to, assigned anew, added, resized or deleted. Derived here.
+
+Parameters without a gradient that other code writes to (a teacher's, a codebook's) are kept like buffers."""
 
 from __future__ import annotations
 
@@ -14,12 +16,13 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_buffer_registration_hook
 
 from pl_normkit.methods.nan_safety.guard.decision import local, total_of
+from pl_normkit.methods.nan_safety.guard.written import WrittenParameters, is_plain, mark_of
 
 SMALL = 4096
 """Buffers up to this many entries are compared and copied in every step; larger ones when torch says that they changed."""
 
-ALWAYS_CHANGED = -1
 Key = tuple[int, str]
+Registry = dict[str, Any]
 
 
 @dataclass
@@ -34,19 +37,23 @@ class _Kept:
 
 @dataclass
 class _Slot:
-    """One entry of a module's `_buffers`; `normal` are the non-finite values that are no fault in it."""
+    """One entry of a module's buffers or parameters; `normal` are the non-finite values that are no fault in it."""
 
     module: nn.Module
+    registry: Registry
     name: str
     tensor: Tensor | None
     normal: frozenset[float]
+
+
+Change = tuple[Registry, _Slot | None, nn.Module, str, Tensor | None]
 
 
 @dataclass
 class _Look:
     """What differs now from the last good state."""
 
-    changed: list[tuple[Key, _Slot | None, nn.Module, str, Tensor | None]]
+    changed: list[Change]
     gone: list[_Slot]
 
 
@@ -64,17 +71,23 @@ class BufferShadow:
         self._kept: dict[int, _Kept] = {}
         self._registered: dict[Key, tuple[nn.Module, Tensor]] = {}
         self._accepted = 0
+        self._written = WrittenParameters(module)
         self._hook = register_module_buffer_registration_hook(self._note_registration)
-        for owner, name, buffer in self._walk():
-            self._slots[id(owner._buffers), name] = _Slot(owner, name, buffer, _kinds(buffer))
+        for registry, owner, name, buffer in self._walk():
+            self._slots[id(registry), name] = _Slot(owner, registry, name, buffer, _kinds(buffer))
             self._keep(owner, buffer)
 
     def close(self) -> None:
         self._hook.remove()
 
+    @property
+    def parameters(self) -> set[int]:
+        """Ids of the parameters that are kept, too."""
+        return self._written.ids
+
     # -- what is there
 
-    def _walk(self) -> Iterator[tuple[nn.Module, str, Tensor | None]]:
+    def _walk(self) -> Iterator[tuple[Registry, nn.Module, str, Tensor | None]]:
         waiting, seen = [self._module], set()
         while waiting:
             module = waiting.pop()
@@ -84,7 +97,11 @@ class BufferShadow:
             waiting += [child for child in module._modules.values() if child is not None]
             for name, buffer in module._buffers.items():
                 if buffer is None or _has_values(buffer):
-                    yield module, name, buffer
+                    yield module._buffers, module, name, buffer
+            if self._written.ids:
+                for name, parameter in module._parameters.items():
+                    if parameter is not None and id(parameter) in self._written.ids and not parameter.requires_grad:
+                        yield module._parameters, module, name, parameter
 
     def _note_registration(self, module: nn.Module, name: str, buffer: Tensor | None) -> None:
         """A buffer that is new: its value as registered, should it go bad in the very step that made it."""
@@ -94,30 +111,30 @@ class BufferShadow:
 
     def _look(self) -> _Look:
         look, present = _Look([], []), set()
-        for module, name, buffer in self._walk():
-            key = id(module._buffers), name
+        for registry, module, name, buffer in self._walk():
+            key = id(registry), name
             present.add(key)
             slot = self._slots.get(key)
             same = slot is not None and slot.tensor is buffer
             if not same or (buffer is not None and self._moved(buffer)):
-                look.changed.append((key, slot, module, name, buffer))
+                look.changed.append((registry, slot, module, name, buffer))
         look.gone = [slot for key, slot in self._slots.items() if key not in present]
         return look
 
     def _moved(self, buffer: Tensor) -> bool:
         kept = self._kept.get(id(buffer))
-        return kept is None or kept.silent or kept.mark != _mark(buffer)
+        return kept is None or kept.silent or kept.mark != mark_of(buffer)
 
     def _keep(self, owner: nn.Module, buffer: Tensor | None) -> None:
         if buffer is None:
             return
         kept = self._kept.get(id(buffer))
-        if kept is not None and kept.value.shape == local(buffer).shape and _is_plain(buffer):
+        if kept is not None and kept.value.shape == local(buffer).shape and is_plain(buffer):
             kept.value.copy_(local(buffer))
-            kept.mark = _mark(buffer)
+            kept.mark = mark_of(buffer)
         else:
             silent = buffer.numel() <= SMALL or _is_norm(owner) or (kept is not None and kept.silent)
-            self._kept[id(buffer)] = _Kept(buffer, _clone(buffer), _mark(buffer), silent)
+            self._kept[id(buffer)] = _Kept(buffer, _clone(buffer), mark_of(buffer), silent)
 
     # -- judging
 
@@ -174,23 +191,26 @@ class BufferShadow:
         self._accepted += 1
         look = self._look()
         for slot in look.gone:
-            del self._slots[id(slot.module._buffers), slot.name]
+            del self._slots[id(slot.registry), slot.name]
         for change in look.changed:
             self._take(change)
         if self._accepted & (self._accepted - 1) == 0:
             self._find_silent()
+        if self._written.update():
+            for change in self._look().changed:
+                self._take(change)
         if len(self._kept) > len(self._slots):
             wanted = {id(slot.tensor) for slot in self._slots.values()}
             self._kept = {key: kept for key, kept in self._kept.items() if key in wanted}
         self._registered.clear()
 
-    def _take(self, change: tuple[Key, _Slot | None, nn.Module, str, Tensor | None]) -> None:
-        key, slot, module, name, buffer = change
+    def _take(self, change: Change) -> None:
+        registry, slot, module, name, buffer = change
         if slot is None or slot.tensor is None:
             normal = _kinds(buffer)
         else:
             normal = slot.normal if buffer is None else self._normal(slot, buffer)
-        self._slots[key] = _Slot(module, name, buffer, normal)
+        self._slots[id(registry), name] = _Slot(module, registry, name, buffer, normal)
         self._keep(module, buffer)
 
     def _find_silent(self) -> None:
@@ -206,7 +226,7 @@ class BufferShadow:
         names: list[str] = []
         for change in self._look().changed:
             _, slot, module, name, buffer = change
-            if buffer is not None and slot is not None and slot.tensor is buffer and self._kept[id(buffer)].mark == _mark(buffer):
+            if buffer is not None and slot is not None and slot.tensor is buffer and self._kept[id(buffer)].mark == mark_of(buffer):
                 continue  # only perhaps changed; the next step will see
             if slot is not None and self._is_bad(slot, buffer):
                 names.append(self._path(module, name))
@@ -223,9 +243,14 @@ class BufferShadow:
         """Put all buffers back as they were at the last good step: values, objects, presence."""
         for slot in list(self._slots.values()):
             self._put_back(slot)
-        for module, name, buffer in list(self._walk()):
-            key = id(module._buffers), name
-            if key not in self._slots and buffer is not None and bool(_abnormal(local(buffer), frozenset())):
+        for registry, module, name, buffer in list(self._walk()):
+            key = id(registry), name
+            if (
+                registry is module._buffers
+                and key not in self._slots
+                and buffer is not None
+                and bool(_abnormal(local(buffer), frozenset()))
+            ):
                 owner, first = self._registered.get(key, (None, buffer))
                 if owner is module and not bool(_abnormal(local(first), frozenset())):
                     module._buffers[name] = first.clone()
@@ -243,7 +268,7 @@ class BufferShadow:
 
     def _put_back(self, slot: _Slot) -> None:
         if slot.tensor is None:
-            slot.module._buffers[slot.name] = None
+            slot.registry[slot.name] = None
             return
         kept = self._kept[id(slot.tensor)]
         looks_same = not self._moved(slot.tensor)
@@ -254,9 +279,9 @@ class BufferShadow:
             elif not _write(slot.tensor, kept.value):
                 slot.tensor = kept.tensor = kept.value.clone()
                 self._kept[id(slot.tensor)] = kept
-        kept.mark = _mark(slot.tensor)
-        if slot.module._buffers.get(slot.name) is not slot.tensor:
-            slot.module._buffers[slot.name] = slot.tensor
+        kept.mark = mark_of(slot.tensor)
+        if slot.registry.get(slot.name) is not slot.tensor:
+            slot.registry[slot.name] = slot.tensor
 
     def settle(self, bad: Tensor) -> None:
         """`restore` where the device scalar `bad` is not 0, `accept` where it is 0, without reading it.
@@ -267,7 +292,7 @@ class BufferShadow:
         if look.gone or any(not self._can_settle(slot, buffer) for _, slot, _, _, buffer in look.changed):
             self.restore() if bool(bad) else self.accept()
             return
-        for key, slot, module, name, buffer in look.changed:
+        for registry, slot, module, name, buffer in look.changed:
             if slot is None or slot.tensor is None or buffer is None:
                 continue  # not so: `_can_settle` has looked
             kept = self._kept[id(slot.tensor)]
@@ -276,11 +301,11 @@ class BufferShadow:
             _write(buffer, kept.value)
             if buffer is not slot.tensor:
                 self._kept[id(buffer)] = _Kept(buffer, kept.value, (), kept.silent)
-                self._slots[key] = _Slot(module, name, buffer, slot.normal)
-            self._kept[id(buffer)].mark = _mark(buffer)
+                self._slots[id(registry), name] = _Slot(module, registry, name, buffer, slot.normal)
+            self._kept[id(buffer)].mark = mark_of(buffer)
 
     def _can_settle(self, slot: _Slot | None, buffer: Tensor | None) -> bool:
-        if slot is None or slot.tensor is None or buffer is None or not _is_plain(buffer) or not _is_plain(slot.tensor):
+        if slot is None or slot.tensor is None or buffer is None or not is_plain(buffer) or not is_plain(slot.tensor):
             return False
         kept = self._kept[id(slot.tensor)]
         return kept.value.shape == local(buffer).shape and kept.value.dtype == buffer.dtype
@@ -292,17 +317,6 @@ def _has_values(buffer: Tensor) -> bool:
 
 def _is_norm(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.batchnorm._NormBase)
-
-
-def _is_plain(buffer: Tensor) -> bool:
-    return buffer.layout == torch.strided and not buffer.is_quantized
-
-
-def _mark(buffer: Tensor) -> tuple[Any, ...]:
-    """Differs after a write that torch counts."""
-    version = ALWAYS_CHANGED if buffer.is_inference() else buffer._version
-    place = buffer.data_ptr() if type(buffer) is Tensor and _is_plain(buffer) else 0
-    return version, place, buffer.shape
 
 
 def _clone(buffer: Tensor) -> Tensor:
@@ -369,7 +383,7 @@ def _write(buffer: Tensor, value: Tensor) -> bool:
         with torch.no_grad():
             if hasattr(buffer, "to_local"):
                 buffer.to_local().copy_(value)
-            elif buffer.shape == value.shape and buffer.dtype == value.dtype and _is_plain(buffer):
+            elif buffer.shape == value.shape and buffer.dtype == value.dtype and is_plain(buffer):
                 buffer.copy_(value)
             else:
                 buffer.data = value.clone()

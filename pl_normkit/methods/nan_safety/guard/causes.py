@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["lasting_cause", "settings_of", "state_tensors", "unusable_settings"]
+__all__ = ["bad_gradient", "lasting_cause", "settings_of", "state_tensors", "unusable_settings"]
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -65,6 +65,16 @@ def lasting_cause(module: nn.Module, optimizers: Sequence[Optimizer], excused: C
                 why = f"{type(optimizer).__name__}'s state: {_why([optimizer], parameter)}"
                 return Diagnosis("state", name, detail=f"{name} is not finite; {why}", inputs=[statistics(tensor)])
     return None
+
+
+def bad_gradient(module: nn.Module, optimizer: Optimizer) -> str:
+    """ "; the gradient of NAME is not finite" for the first such parameter of `optimizer`, "" where there is none. Waits for the device."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None and _is_bad(local(parameter.grad)):
+                return f"; the gradient of {names.get(id(parameter), 'a parameter outside the module')} is not finite"
+    return ""
 
 
 def _all_parameters(module: nn.Module, optimizers: Iterable[Optimizer]) -> list[Tensor]:

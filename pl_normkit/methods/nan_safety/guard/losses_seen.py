@@ -37,6 +37,9 @@ class LossRecorder:
 
     With several optimizers a loss counts for those whose parameters its graph reaches (a discriminator's NaN does not cost the generator
     its step), and for all of them where that cannot be seen.
+
+    Attributes:
+        heard: a loss was seen since `heard` was last set to False.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer], *, every_batch: bool) -> None:
@@ -46,6 +49,7 @@ class LossRecorder:
         self._batch: Batch | None = None
         self._announced: Tensor | None = None
         self._listens = True
+        self.heard = False
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -67,7 +71,7 @@ class LossRecorder:
         """Called before the backward of `loss`."""
         if not self._listens:
             return
-        self._announced = loss
+        self._announced, self.heard = loss, True
         seen = Seen(loss.detach(), self._batch)
         for optimizer in self._reached(loss):
             waiting = self._waiting[id(optimizer)]
@@ -81,6 +85,10 @@ class LossRecorder:
         seen = self._waiting.get(id(optimizer), [])
         self._waiting[id(optimizer)] = []
         return seen or [Seen(None, self._batch)]
+
+    def may_be_bad(self) -> bool:
+        """Whether the last losses are not finite, or none was seen. Waits for the device."""
+        return not self.heard or any(seen.is_bad() for waiting in self._waiting.values() for seen in waiting[-1:])
 
     def watch(self) -> Callable[[], None]:
         """See every loss whose backward is run by hand; returns what ends that."""

@@ -87,6 +87,7 @@ class Run:
         spoiled: bad buffers were put back before the decision; it will be against the step.
         buffer_row: skips in a row for a buffer alone.
         passes: how often each optimizer evaluates its closure.
+        bad_gradient: which gradient of the last bad step was not finite, in words.
     """
 
     def __init__(self, module: nn.Module, optimizers: list[Optimizer], around: Surroundings) -> None:
@@ -100,10 +101,15 @@ class Run:
         self.step: Step | None = None
         self.snapshot: Snapshot | None = None
         self.batches = self.decisions = self.buffer_row = 0
-        self.decided, self.last_bad, self.spoiled = True, False, False
+        self.decided, self.last_bad, self.spoiled, self.bad_gradient = True, False, False, ""
 
     def index(self, optimizer: Optimizer) -> int:
         return next((index for index, found in enumerate(self.optimizers) if found is optimizer), 0)
+
+    @property
+    def excused(self) -> set[int]:
+        """Ids of parameters that are not looked at as such: not finite from the start, or kept with the buffers."""
+        return self.watched.excused | self.shadow.parameters
 
     def accept(self) -> int:
         """The step is good. Returns how many parameters were not finite from the start and do no harm."""
@@ -113,8 +119,8 @@ class Run:
 
 def device_of(optimizer: Optimizer) -> torch.device:
     """Where its parameters are, and so the device of the collectives that go with its steps."""
-    device: torch.device = optimizer.param_groups[0]["params"][0].device
-    return device
+    held = (parameter.device for group in optimizer.param_groups for parameter in group["params"])
+    return next(held, torch.device("cpu"))
 
 
 def drop_gradients(optimizer: Optimizer) -> None:

@@ -33,7 +33,7 @@ from pl_normkit.methods.nan_safety.diagnosis.first_bad import Diagnosis
 from pl_normkit.methods.nan_safety.diagnosis.replay import RandomState
 from pl_normkit.methods.nan_safety.diagnosis.rerun import Batch
 from pl_normkit.methods.nan_safety.guard.budget import SkipBudget, SpikeWatch
-from pl_normkit.methods.nan_safety.guard.causes import lasting_cause
+from pl_normkit.methods.nan_safety.guard.causes import bad_gradient, lasting_cause
 from pl_normkit.methods.nan_safety.guard.decision import Verdict, gradients, measure, shared
 from pl_normkit.methods.nan_safety.guard.device_flags import DeviceFlags
 from pl_normkit.methods.nan_safety.guard.events import EventLog
@@ -176,8 +176,23 @@ class StepGuard:
                 run.shadow.restore()
             elif run.decided:
                 self._report_buffers(run.shadow.restore_bad())
+        if run.batches and not run.decided:
+            self._end_undecided()
         if run.decided and self.budget.row == 0 and self.where()[0] % self.snapshot_every == 0:
             self._take_snapshot()
+
+    def _end_undecided(self) -> None:
+        """A batch after which no optimizer step was made: part of a window, or one that trains nothing, as when statistics are renewed."""
+        run = self.running
+        if not run.losses.heard:
+            if names := run.shadow.bad_names():
+                run.shadow.restore()
+                self._report_buffers(names, "in a batch without a loss")
+            run.shadow.accept()
+        if run.around.manual and run.losses.may_be_bad():
+            cause = lasting_cause(run.module, run.optimizers, run.excused)
+            if cause is not None:
+                self._act(self._add_event((cause, None, None), self.where(), gather=False, skipped=False), stays=True)
 
     def clean(self) -> None:
         """Before anyone looks at the buffers while no step has been decided yet: put bad ones back."""
@@ -272,12 +287,13 @@ class StepGuard:
         if not verdict.bad:
             return verdict
         run = self.running
+        run.bad_gradient = bad_gradient(run.module, optimizer)
         transaction = run.transactions.get(id(optimizer))
         if transaction is not None and transaction.was_finite():  # will be undone, parameters and all
             return verdict._replace(gradient=True, parameter=False, state=False)
         if verdict.stays:
             return verdict
-        stays = lasting_cause(run.module, run.optimizers, run.watched.excused) is not None
+        stays = lasting_cause(run.module, run.optimizers, run.excused) is not None
         flag = torch.tensor(float(stays), device=device_of(optimizer))
         return verdict._replace(parameter=bool(shared(flag, distributed=run.around.distributed).item()))
 
@@ -293,7 +309,7 @@ class StepGuard:
         buffers_bad = torch.ones((), dtype=torch.bool) if run.spoiled else run.shadow.bad()
         run.spoiled = False
         losses = [found.loss for found in seen if found.loss is not None]
-        parameters, states = run.watched.parameters(optimizer), run.watched.states(optimizer)
+        parameters, states = run.watched.parameters(optimizer, run.shadow.parameters), run.watched.states(optimizer)
         vector = measure(losses, gradients(optimizer), buffers_bad, parameters, states, device_of(optimizer))
         if run.around.sharded and run.around.distributed and self._spike_watch.factor is not None:
             square = vector[5].square()
@@ -341,6 +357,7 @@ class StepGuard:
             else:
                 run.accept()
         run.decided, run.last_bad = True, step.bad or step.spike
+        run.losses.heard = False
         run.decisions += 1
         if step.bad or not (step.deferred or step.overflow):
             self.budget.count(skipped=step.bad)
@@ -363,7 +380,7 @@ class StepGuard:
         run = self.running
         run.buffer_row = run.buffer_row + 1 if verdict == Verdict(buffer=True, norm=verdict.norm) else 0
         batch = seen[-1].batch if seen else None
-        cause = lasting_cause(run.module, run.optimizers, run.watched.excused) if verdict.stays else None
+        cause = lasting_cause(run.module, run.optimizers, run.excused) if verdict.stays else None
         if spiked is not None:
             self.spikes += 1
             median = self._spike_watch.median(run.index(spiked))
@@ -379,8 +396,8 @@ class StepGuard:
         else:
             with run.losses.paused():
                 found = self.log.find(run.module, seen, run.around.context, run.around.step)
-            if found[0].kind == "unknown" and verdict.loss:
-                found[0].detail += "; the loss is not finite"
+            if found[0].kind == "unknown":
+                found[0].detail += "; the loss is not finite" if verdict.loss else run.bad_gradient
         event = self._add_event(found, where, gather=run.around.distributed)
         if run.around.rank == 0:
             file = f"; replay with: pl-normkit replay {event['file']}" if event["file"] else ""
@@ -394,10 +411,10 @@ class StepGuard:
         facts = {"step": where[0], "epoch": where[1], "rank": run.around.rank}
         return self.log.add(found, facts, folder=Path(self.folder or "nan_guard"), module=run.module, gather=gather, skipped=skipped)
 
-    def _report_buffers(self, names: list[str]) -> None:
+    def _report_buffers(self, names: list[str], when: str = "after the optimizer step") -> None:
         """Buffers that went bad outside of any step that could be skipped; put back already. Of this rank alone: others may have none."""
         for name in names:
-            diagnosis = Diagnosis("buffer", name, detail=f"{name} was not finite after the optimizer step; its last good value is back")
+            diagnosis = Diagnosis("buffer", name, detail=f"{name} was not finite {when}; its last good value is back")
             self._add_event((diagnosis, None, None), self.where(), gather=False, skipped=False)
             log.warning("NaNGuard: %s", diagnosis)
 
@@ -422,7 +439,7 @@ class StepGuard:
 
     def _take_snapshot(self) -> None:
         run = self.running
-        if self.policy == "rollback" and lasting_cause(run.module, run.optimizers, run.watched.excused) is None:
+        if self.policy == "rollback" and lasting_cause(run.module, run.optimizers, run.excused) is None:
             run.snapshot = Snapshot(run.module, run.optimizers, run.around.schedulers, self.where()[0])
 
     def where(self) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["Watched"]
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +32,9 @@ class Watched:
         self._suspects = {id(parameter) for parameter in odd} - self.excused
         self._places: dict[int, int] = {}
 
-    def parameters(self, optimizer: Optimizer) -> list[Tensor]:
-        """What `optimizer` moves, as far as it is to be finite."""
-        left_out = self.excused | self._suspects
+    def parameters(self, optimizer: Optimizer, kept: Set[int] = frozenset()) -> list[Tensor]:
+        """What `optimizer` moves, as far as it is to be finite; not the parameters of the ids `kept`."""
+        left_out = self.excused | self._suspects | kept
         parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
         return [local(parameter) for parameter in parameters if id(parameter) not in left_out]
 
