@@ -15,6 +15,7 @@ from pl_normkit.auditing import PlannedFix, apply_fixes, audit_subject, plan_fix
 from pl_normkit.errors import NormkitError
 from pl_normkit.findings import Finding, Note, NoteKind
 from pl_normkit.report import Report
+from pl_normkit.report.landmarks import Landmark
 from pl_normkit.selection import Selection
 from pl_normkit.subject import Loaders, Needs, Subject
 from pl_normkit.surgery import Changes, path_of
@@ -53,6 +54,8 @@ class RunAudit:
         self._judged: dict[nn.Module, Subject] = {}
         self._findings: dict[Finding, None] = {}
         self._notes: dict[Note, None] = {}
+        self._about: dict[str, str] = {}
+        self._landmarks: list[Landmark] = []
         self._curves: dict[str, Mapping[str, float]] = {}
         self._numbers: dict[str, float] = {}
 
@@ -62,7 +65,16 @@ class RunAudit:
         findings = sorted(self._findings, key=lambda finding: (-finding.severity.rank, finding.code))
         fixed = [f"fixed: {change}" for change in self.changes.made]
         name = type(self.root).__name__
-        return Report(findings, name, list(self._notes), fixed, curves=dict(self._curves), numbers=dict(self._numbers))
+        return Report(
+            findings,
+            name,
+            list(self._notes),
+            fixed,
+            about=dict(self._about),
+            landmarks=list(self._landmarks),
+            curves=dict(self._curves),
+            numbers=dict(self._numbers),
+        )
 
     def note(self, text: str, kind: NoteKind = NoteKind.FAILED) -> None:
         self._notes[Note(text, kind)] = None
@@ -106,7 +118,9 @@ class RunAudit:
             if network not in self._judged and not self._is_read_within_another(network):
                 subject = traced(replace(self._subject(network, inputs), **self._run))
                 self._judged[network] = subject
-                self._take(self._audit(subject, _OF_A_NETWORK))
+                report = self._audit(subject, _OF_A_NETWORK)
+                self._take(report)
+                self._describe(report, path_of(self.root, network))
 
     def has_read(self, network: nn.Module) -> bool:
         """Whether it was judged, alone or within a network that calls it."""
@@ -138,6 +152,11 @@ class RunAudit:
         self._notes.update(dict.fromkeys(report.notes))
         self._curves.update(report.curves)
         self._numbers.update(report.numbers)
+
+    def _describe(self, report: Report, path: str) -> None:
+        """What was read, on what inputs; the path tells a second network from the first."""
+        self._about.update({f"{what} {path}".strip() if what in self._about else what: text for what, text in report.about.items()})
+        self._landmarks += report.landmarks
 
     def _is_told(self, finding: Finding) -> bool:
         """Whether the same cause was found at these places before, in a network that contains this one."""

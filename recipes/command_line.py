@@ -30,6 +30,7 @@ from pl_normkit.importing import import_object, summary_of
 from pl_normkit.recipes.callback_words import parse_callbacks
 from pl_normkit.recipes.editing import add_callbacks
 from pl_normkit.recipes.field import FieldRecorder
+from pl_normkit.recipes.history import FitHistory
 
 _Callback = TypeVar("_Callback", bound=Callback)
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
@@ -105,6 +106,7 @@ class RecipeCLI(LightningCLI):
     def before_fit(self) -> None:
         self._require_checkpoint_file()
         self._add_callbacks()
+        self.trainer.callbacks.append(FitHistory())  # type: ignore[attr-defined]
 
     def before_validate(self) -> None:
         self._require_checkpoint_file(needed=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["RecipeModule", "require_model_option"]
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -43,6 +43,10 @@ class RecipeModule(L.LightningModule):
                 fix="pip install 'lightning>=2.6', or set --model.ema_decay 0",
             )
         return [averaging(decay=self.ema_decay)]
+
+    def score_tables(self) -> Mapping[str, Mapping[str, float]]:
+        """Scores of the last evaluation that have a row for each class, or other part: title -> row -> score, NaN for none."""
+        return {}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["class_names"] = self.class_names

@@ -12,8 +12,10 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from rich.console import Console
 
+from pl_normkit.findings import Note, NoteKind
 from pl_normkit.recipes.editing import editing_callbacks
 from pl_normkit.recipes.field import finish_field
+from pl_normkit.recipes.run_result import result_of
 from pl_normkit.report import Report, merge_reports
 
 
@@ -50,22 +52,22 @@ def print_checkpoint(trainer: L.Trainer, console: Console) -> None:
     console.print(f"checkpoint: {checkpoint.best_model_path}{score}", soft_wrap=True, highlight=False)
 
 
-def write_page(trainer: L.Trainer, pictures: Mapping[str, Path], path: Path, console: Console) -> None:
-    """Write findings, edits and pictures as one self-contained HTML page; nothing where the run had no audit.
+def write_page(trainer: L.Trainer, module: L.LightningModule, pictures: Mapping[str, Path], path: Path, console: Console) -> None:
+    """Write what the run came to, findings, edits and pictures as one self-contained HTML page.
 
     Args:
         trainer: after its fit.
+        module: what was trained.
         pictures: title -> PNG file.
         path: the page; its folder exists.
         console: where its place is said.
     """
-    reports = _reports(trainer)
-    if not reports:
-        return
+    reports = _reports(trainer) or [Report(subject=type(module).__name__, notes=[Note("No audit in this run", NoteKind.NOT_RUN)])]
     edits = [f"{type(callback).__name__}: {change}" for callback in editing_callbacks(trainer) for change in callback.changes.made]
     whole = merge_reports(reports[0].subject, reports)
     embedded = {title: picture.read_bytes() for title, picture in pictures.items()}
-    path.write_text(replace(whole, fixed=[*edits, *whole.fixed], pictures=embedded).to_html(), encoding="utf-8")
+    page = replace(whole, fixed=[*edits, *whole.fixed], pictures=embedded, run=result_of(trainer))
+    path.write_text(page.to_html(), encoding="utf-8")
     console.print(f"report:     {path}", soft_wrap=True, highlight=False)
 
 
@@ -75,11 +77,13 @@ def finish_fit(
     """What every fit ends with: findings, the checkpoint, the sheet (named `sheet`) that `draw` writes, the field and the page."""
     print_findings(trainer, console)
     print_checkpoint(trainer, console)
-    if draw is None:
-        return
     folder = Path(trainer.log_dir or trainer.default_root_dir)
-    picture = folder / f"{sheet.partition(' ')[0]}.png"
-    draw(picture)
-    console.print(f"pictures:   {picture}", soft_wrap=True, highlight=False)
-    pictures = finish_field(trainer, module, folder / "receptive_field.png", console)
-    write_page(trainer, {sheet: picture, **pictures}, folder / "report.html", console)
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures: dict[str, Path] = {}
+    if draw is not None:
+        picture = folder / f"{sheet.partition(' ')[0]}.png"
+        draw(picture)
+        console.print(f"pictures:   {picture}", soft_wrap=True, highlight=False)
+        pictures[f"{sheet}, state at step {trainer.global_step}"] = picture
+        pictures |= finish_field(trainer, module, folder / "receptive_field.png", console)
+    write_page(trainer, module, pictures, folder / "report.html", console)

@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["ClassIoU", "SegmentationModule", "build_network", "poly_factor"]
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import segmentation_models_pytorch as smp
@@ -181,6 +181,9 @@ class SegmentationModule(RecipeModule):
         self.class_iou = dict(zip(self.class_names, iou.tolist(), strict=True))
         self.log(f"{stage}_miou", iou.nanmean(), prog_bar=True)
         self.log_dict({f"{stage}_iou/{name}": value for name, value in self.class_iou.items()})
+
+    def score_tables(self) -> Mapping[str, Mapping[str, float]]:
+        return {"IoU of each class": self.class_iou} if self.class_iou else {}
 
     def predict_step(self, batch: tuple[Tensor, list[str], Tensor], batch_idx: int) -> Tensor:
         """Labels (N, H, W), int64, of the padded batch."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["ClassifierModule", "cosine_factor"]
+__all__ = ["ClassAccuracy", "ClassifierModule", "cosine_factor"]
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -32,6 +32,19 @@ def cosine_factor(step: int, total_steps: int, warmup_steps: int = 0) -> float:
         return (step + 1) / (warmup_steps + 1)
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
     return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+class ClassAccuracy(MulticlassAccuracy):
+    """torchmetrics' accuracy per class, NaN (instead of 0) for a class that does not occur."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes, average="none", validate_args=False)
+
+    def compute(self) -> Tensor:
+        """Share of each class that is told right, (num_classes,)."""
+        accuracy: Tensor = super().compute()
+        right, _, _, missed = self._final_state()
+        return accuracy.masked_fill((right + missed) == 0, math.nan)
 
 
 class ClassifierModule(RecipeModule):
@@ -101,7 +114,9 @@ class ClassifierModule(RecipeModule):
             add_gaussian_bias(self.network, example_inputs=self.example_input_array)
         self.top1 = self._accuracy("micro")
         self.macro = self._accuracy("macro")
+        self.of_class = ClassAccuracy(len(self.class_names))
         self.accuracy: dict[str, float] = {}
+        self.class_accuracy: dict[str, float] = {}
 
     def _accuracy(self, average: Literal["micro", "macro"]) -> MulticlassAccuracy:
         return MulticlassAccuracy(len(self.class_names), average=average, validate_args=False)
@@ -128,7 +143,7 @@ class ClassifierModule(RecipeModule):
         images, labels = batch
         logits = self(images)
         self.log(f"{stage}_loss", F.cross_entropy(logits, labels), batch_size=len(images), sync_dist=True)
-        for metric in (self.top1, self.macro):
+        for metric in (self.top1, self.macro, self.of_class):
             metric.update(logits, labels)
 
     def on_validation_epoch_end(self) -> None:
@@ -141,9 +156,15 @@ class ClassifierModule(RecipeModule):
         values = {"acc": self.top1.compute(), "acc_macro": self.macro.compute()}
         self.top1.reset()
         self.macro.reset()
+        of_class = self.of_class.compute()
+        self.of_class.reset()
         if not self.trainer.sanity_checking:
+            self.class_accuracy = dict(zip(self.class_names, of_class.tolist(), strict=True))
             self.accuracy = {name: float(value) for name, value in values.items()}
         self.log_dict({f"{stage}_{name}": value for name, value in values.items()}, prog_bar=True)
+
+    def score_tables(self) -> Mapping[str, Mapping[str, float]]:
+        return {"Accuracy of each class": self.class_accuracy} if self.class_accuracy else {}
 
     def predict_step(self, batch: tuple[Tensor, list[str]], batch_idx: int) -> Tensor:
         """Probabilities (N, classes)."""

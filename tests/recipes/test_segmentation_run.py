@@ -103,6 +103,9 @@ def test_the_last_checkpoint_is_the_last_state_and_the_other_the_best(here, fold
         "epoch=0-step=1.ckpt": 1,
         "last.ckpt": 3,
     }
+    page = (_latest(here) / "report.html").read_text(encoding="utf-8")
+    parts = ["best checkpoint, step 1", "last state, step 3", "IoU of each class", "lr: 0.0", "No audit in this run", "state at step 3"]
+    assert [part for part in parts if part not in page] == []
 
 
 def test_a_fit_that_ends_before_its_first_validation_leaves_its_last_state(here, folder):

@@ -61,6 +61,9 @@ def test_the_default_run_trains_on_digits_under_audit_and_sums_up(here, capsys):
     assert Path(checkpoint[1]).is_file()
     with Image.open(version / "validation.png") as sheet:
         assert min(sheet.size) > 4 * 96
+    page = (version / "report.html").read_text(encoding="utf-8")
+    parts = ["val_acc", "best checkpoint and last state, step 2", "Accuracy of each class", "Map of the network", "(2, 1, 16, 16)"]
+    assert [part for part in parts if part not in page] == []
     assert len(_column(version, "train_loss")) == 2
     assert len(_column(version, "normkit/positional_rho")) == 1
     assert len(_column(version, "val_acc")) == len(_column(version, "val_acc_macro")) == 1
