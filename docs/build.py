@@ -1,8 +1,9 @@
-"""Writes what follows from the code: docs/rules/ (a page a rule and an index), the tables of README.md, the rooms' lines of
+"""Writes what follows from the code: docs/rules/ (a page a rule and an index), the tables of README.md and docs/norm_operators.md, the rooms' lines of
 `pl_normkit/__init__.py`, and the catalog that the command line's help reads. The test-suite compares each with what is committed."""
 
 from __future__ import annotations
 
+import csv
 import importlib
 import inspect
 import json
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pl_normkit.methods
 from pl_normkit.catalog import CATALOG, catalog_of_code
+from pl_normkit.methods.norm_operators.operators import operators
 from pl_normkit.rules import Rule, load_rules
 
 ROOT = Path(__file__).parents[1]
@@ -79,6 +81,19 @@ def _room_of(callback: type) -> str:
     return next((source.split(".")[2] for source in sources if source.startswith("pl_normkit.methods.")), "-")
 
 
+def norms_table() -> str:
+    """One row a norm of `swap_norms`, from its file, with the time of a training step where benchmarks/results has it."""
+    with (ROOT / "benchmarks/results/norm_step.csv").open(encoding="utf-8") as file:
+        times = {row["norm"]: f"{row['time']} ({row['low']} to {row['high']})" for row in csv.DictReader(file)}
+    head = "| `to` | formula | in place of | function at the start | options | needs | step time | when to try it | source (mark) |"
+    rows = []
+    for name, norm in sorted(operators().items()):
+        options = ", ".join(f"`{key}={value!r}`" for key, value in norm.options.items())
+        cells = [f"`{name}`", norm.formula, norm.replaces, norm.kept, options, norm.needs, times.get(name, "not measured"), norm.when]
+        rows.append(" | ".join(["", *(cell.replace("|", "\\|") for cell in cells), f"{norm.source} ({norm.mark})", ""]).strip())
+    return "\n".join([head, "|" + "---|" * 9, *rows])
+
+
 def front_door() -> str:
     """The block that shows type checkers what `pl_normkit` exports: the core's names, and all that rooms export."""
     core = [(home, f"import {name} as {name}") for home, names in pl_normkit._CORE.items() for name in names]
@@ -100,12 +115,14 @@ def documents() -> dict[Path, str]:
     readme = (ROOT / "README.md").read_text()
     readme = between(readme, "<!-- callbacks: make docs -->", "<!-- end of callbacks -->", callbacks_table())
     readme = between(readme, "<!-- rules: make docs -->", "<!-- end of rules -->", families_table(rules))
+    norms = ROOT / "docs/norm_operators.md"
+    catalogue = between(norms.read_text(), "<!-- norms: make docs -->", "<!-- end of norms -->", norms_table())
     door = ROOT / "pl_normkit/__init__.py"
     exports = between(
         door.read_text(), "    # from here to the next comment: one line a room, written by `make docs`", "    # end of rooms", front_door()
     )
     catalog = json.dumps(catalog_of_code(), indent=1) + "\n"
-    return pages | {ROOT / "docs/rules/README.md": index(rules), ROOT / "README.md": readme, door: exports, CATALOG: catalog}
+    return pages | {ROOT / "docs/rules/README.md": index(rules), ROOT / "README.md": readme, norms: catalogue, door: exports, CATALOG: catalog}
 
 
 def main() -> None:

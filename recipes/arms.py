@@ -6,6 +6,7 @@ __all__ = ["WITHOUT", "Arm", "name_arms", "parse_arms"]
 
 import re
 import shlex
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,10 +59,8 @@ def parse_arms(with_words: Iterable[str], option_words: Iterable[str]) -> dict[s
     Raises ConfigError for text of another form, two arms of one name, and what the callbacks' constructors refuse.
     """
     named: list[tuple[str, Arm]] = []
-    for text in with_words:
-        given = _NAMED.fullmatch(text)
-        words = parse_callbacks(given[2] if given else text)
-        named.append((given[1] if given else "+".join(word.kind.__name__ for word in words), Arm(_builders(words))))
+    for name, words in _named_words(with_words):
+        named.append((name, Arm(_builders(words))))
     named += map(_read_options, option_words)
     arms: dict[str, Arm] = {}
     for name, arm in named:
@@ -69,6 +68,21 @@ def parse_arms(with_words: Iterable[str], option_words: Iterable[str]) -> dict[s
             raise ConfigError("two arms have one name", evidence=repr(name), fix='name them: --with "a=A(x=1)" --with "b=A(x=2)"')
         arms[name] = arm
     return name_arms(arms)
+
+
+def _named_words(with_words: Iterable[str]) -> list[tuple[str, list[CallbackWord]]]:
+    """The values of `--with` with names: the given one, else the classes, with their arguments where several have the same ones."""
+    given = [
+        (found[1] if found else "", parse_callbacks(found[2] if found else text))
+        for text in with_words
+        for found in [_NAMED.fullmatch(text)]
+    ]
+    classes = Counter("+".join(word.kind.__name__ for word in words) for name, words in given if not name)
+    named = []
+    for name, words in given:
+        short = "+".join(word.kind.__name__ for word in words)
+        named.append((name or (short if classes[short] == 1 else "+".join(word.text.removesuffix("()") for word in words)), words))
+    return named
 
 
 def _read_options(text: str) -> tuple[str, Arm]:

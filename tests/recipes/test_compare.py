@@ -179,7 +179,7 @@ def test_a_folder_without_a_finished_run_takes_other_settings(tmp_path):
         (["--with", "AtrousRates", "--trainer.callbacks=pl_normkit.callbacks.AtrousRates"], "edit the network twice"),
         ([], "nothing to compare"),
         (["--with", "without=GammaDecay"], "choose another name"),
-        (["--with", "GammaDecay", "--with", "GammaDecay(policy='all')"], "two arms have one name"),
+        (["--with", "GammaDecay", "--with", "GammaDecay()"], "two arms have one name"),
         (["--arm", "slow"], "--arm cannot be read"),
         (["--arm", "slow:--model.lrr=3", *TINY], "lrr"),
         (["--arm", "slow:--seed_everything=3"], "--seeds"),

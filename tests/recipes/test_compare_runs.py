@@ -212,6 +212,12 @@ def test_arms_are_read_from_words():
     assert [arm.starts_alike for arm in arms.values()] == [True, True, True, False]
 
 
+def test_arms_of_one_class_are_named_by_their_arguments():
+    arms = parse_arms(["SwapNorms('rmsnorm')", "GammaDecay", "SwapNorms('dyt', alpha=1)"], [])
+
+    assert list(arms) == ["without", "SwapNorms('rmsnorm')", "GammaDecay", "SwapNorms('dyt', alpha=1)"]
+
+
 # Statistics, against scipy and by hand.
 
 
