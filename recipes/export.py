@@ -184,10 +184,12 @@ def export_network(
         return
     batch = torch.export.Dim("batch", min=1)
     shapes = tuple({0: batch} for _ in arguments)
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
         if path.suffix == ".pt2":
             torch.export.save(torch.export.export(network, arguments, dynamic_shapes=shapes), path)
             return
+        # Of several inputs it names the shared batch axis once, and warns of each other one.
+        warnings.filterwarnings("ignore", message="# The axis name")
         torch.onnx.export(
             network,
             arguments,

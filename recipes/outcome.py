@@ -77,9 +77,16 @@ def finish_fit(
     print_checkpoint(trainer, console)
     if draw is None:
         return
-    folder = Path(trainer.log_dir or trainer.default_root_dir)
+    folder = _log_folder(trainer)
     picture = folder / f"{sheet.partition(' ')[0]}.png"
     draw(picture)
     console.print(f"pictures:   {picture}", soft_wrap=True, highlight=False)
     pictures = finish_field(trainer, module, folder / "receptive_field.png", console)
     write_page(trainer, {sheet: picture, **pictures}, folder / "report.html", console)
+
+
+def _log_folder(trainer: L.Trainer) -> Path:
+    """As `trainer.log_dir`, which is broadcast and so waits for processes that have nothing to sum up and are gone."""
+    logger = trainer.loggers[0] if trainer.loggers else None
+    folder = getattr(logger, "log_dir", None) or getattr(logger, "save_dir", None)
+    return Path(folder or trainer.default_root_dir)
