@@ -9,6 +9,7 @@ __all__ = [
     "GammaDecay",
     "GaussianBias",
     "GradientHealth",
+    "GroupCount",
     "ModelAudit",
     "NaNGuard",
     "PositionalVariance",
@@ -24,6 +25,7 @@ from pl_normkit.callbacks.dropout_placement import DropoutPlacement
 from pl_normkit.callbacks.gamma_decay import GammaDecay
 from pl_normkit.callbacks.gaussian_bias import GaussianBias
 from pl_normkit.callbacks.gradient_health import GradientHealth
+from pl_normkit.callbacks.group_count import GroupCount
 from pl_normkit.callbacks.model_audit import ModelAudit
 from pl_normkit.callbacks.nan_guard import NaNGuard
 from pl_normkit.callbacks.positional_variance import PositionalVariance

@@ -132,8 +132,8 @@ class RecipeCLI(LightningCLI):
         self._print_scores("test")
 
     def after_predict(self) -> None:
+        what, place = self.find_predictions()  # on every rank: the folder is broadcast
         if self.trainer.is_global_zero:
-            what, place = self.find_predictions()
             Console().print(f"{what + ': ':<12}{place}", soft_wrap=True, highlight=False)
 
     @abstractmethod

@@ -190,6 +190,8 @@ def export_network(
         if path.suffix == ".pt2":
             torch.export.save(torch.export.export(network, arguments, dynamic_shapes=shapes), path)
             return
+        # Of several inputs it names the shared batch axis once, and warns of each other one.
+        warnings.filterwarnings("ignore", message="# The axis name")
         torch.onnx.export(
             network,
             arguments,

@@ -77,7 +77,7 @@ def finish_fit(
     """What every fit ends with: findings, the checkpoint, the sheet (named `sheet`) that `draw` writes, the field and the page."""
     print_findings(trainer, console)
     print_checkpoint(trainer, console)
-    folder = Path(trainer.log_dir or trainer.default_root_dir)
+    folder = _log_folder(trainer)
     folder.mkdir(parents=True, exist_ok=True)
     pictures: dict[str, Path] = {}
     if draw is not None:
@@ -87,3 +87,10 @@ def finish_fit(
         pictures[f"{sheet}, state at step {trainer.global_step}"] = picture
         pictures |= finish_field(trainer, module, folder / "receptive_field.png", console)
     write_page(trainer, module, pictures, folder / "report.html", console)
+
+
+def _log_folder(trainer: L.Trainer) -> Path:
+    """As `trainer.log_dir`, which is broadcast and so waits for processes that have nothing to sum up and are gone."""
+    logger = trainer.loggers[0] if trainer.loggers else None
+    folder = getattr(logger, "log_dir", None) or getattr(logger, "save_dir", None)
+    return Path(folder or trainer.default_root_dir)

@@ -138,7 +138,7 @@ class DiffusionModule(RecipeModule):
     def _log_distance(self, stage: str) -> None:
         distance = float(self.frechet.compute())
         self.frechet.reset()
-        self.log(f"{stage}_frechet", distance, prog_bar=True)
+        self.log(f"{stage}_frechet", distance, prog_bar=True, sync_dist=True)  # the sums are synced: alike on every rank
         if not self.trainer.sanity_checking:
             self.scores = {"frechet": distance, "loss": float(self.trainer.callback_metrics[f"{stage}_loss"])}
 

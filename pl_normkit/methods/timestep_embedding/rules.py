@@ -171,6 +171,7 @@ def time_weakened(subject: Subject) -> Iterator[Observation]:
     severity=Severity.NOTE,
     fix=apply_fewer_groups,
     fix_safety=FixSafety.UNSAFE,
+    preview=True,
 )
 def few_channels_per_group(subject: Subject) -> Iterator[Observation]:
     """What it does
@@ -178,6 +179,8 @@ def few_channels_per_group(subject: Subject) -> Iterator[Observation]:
 
     Why it hurts
     The mean of each group goes: of m channels per group 1 / m of the variance of the time is lost, more than an eighth below 8.
+    A preview: 4 channels per group keep three quarters of it, many published diffusion networks have as few (32 groups of 128
+    channels), and no gain of fewer groups was measured here.
 
     Evidence
     Channels per group.

@@ -20,7 +20,7 @@ def _seed() -> None:
 
 
 def codes(model: nn.Module, inputs: Any) -> dict[str, list[str]]:
-    findings = audit(model, inputs, select=["NK8"]).findings
+    findings = audit(model, inputs, select=["NK80", "NK803"]).findings
     return {finding.code: [place.module for place in finding.places] for finding in findings}
 
 
@@ -99,6 +99,12 @@ def test_diffusers() -> None:
                       "up_blocks.0.resnets.0", "up_blocks.0.resnets.1", "up_blocks.1.resnets.0", "up_blocks.1.resnets.1")
     )  # fmt: skip
     assert codes(unet(resnet_time_scale_shift="scale_shift"), inputs) == {}
+
+
+def test_few_channels_per_group_are_a_preview() -> None:
+    model, inputs = res_block("group of 4"), ResBlock.inputs()
+    assert audit(model, inputs).findings == []
+    assert [finding.code for finding in audit(model, inputs, select=["NK803"]).findings] == ["NK803"]
 
 
 def test_networks_without_a_time_are_silent() -> None:
