@@ -70,9 +70,16 @@ def write_page(trainer: L.Trainer, pictures: Mapping[str, Path], path: Path, con
 
 
 def finish_fit(
-    trainer: L.Trainer, module: L.LightningModule, draw: Callable[[Path], None] | None, console: Console, sheet: str = "validation images"
+    trainer: L.Trainer,
+    module: L.LightningModule,
+    draw: Callable[[Path], None] | None,
+    console: Console,
+    sheet: str = "validation images",
+    more: Mapping[str, Path] | None = None,
 ) -> None:
-    """What every fit ends with: findings, the checkpoint, the sheet (named `sheet`) that `draw` writes, the field and the page."""
+    """What every fit ends with: findings, the checkpoint, the sheet (named `sheet`) that `draw` writes, the field and the page, which has
+    `more` pictures by title.
+    """
     print_findings(trainer, console)
     print_checkpoint(trainer, console)
     if draw is None:
@@ -82,4 +89,4 @@ def finish_fit(
     draw(picture)
     console.print(f"pictures:   {picture}", soft_wrap=True, highlight=False)
     pictures = finish_field(trainer, module, folder / "receptive_field.png", console)
-    write_page(trainer, {sheet: picture, **pictures}, folder / "report.html", console)
+    write_page(trainer, {sheet: picture, **(more or {}), **pictures}, folder / "report.html", console)
