@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,5 +55,5 @@ def _by_crf(image: Tensor, shares: Tensor) -> Tensor:
     pixels = image.permute(1, 2, 0).contiguous().numpy()
     field.addPairwiseGaussian(sxy=_CRF["near_space"], compat=_CRF["near_weight"])
     field.addPairwiseBilateral(sxy=_CRF["space"], srgb=_CRF["colour"], rgbim=pixels, compat=_CRF["weight"])
-    found = torch.tensor(field.inference(_STEPS), dtype=torch.float32)
+    found = torch.from_numpy(np.array(field.inference(_STEPS), dtype=np.float32))
     return found.view(classes, height, width)
