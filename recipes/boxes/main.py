@@ -42,8 +42,7 @@ class BoxesCLI(RecipeCLI):
     def before_fit(self) -> None:
         super().before_fit()
         options = self.config_init[self.subcommand]
-        if self.trainer.logger is not None:
-            _ = self.trainer.logger.experiment  # it begins its folder now, while that is empty
+        getattr(self.trainer.logger, "experiment", None)  # a logger of files begins its folder now, while that is empty
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
         self._find_labels(options.stages)
         notes = run_stages(options.stages, options.classifier, self.datamodule, folder, self.build_bare_trainer, Console())

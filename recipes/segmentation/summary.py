@@ -53,7 +53,7 @@ def summarize_fit(
     if module.class_iou:
         print_iou(console, module.class_iou, f"validation after {trainer.global_step} steps")
     draw = partial(_draw_validation, module, data) if "val" in data.sources else None
-    finish_fit(trainer, module, draw, console, pictures)
+    finish_fit(trainer, module, draw, console, more=pictures)
 
 
 @torch.no_grad()
