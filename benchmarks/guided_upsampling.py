@@ -1,8 +1,9 @@
 """FDKN against DKN, forward and training step, and the memory of the sampling core against unfolded patches; CSV in results/.
 
-    python benchmarks/guided_upsampling.py [--size 480,640] [--device cuda]
+    python benchmarks/guided_upsampling.py [--size 480,640] [--train-size 240,320] [--device cuda]
 
-Times are medians of one process; read their ratios. Memory is what the process grew by at its peak (CPU), or torch's own count (CUDA).
+Times are medians of CPU seconds on one thread (wall time on CUDA); read their ratios. Memory is what the process grew by at its peak
+(CPU), or torch's own count (CUDA).
 """
 
 from __future__ import annotations
@@ -61,41 +62,45 @@ def grown_mib(which: str, size: tuple[int, int], device: str) -> float:
 def seconds(fast: bool, size: tuple[int, int], device: str, *, train: bool, repeats: int) -> float:
     network = DeformableKernelNetwork(fast).to(device).train(train)
     guidance, target = (torch.rand(1, channels, *size, device=device) for channels in (3, 1))
+    clock = time.perf_counter if device == "cuda" else time.process_time  # CPU time: other processes do not count
     found = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
+    for _ in range(repeats):
+        started = clock()
         with torch.set_grad_enabled(train):
             out = network(guidance, target)
             if train:
                 out.mean().backward()
         if device == "cuda":
             torch.cuda.synchronize()
-        found.append(time.perf_counter() - started)
-    return statistics.median(found[1:])
+        found.append(clock() - started)
+    return statistics.median(found)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="480,640")
+    parser.add_argument("--train-size", help="size of the training step, where the whole one takes too long")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--core", choices=["direct", "unfold"])
     options = parser.parse_args()
+    torch.set_num_threads(1)
     height, width = (int(side) for side in options.size.split(","))
     if options.core:
         print(grown_mib(options.core, (height, width), options.device))
         return
     inputs = core_inputs((24, 32), options.device)
     assert torch.allclose(JointFilter()(*inputs), unfolded(*inputs), atol=1e-5) or options.device != "cpu"
-    rows: list[tuple[str, str, str, float]] = []
-    for what, train in (("forward", False), ("training step", True)):
+    rows: list[tuple[str, str, str, float, str]] = []
+    for what, train, text in (("forward", False, options.size), ("training step", True, options.train_size or options.size)):
+        size = (int(text.split(",")[0]), int(text.split(",")[1]))
         for name, fast in (("FDKN", True), ("DKN", False)):
-            rows.append((what, name, "s", seconds(fast, (height, width), options.device, train=train, repeats=options.repeats)))
+            rows.append((what, name, "s", seconds(fast, size, options.device, train=train, repeats=options.repeats), text))
             print(*rows[-1], flush=True)
     for which in ("direct", "unfold"):
         words = [sys.executable, __file__, "--core", which, "--size", options.size, "--device", options.device]
         grown = float(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
-        rows.append(("memory of the sampling core", which, "MiB", grown))
+        rows.append(("memory of the sampling core", which, "MiB", grown, options.size))
         print(*rows[-1], flush=True)
     with RESULTS.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")

@@ -185,13 +185,11 @@ def export_network(
     batch = torch.export.Dim("batch", min=1)
     shapes = tuple({0: batch} for _ in arguments)
     with torch.no_grad(), warnings.catch_warnings():
-        # Of networks with several inputs: they share their first axis, as they should.
-        warnings.filterwarnings("ignore", message=r"# The axis name: batch will not be used", category=UserWarning)
+        # Of several inputs it names the shared batch axis once, and warns of each other one.
+        warnings.filterwarnings("ignore", message="# The axis name", category=UserWarning)
         if path.suffix == ".pt2":
             torch.export.save(torch.export.export(network, arguments, dynamic_shapes=shapes), path)
             return
-        # Of several inputs it names the shared batch axis once, and warns of each other one.
-        warnings.filterwarnings("ignore", message="# The axis name")
         torch.onnx.export(
             network,
             arguments,

@@ -72,14 +72,21 @@ def write_page(trainer: L.Trainer, module: L.LightningModule, pictures: Mapping[
 
 
 def finish_fit(
-    trainer: L.Trainer, module: L.LightningModule, draw: Callable[[Path], None] | None, console: Console, sheet: str = "validation images"
+    trainer: L.Trainer,
+    module: L.LightningModule,
+    draw: Callable[[Path], None] | None,
+    console: Console,
+    sheet: str = "validation images",
+    more: Mapping[str, Path] | None = None,
 ) -> None:
-    """What every fit ends with: findings, the checkpoint, the sheet (named `sheet`) that `draw` writes, the field and the page."""
+    """What every fit ends with: findings, the checkpoint, the sheet (named `sheet`) that `draw` writes, the field and the page, which has
+    `more` pictures by title.
+    """
     print_findings(trainer, console)
     print_checkpoint(trainer, console)
     folder = _log_folder(trainer)
     folder.mkdir(parents=True, exist_ok=True)
-    pictures: dict[str, Path] = {}
+    pictures = dict(more or {})
     if draw is not None:
         picture = folder / f"{sheet.partition(' ')[0]}.png"
         draw(picture)

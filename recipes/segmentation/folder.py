@@ -14,13 +14,13 @@ from pl_normkit.recipes.segmentation.files import Pair, require_masks
 _LAYOUT = "put the images into images/ and the masks, under the same names, into masks/"
 
 
-def read_class_names(root: Path, classes: Sequence[str] | str | None) -> list[str]:
+def read_class_names(root: Path, classes: Sequence[str] | str | None, least: int = 2) -> list[str]:
     """The class names themselves, or those in a text file, one a line; None reads `root/classes.txt`.
 
-    Raises DataError for a missing or empty file, fewer than two classes, an empty name or one that occurs twice.
+    Raises DataError for a missing or empty file, fewer than `least` classes, an empty name or one that occurs twice.
     """
     if classes is not None and not isinstance(classes, str):
-        return _check_class_names(list(classes), "--data.classes")
+        return _check_class_names(list(classes), "--data.classes", least)
     path = Path(classes) if classes is not None else root / "classes.txt"
     require_folder(root, "the data folder")
     try:
@@ -34,13 +34,18 @@ def read_class_names(root: Path, classes: Sequence[str] | str | None) -> list[st
         ) from error
     while lines and not lines[-1].strip():
         lines.pop()
-    return _check_class_names([line.strip() for line in lines], str(path))
+    return _check_class_names([line.strip() for line in lines], str(path), least)
 
 
-def _check_class_names(names: list[str], where: str) -> list[str]:
+def _check_class_names(names: list[str], where: str, least: int) -> list[str]:
     fix = "write one class name a line, in the order of the mask values, and the background too"
-    if len(names) < 2:
-        raise DataError("a class list needs at least two classes", where=where, evidence=f"it has {len(names)}: {names}", fix=fix)
+    if len(names) < least:
+        raise DataError(
+            f"a class list needs at least {('one class', 'two classes')[least - 1]}",
+            where=where,
+            evidence=f"it has {len(names)}: {names}",
+            fix=fix,
+        )
     for number, name in enumerate(names, 1):
         if not name:
             raise DataError("a class has no name", where=f"{where}, line {number}", fix=fix)

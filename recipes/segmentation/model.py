@@ -140,11 +140,15 @@ class SegmentationModule(RecipeModule):
         _check_tiles(tile_size, tile_overlap)
         self.tile_size = tile_size
         self.tile_overlap = tile_overlap
-        self.network = build_network(architecture, encoder_name, encoder_weights, len(self.class_names), **(model_options or {}))
+        self.network = self.make_network(architecture, encoder_name, encoder_weights, **(model_options or {}))
         self.loss = SegmentationLoss(loss, ignore_index)
         self.iou = ClassIoU(len(self.class_names), ignore_index)
         self.example_input_array = torch.zeros(2, 3, example_size, example_size)
         self.class_iou: dict[str, float] = {}
+
+    def make_network(self, architecture: str, encoder_name: str, encoder_weights: str | None, **options: Any) -> nn.Module:
+        """The network to train, from images to logits. Raises ModelSpecError."""
+        return build_network(architecture, encoder_name, encoder_weights, len(self.class_names), **options)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W), sides a multiple of 32, to logits (N, classes, H, W)."""

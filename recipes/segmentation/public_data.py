@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ADE20KData", "CityscapesData", "STAREData", "VOCData"]
+__all__ = ["ADE20KData", "CityscapesData", "STAREData", "VOCData", "find_voc_base", "read_public_names"]
 
 from functools import cache
 from pathlib import Path
@@ -23,7 +23,8 @@ _CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28,
 
 
 @cache
-def _class_names(data_set: str) -> list[str]:
+def read_public_names(data_set: str) -> list[str]:
+    """The classes of a public data set, in the order of their labels."""
     names: dict[str, list[str]] = yaml.safe_load(Path(__file__).with_name("class_names.yaml").read_text(encoding="utf-8"))
     return names[data_set]
 
@@ -36,6 +37,11 @@ def _find_base(root: Path, places: tuple[str, ...], needed: str) -> Path:
             return root / place
     looked = ", ".join(str(root / place / needed) for place in ("", *places))
     raise DataError("the data set is not laid out as expected", where=str(root), evidence=f"none of {looked}", fix="give its folder")
+
+
+def find_voc_base(root: Path) -> Path:
+    """The folder of `JPEGImages` in an unpacked VOC 2012. Raises DataError."""
+    return _find_base(root, ("VOC2012", "VOCdevkit/VOC2012"), "JPEGImages")
 
 
 class VOCData(FilesData):
@@ -56,12 +62,12 @@ class VOCData(FilesData):
     def __init__(
         self, root: str, train_list: str = "train", val_list: str = "val", mask_folder: str = "SegmentationClass", **options: Any
     ) -> None:
-        super().__init__(_class_names("voc"), None, root, **options)
+        super().__init__(read_public_names("voc"), None, root, **options)
         self.lists: dict[Part, str] = {"train": train_list, "val": val_list}
         self.mask_folder = mask_folder
 
     def find_pairs(self) -> dict[Part, list[Pair]]:
-        base = _find_base(self.root, ("VOC2012", "VOCdevkit/VOC2012"), "JPEGImages")
+        base = find_voc_base(self.root)
         require_folder(base / self.mask_folder, "the mask folder")
         images = name_images(base / "JPEGImages", "unpack the archive there")
         found: dict[Part, list[Pair]] = {}
@@ -86,7 +92,7 @@ class ADE20KData(FilesData):
     """
 
     def __init__(self, root: str, ignore_index: int = 255, **options: Any) -> None:
-        names = _class_names("ade20k")
+        names = read_public_names("ade20k")
         table = (ignore_index, *range(len(names)))
         code = MaskCode(names, ignore_index, table, values=f"0 for other objects and 1 to {len(names)} for the classes")
         super().__init__(names, code, root, ignore_index=ignore_index, **options)
@@ -121,8 +127,8 @@ class CityscapesData(FilesData):
         table = [ignore_index] * 34 + [NO_LABEL] * (255 - 34) + [ignore_index]  # -1, the licence plates, is 255 in 8 bits
         for label, stored in enumerate(_CITYSCAPES_IDS):
             table[stored] = label
-        code = MaskCode(_class_names("cityscapes"), ignore_index, tuple(table), values="label ids: 0 to 33, or 255 for -1")
-        super().__init__(_class_names("cityscapes"), code, root, ignore_index=ignore_index, **options)
+        code = MaskCode(read_public_names("cityscapes"), ignore_index, tuple(table), values="label ids: 0 to 33, or 255 for -1")
+        super().__init__(read_public_names("cityscapes"), code, root, ignore_index=ignore_index, **options)
 
     def find_pairs(self) -> dict[Part, list[Pair]]:
         base = _find_base(self.root, ("cityscapes",), "leftImg8bit")
@@ -153,7 +159,7 @@ class STAREData(FilesData):
     """
 
     def __init__(self, root: str, annotator: Literal["ah", "vk"] = "ah", val_share: float = 0.5, **options: Any) -> None:
-        names = _class_names("stare")
+        names = read_public_names("stare")
         code = MaskCode(
             names, options.get("ignore_index", 255), (0,) * 128 + (1,) * 128, values="dark background and bright vessels", mode="L"
         )

@@ -44,14 +44,16 @@ def print_iou(console: Console, class_iou: Mapping[str, float], title: str) -> N
     console.print(table)
 
 
-def summarize_fit(trainer: L.Trainer, module: SegmentationModule, data: SegmentationData, console: Console) -> None:
-    """Print the result of a fit; rank zero prints and draws, the others do nothing."""
+def summarize_fit(
+    trainer: L.Trainer, module: SegmentationModule, data: SegmentationData, console: Console, pictures: Mapping[str, Path] | None = None
+) -> None:
+    """Print the result of a fit, and put more `pictures` by title on its page; rank zero does, the others do nothing."""
     if not trainer.is_global_zero:
         return
     if module.class_iou:
         print_iou(console, module.class_iou, f"validation after {trainer.global_step} steps")
     draw = partial(_draw_validation, module, data) if "val" in data.sources else None
-    finish_fit(trainer, module, draw, console)
+    finish_fit(trainer, module, draw, console, more=pictures)
 
 
 @torch.no_grad()

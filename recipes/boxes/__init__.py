@@ -1,0 +1,25 @@
+"""Segmentation from boxes: a box classifier, pseudo labels by its attention, and any smp architecture trained on what may be wrong."""
+
+from pl_normkit.recipes.boxes.classifier import BoxClassifierModule as BoxClassifierModule
+from pl_normkit.recipes.boxes.data import BoxesData as BoxesData
+from pl_normkit.recipes.boxes.data import COCOData as COCOData
+from pl_normkit.recipes.boxes.data import FolderData as FolderData
+from pl_normkit.recipes.boxes.data import TextureObjects as TextureObjects
+from pl_normkit.recipes.boxes.data import VOCData as VOCData
+from pl_normkit.recipes.boxes.main import run as run
+from pl_normkit.recipes.boxes.model import BoxSegmentationModule as BoxSegmentationModule
+from pl_normkit.recipes.boxes.model import CosineSegmenter as CosineSegmenter
+from pl_normkit.recipes.boxes.notes import BoxNotes as BoxNotes
+
+__all__ = [
+    "BoxClassifierModule",
+    "BoxNotes",
+    "BoxSegmentationModule",
+    "BoxesData",
+    "COCOData",
+    "CosineSegmenter",
+    "FolderData",
+    "TextureObjects",
+    "VOCData",
+    "run",
+]

@@ -1,0 +1,85 @@
+"""`pl-normkit run boxes`: LightningCLI over the three stages, with defaults that train on TextureObjects."""
+
+from __future__ import annotations
+
+__all__ = ["RECIPE", "BoxesCLI", "run"]
+
+from pathlib import Path
+
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import LightningArgumentParser
+from rich.console import Console
+
+from pl_normkit.recipes.boxes.classifier import BoxClassifierModule
+from pl_normkit.recipes.boxes.data import BoxesData
+from pl_normkit.recipes.boxes.export import COSINE_FORM
+from pl_normkit.recipes.boxes.model import BoxSegmentationModule
+from pl_normkit.recipes.boxes.notes import BoxNotes
+from pl_normkit.recipes.boxes.stages import Stages, run_stages
+from pl_normkit.recipes.boxes.summary import summarize_boxes
+from pl_normkit.recipes.command_line import Recipe, RecipeCLI
+from pl_normkit.recipes.export import run_or_export
+from pl_normkit.recipes.segmentation.summary import print_iou
+from pl_normkit.recipes.segmentation.writer import MaskWriter
+
+
+class BoxesCLI(RecipeCLI):
+    """LightningCLI whose fit first trains the classifier and labels the training images."""
+
+    datamodule: BoxesData
+    model: BoxSegmentationModule
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(BoxClassifierModule, "classifier")
+        parser.add_class_arguments(Stages, "stages")
+        for part in ("model", "classifier"):
+            parser.link_arguments("data.class_names", f"{part}.class_names", apply_on="instantiate")
+        parser.link_arguments("data.ignore_index", "model.ignore_index", apply_on="instantiate")
+        parser.link_arguments("data.crop_size", "model.example_size", apply_on="instantiate")
+        self.add_checkpoint_arguments(parser, RECIPE.metric)
+        parser.add_lightning_class_args(MaskWriter, "masks")
+
+    def before_fit(self) -> None:
+        super().before_fit()
+        options = self.config_init[self.subcommand]
+        getattr(self.trainer.logger, "experiment", None)  # a logger of files begins its folder now, while that is empty
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+        self._find_labels(options.stages)
+        notes = run_stages(options.stages, options.classifier, self.datamodule, folder, self.build_bare_trainer, Console())
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        callbacks += [*notes, BoxNotes()]
+
+    def _find_labels(self, stages: Stages) -> None:
+        """A resumed fit goes on with the labels of the run its checkpoint is from."""
+        path = self.config[self.subcommand].ckpt_path
+        beside = Path(path).parent.parent / "labels" if path is not None else None
+        if stages.labels is None and beside is not None and beside.is_dir():
+            stages.labels = beside
+
+    def summarize(self, console: Console) -> None:
+        summarize_boxes(self.trainer, self.model, self.datamodule, console)
+
+    def print_scores(self, console: Console, title: str) -> None:
+        print_iou(console, self.model.class_iou, title)
+
+    def find_predictions(self) -> tuple[str, Path]:
+        return "masks", self.callback_of(MaskWriter).find_folder(self.trainer)
+
+
+RECIPE = Recipe(
+    "boxes",
+    BoxesCLI,
+    BoxSegmentationModule,
+    BoxesData,
+    default_config=Path(__file__).with_name("default.yaml"),
+    default_data=Path(__file__).with_name("texture_objects.yaml"),
+    metric="val_miou",
+)
+
+
+def run(args: list[str]) -> int:
+    """Run the recipe with command line arguments: `[fit|validate|test|predict|export] [options]`, "fit" being the default.
+
+    Options left out come from `default.yaml` beside this file. Returns 0. Raises NormkitError for bad input.
+    """
+    return run_or_export(RECIPE, COSINE_FORM, args)

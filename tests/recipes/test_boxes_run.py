@@ -1,0 +1,185 @@
+"""The recipe from its commands: all stages on built-in scenes and on a folder of one's own, resumed, tested, exported."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from boxes_tree import SIZE, write_box, write_boxed
+from PIL import Image
+
+from pl_normkit.cli import main
+from pl_normkit.errors import ConfigError
+from pl_normkit.recipes.boxes import CosineSegmenter, run
+
+SMALL = [
+    "--classifier.side=64",
+    "--classifier.steps=2",
+    "--classifier.batch_size=4",
+    "--model.encoder_name=tu-test_resnet",
+    "--model.model_options={encoder_depth: 3, decoder_channels: [16, 16, 16]}",
+    "--trainer.max_steps=1",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+]
+QUICK = [*SMALL, "--trainer.callbacks=null"]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def _on_folder(folder: Path, *more: str) -> list[str]:
+    small = ["--data.crop_size=64", "--data.batch_size=2", "--data.num_workers=0"]
+    return ["--data=FolderData", f"--data.root={folder}", *small, *QUICK, *more]
+
+
+def _latest(here: Path) -> Path:
+    return max((here / "runs" / "boxes").iterdir(), key=lambda path: int(path.name.removeprefix("version_")))
+
+
+def test_one_command_runs_three_stages_under_audit_and_draws_them(here, capsys):
+    small = ["--data.train_count=8", "--data.val_count=2", "--data.image_size=64", "--data.crop_size=64", "--data.batch_size=4"]
+    assert run([*SMALL, *small]) == 0
+
+    shown, version = capsys.readouterr().out, _latest(here)
+    assert re.search(r"the two maps differ in [\d.]+% of the pixels", shown)
+    assert all(re.search(rf"{re.escape(name)} +│ +0\.\d+", shown) for name in ("boxes filled", "first (refined)", "second (retrieval)"))
+    assert re.search(r"mean \(mIoU\) +│ +[01]\.\d+", shown)
+    assert "NK313" in shown or re.search(r"findings: +\d", shown)
+    for kind in ("first", "second", "confidence", "attention"):
+        assert len(list((version / "labels" / kind).iterdir())) == 8
+    assert (version / "classifier.ckpt").is_file()
+    with Image.open(version / "labels.png") as sheet:
+        assert sheet.width > 6 * 64
+    assert (version / "report.html").read_text(encoding="utf-8").count("data:image/png") == 2
+
+
+def test_resume_reuse_test_predict_and_export_on_a_folder(here, capsys):
+    folder = here / "data"
+    write_boxed(folder, 6)
+    assert run(["fit", *_on_folder(folder)]) == 0
+    first = _latest(here)
+    last = first / "checkpoints" / "last.ckpt"
+
+    assert run(["fit", *_on_folder(folder, "--trainer.max_steps=2", f"--ckpt_path={last}")]) == 0
+    resumed = _latest(here)
+    assert torch.load(resumed / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
+    assert not (resumed / "labels").exists()  # it went on with those of the first run
+
+    capsys.readouterr()
+    assert run(["fit", *_on_folder(folder, f"--stages.classifier={first / 'classifier.ckpt'}", "--model.noise=ignored")]) == 0
+    again = _latest(here)
+    assert not (again / "classifier.ckpt").exists()
+    for path in (first / "labels" / "first").iterdir():
+        assert path.read_bytes() == (again / "labels" / "first" / path.name).read_bytes()
+
+    assert run(["test", *_on_folder(folder, f"--ckpt_path={last}")]) == 0
+    assert "mean (mIoU)" in capsys.readouterr().out
+    assert (
+        run(["predict", *_on_folder(folder, f"--data.predict_dir={folder / 'images'}", "--masks.output_dir=out", f"--ckpt_path={last}")])
+        == 0
+    )
+    with Image.open(here / "out" / "0.png") as mask:
+        assert (mask.size, set(np.unique(np.array(mask))) <= {0, 1, 2}) == (SIZE[::-1], True)
+    assert main(["run", "boxes", "export", f"--ckpt_path={last}", "--to=out/model.pt"]) == 0
+    assert "CosineSegmenter('Unet', 'tu-test_resnet', None, 3" in capsys.readouterr().out
+    plain = CosineSegmenter("Unet", "tu-test_resnet", None, 3, encoder_depth=3, decoder_channels=[16, 16, 16])
+    plain.load_state_dict(torch.load("out/model.pt", weights_only=True))
+    assert float(plain.eval()(torch.rand(1, 3, 64, 64)).abs().max()) <= 20.001
+
+
+def test_without_masks_it_trains_and_says_that_nothing_scores_it(here, capsys):
+    folder = here / "data"
+    write_boxed(folder, 5, form="txt", masks=False)
+    assert run(_on_folder(folder)) == 0
+    shown = capsys.readouterr().out
+    assert "there are no masks to score them by" in shown
+    assert "does not occur" in shown
+
+
+def _box(box: tuple[int, int, int, int]):
+    def spoil(folder: Path) -> list[str]:
+        write_box(folder / "boxes" / "3.json", box, 1)
+        return []
+
+    return spoil
+
+
+def _no_boxes(folder: Path) -> list[str]:
+    for path in (folder / "boxes").iterdir():
+        path.unlink()
+    return []
+
+
+def _empty_boxes(folder: Path) -> list[str]:
+    for path in (folder / "boxes").iterdir():
+        path.write_text('{"boxes": [], "labels": []}')
+    return []
+
+
+def _mask_size(folder: Path) -> list[str]:
+    Image.fromarray(np.zeros((10, 10), np.uint8)).save(folder / "masks" / "3.png")
+    return []
+
+
+def _mask_value(folder: Path) -> list[str]:
+    Image.fromarray(np.full(SIZE, 9, np.uint8)).save(folder / "masks" / "3.png")
+    return []
+
+
+def _mask_colours(folder: Path) -> list[str]:
+    Image.fromarray(np.zeros((*SIZE, 3), np.uint8)).save(folder / "masks" / "3.png")
+    return []
+
+
+def _deep_image(folder: Path) -> list[str]:
+    Image.fromarray(np.zeros(SIZE, np.uint16)).save(folder / "images" / "3.png")
+    return []
+
+
+def _no_classes(folder: Path) -> list[str]:
+    (folder / "classes.txt").write_text("")
+    return []
+
+
+@pytest.mark.parametrize(
+    ("spoil", "what", "where"),
+    [
+        (_box((50, 10, 20, 30)), "no area", "boxes/3.json, box 1"),
+        (_box((50, 10, 400, 30)), "leaves its image", "boxes/3.json, box 1"),
+        (_no_boxes, "a training image has no boxes", "images/"),
+        (_empty_boxes, "no training image has a box", "images"),
+        (_mask_size, "another size than its image", "masks/3.png"),
+        (_mask_value, "class out of range", "masks/3.png"),
+        (_mask_colours, "does not hold class indices", "masks/3.png"),
+        (_deep_image, "more than 8 bits", "images/3.png"),
+        (_no_classes, "at least one class", "classes.txt"),
+        (lambda folder: ["--classifier.side=50"], "cannot be squashed", "--classifier.side"),
+        (lambda folder: ["--classifier.encoder_name=resnet1"], "cannot build the encoder", "resnet1"),
+        (lambda folder: ["--stages.labels=nowhere"], "labels of an earlier run are not there", "nowhere"),
+        (lambda folder: [f"--stages.classifier={folder / 'classes.txt'}"], "classifier cannot be restored", "classes.txt"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_two(here, capsys, spoil, what, where):
+    folder = here / "data"
+    write_boxed(folder, 5)
+    code = main(["run", "boxes", "fit", *_on_folder(folder), *spoil(folder)])
+    message = capsys.readouterr().err
+    assert (code, message.count("error: ")) == (2, 1)
+    assert what in message
+    assert where in message
+    assert "fix: " in message
+    assert "Traceback" not in message
+
+
+def test_the_classifier_of_other_classes_is_refused(here):
+    write_boxed(here / "data", 5)
+    assert run(_on_folder(here / "data")) == 0
+    saved = _latest(here) / "classifier.ckpt"
+    (here / "data" / "classes.txt").write_text("dog\ncat\n")
+    with pytest.raises(ConfigError, match="other classes"):
+        run(_on_folder(here / "data", f"--stages.classifier={saved}"))
