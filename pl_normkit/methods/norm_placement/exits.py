@@ -62,7 +62,8 @@ class _Additions(TorchFunctionMode):
             self._calls[path] += 1
             if isinstance(module, nn.Dropout) and module.p == 0 and arguments:
                 output = arguments[0]
-            if isinstance(output, Tensor):
+            runs_children = type(module).forward is nn.Sequential.forward  # an edit at it would become one of them
+            if isinstance(output, Tensor) and not runs_children:
                 self._kept.append(output)
                 self._makers.setdefault(id(output), []).append(path)
             return output

@@ -147,7 +147,7 @@ def fold_layer_norm_scaling(model: nn.Module) -> Changes:
     >>> encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
     >>> _ = place_norms(encoder, "lns", torch.zeros(5, 2, 8))
     >>> changes = fold_layer_norm_scaling(encoder)
-    >>> round(float(encoder.layers[1].norm1.weight[0]), 4)
+    >>> round(encoder.layers[1].norm1.weight[0].item(), 4)
     0.7071
     """
     model = unwrapped(model)
