@@ -517,7 +517,10 @@ TORCHAUDIO: dict[str, tuple[dict[str, Any], Callable[[], Inputs]]] = {
         lambda: (zeros(17, 32), lengths(17)),
     ),
     "Wav2Letter": ({"input_type": "mfcc", "num_features": 20, "num_classes": 10}, lambda: zeros(20, 100)),
-    "WaveRNN": ({"upsample_scales": [2, 2], "n_classes": 8, "hop_length": 4, "n_freq": 10, "n_rnn": 16, "n_fc": 16}, lambda: (zeros(1, 24), zeros(1, 10, 10))),
+    "WaveRNN": (
+        {"upsample_scales": [2, 2], "n_classes": 8, "hop_length": 4, "n_freq": 10, "n_rnn": 16, "n_fc": 16},
+        lambda: (zeros(1, 24), zeros(1, 10, 10)),
+    ),
     "wav2vec2_model": (_waves(), lambda: zeros(800)),
     "hubert_pretrain_model": (
         _waves(

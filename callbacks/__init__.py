@@ -12,6 +12,7 @@ __all__ = [
     "GroupCount",
     "ModelAudit",
     "NaNGuard",
+    "NormPlacement",
     "PositionalVariance",
     "ScaleEqualization",
     "StochasticPooling",
@@ -28,6 +29,7 @@ from pl_normkit.callbacks.gradient_health import GradientHealth
 from pl_normkit.callbacks.group_count import GroupCount
 from pl_normkit.callbacks.model_audit import ModelAudit
 from pl_normkit.callbacks.nan_guard import NaNGuard
+from pl_normkit.callbacks.norm_placement import NormPlacement
 from pl_normkit.callbacks.positional_variance import PositionalVariance
 from pl_normkit.callbacks.scale_equalization import ScaleEqualization
 from pl_normkit.callbacks.stochastic_pooling import StochasticPooling

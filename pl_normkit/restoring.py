@@ -4,6 +4,8 @@ from __future__ import annotations
 
 __all__ = ["KEY", "attribute_records", "edit_records", "fix_records", "restore_edits", "restore_records"]
 
+import importlib
+import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,9 +23,9 @@ KEY = "edits"
 
 
 def restore_edits(model: nn.Module, checkpoint: Mapping[str, Any]) -> Changes:
-    """Make the edits that `ModelAudit(fix=...)`, `DropoutPlacement` or `AtrousRates` made in the run that wrote a checkpoint.
+    """Make the edits that `ModelAudit(fix=...)`, `DropoutPlacement`, `AtrousRates` or `NormPlacement` made in the run of a checkpoint.
 
-    Parameters and their names stay, so call it before or after `load_state_dict`. A Trainer with the callback does this by itself.
+    Call it before `load_state_dict`: some edits add parameters, none renames one. A Trainer with the callback does this by itself.
 
     Args:
         model: the LightningModule, or the network that was edited, as it was before the edits.
@@ -81,10 +83,20 @@ def _restore_record(model: nn.Module, record: Mapping[str, Any]) -> Changes:
         path = _path_in(model, record["module"])
         return apply_edits(model, [SetAttributes(path, record["values"], ", ".join(f"{k} {v}" for k, v in record["values"].items()))])
     network = _module_at(model, record["network"])
+    if "room" in record:
+        return _room(record["room"]).restore(network, record)  # type: ignore[no-any-return]
     device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
     places = tuple(_path_in(model, path) for path in record["places"])
     inputs = tree_map(lambda leaf: _from_spec(leaf, device), record["inputs"], is_leaf=_is_spec)
     return apply_fixes(unwrapped(model), inputs, [PlannedFix(record["fix"], places)], network=network)
+
+
+def _room(name: str) -> Any:
+    """The fixes of a room that puts back its own. Raises EditError for another name."""
+    path = f"pl_normkit.methods.{name}.fix"
+    if not name.isidentifier() or importlib.util.find_spec(f"pl_normkit.methods.{name}") is None:
+        raise EditError(f"there is no method {name!r}", fix="load the checkpoint with the version of pl_normkit that wrote it")
+    return importlib.import_module(path)
 
 
 def _module_at(model: nn.Module, path: str) -> nn.Module:

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from pl_normkit.errors import ConfigError
 from pl_normkit.methods.fusion_scale import ScaleEqualizer, fold
+from pl_normkit.methods.norm_placement import fold_layer_norm_scaling
+from pl_normkit.methods.norm_placement.pieces import placed_in
 from pl_normkit.recipes.command_line import Recipe, RecipeCLI, run_recipe
 
 
@@ -161,7 +163,7 @@ def export_network(
     inputs: Sequence[str] = ("images",),
     output: str = "logits",
 ) -> None:
-    """Write `network` in the format that the suffix of `path` names; it is left in evaluation mode, scale equalizers folded where exact.
+    """Write `network` in the format that the suffix of `path` names. It is left in evaluation mode, and what can be folded exactly is.
 
     Args:
         network: from `arguments` to one tensor.
@@ -178,6 +180,8 @@ def export_network(
     path.parent.mkdir(parents=True, exist_ok=True)
     if any(isinstance(module, ScaleEqualizer) for module in network.modules()):
         fold(network)
+    if any(placed["kind"] == "lns" for placed in placed_in(network)):
+        fold_layer_norm_scaling(network)
     if path.suffix == ".pt":
         _require_same(network, build().eval(), tuple(torch.rand_like(value) if value.is_floating_point() else value for value in arguments))
         torch.save(network.state_dict(), path)

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-__all__ = ["Dominators", "between", "last_resize", "leading", "main_inputs", "walk_branch"]
+__all__ = ["Dominators", "between", "block_of", "last_resize", "leading", "main_inputs", "walk_branch"]
 
 from collections.abc import Iterable, Sequence
 
 from pl_normkit.graph.nodes import Kind, Node
 from pl_normkit.graph.structure import Branch
+
+
+def block_of(module: str) -> str:
+    """The longest leading part of a path whose last name ends in a digit: the block that holds the module; the path itself without one.
+
+    >>> block_of("bert.encoder.layer.0.attention.output"), block_of("features.1.0"), block_of("mixer")
+    ('bert.encoder.layer.0', 'features.1.0', 'mixer')
+    """
+    names = module.split(".")
+    numbered = [index for index, name in enumerate(names) if name[-1:].isdigit()]
+    return ".".join(names[: numbered[-1] + 1]) if numbered else module
 
 
 class Dominators:

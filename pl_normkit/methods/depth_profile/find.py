@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["Addition", "Call", "block_of", "find_additions"]
+__all__ = ["Addition", "Call", "find_additions"]
 
 from collections import Counter
 from dataclasses import dataclass
 
 from pl_normkit.graph import ModelGraph, ResidualAdd
 from pl_normkit.graph.nodes import Kind, Node
+from pl_normkit.graph.paths import block_of
 
 _CHANNELS_SECOND = frozenset(("batch_norm", "group_norm", "instance_norm"))
 
@@ -49,17 +50,6 @@ class Addition:
     width: int
     is_nested: bool
     parameters: tuple[str, ...]
-
-
-def block_of(module: str) -> str:
-    """The longest leading part of a path whose last name ends in a digit: the block that holds the module; the path itself without one.
-
-    >>> block_of("bert.encoder.layer.0.attention.output"), block_of("features.1.0"), block_of("mixer")
-    ('bert.encoder.layer.0', 'features.1.0', 'mixer')
-    """
-    names = module.split(".")
-    numbered = [index for index, name in enumerate(names) if name[-1:].isdigit()]
-    return ".".join(names[: numbered[-1] + 1]) if numbered else module
 
 
 def find_additions(graph: ModelGraph) -> list[Addition]:

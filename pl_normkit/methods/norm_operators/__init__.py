@@ -4,7 +4,7 @@ Sources: "Pre-RMSNorm and Pre-CRMSNorm Transformers", arXiv 2305.14858, for the 
 
     last_dim.py        operations that treat rows alike, layers that read and write them
     find.py            layer norms whose input can be given zero mean
-    weights.py         new values for parameters as one edit; the run before and after that must agree
+    weights.py         the run before and after a conversion that must agree
     fold.py            `fold_norms`: scale and shift into the next linear layers
     rms_conversion.py  `to_rmsnorm`: layer norms to RMS norms with the same function
     recalibrate.py     `recalibrate_batch_norm`: running statistics of other data, or precise ones

@@ -15,8 +15,9 @@ from pl_normkit.graph import ModelGraph, Node
 from pl_normkit.graph.structure import Norm
 from pl_normkit.methods.norm_operators.last_dim import Layer, averages_rows, factor_of, keeps_rows, layer_of, readers_by_parameter
 from pl_normkit.methods.norm_operators.modules import ShiftedRMSNorm
-from pl_normkit.methods.norm_operators.weights import SetValues, convert_checked, refuse_sharded
+from pl_normkit.methods.norm_operators.weights import convert_checked, refuse_sharded
 from pl_normkit.surgery import Change, Changes, Edit, Filter, Replace, get_module
+from pl_normkit.values import SetValues
 from pl_normkit.wrappers import unwrapped
 
 

@@ -16,9 +16,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pl_normkit.errors import ConfigError, DataError, NothingMatchedError
 from pl_normkit.graph import call_arguments
-from pl_normkit.methods.norm_operators.weights import SetValues
 from pl_normkit.preserve import preserved
 from pl_normkit.surgery import Change, Changes, Edit, Filter, apply_edits
+from pl_normkit.values import SetValues
 from pl_normkit.wrappers import unwrapped
 
 

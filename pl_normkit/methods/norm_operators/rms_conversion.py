@@ -14,8 +14,9 @@ from pl_normkit.errors import NothingMatchedError
 from pl_normkit.graph import ModelGraph, Node
 from pl_normkit.methods.norm_operators.find import Stream, Writer, find_streams
 from pl_normkit.methods.norm_operators.modules import Recentre, ShiftedRMSNorm
-from pl_normkit.methods.norm_operators.weights import SetValues, convert_checked, refuse_sharded
+from pl_normkit.methods.norm_operators.weights import convert_checked, refuse_sharded
 from pl_normkit.surgery import Change, Changes, Edit, Insert, Replace, get_module
+from pl_normkit.values import SetValues
 from pl_normkit.wrappers import unwrapped
 
 RECENTRE = "recentre"

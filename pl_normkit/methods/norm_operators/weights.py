@@ -1,11 +1,10 @@
-"""New values for parameters and buffers as one edit, and the run before and after it that must agree."""
+"""The run before and after a conversion that must agree."""
 
 from __future__ import annotations
 
-__all__ = ["SetValues", "convert_checked", "refuse_sharded"]
+__all__ = ["convert_checked", "refuse_sharded"]
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,45 +15,7 @@ from torch.utils._pytree import tree_leaves
 from pl_normkit.errors import EditError
 from pl_normkit.graph import call_arguments
 from pl_normkit.preserve import preserved
-from pl_normkit.surgery import Change, Changes, Edit, Undo, apply_edits, get_module
-
-
-@dataclass(frozen=True)
-class SetValues:
-    """Write new values into parameters and buffers, which stay the same objects. Names are those of the state_dict."""
-
-    module: str
-    values: Mapping[str, Tensor]
-    what: str
-
-    def check(self, model: nn.Module) -> None:
-        for name, value in self.values.items():
-            if _held(model, name).shape != value.shape:
-                raise EditError("new values have another shape", where=name)
-
-    def is_done(self, model: nn.Module) -> bool:
-        return all(torch.equal(_held(model, name), value) for name, value in self.values.items())
-
-    @torch.no_grad()
-    def apply(self, model: nn.Module) -> tuple[Change, Undo]:
-        parameters = {name: _held(model, name) for name in self.values}
-        saved = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-        for name, value in self.values.items():
-            parameters[name].copy_(value)
-
-        @torch.no_grad()
-        def undo() -> None:
-            for name, parameter in parameters.items():
-                parameter.copy_(saved[name])
-
-        return Change(self.module, self.what), undo
-
-
-def _held(model: nn.Module, name: str) -> Tensor:
-    path, _, last = name.rpartition(".")
-    found = getattr(get_module(model, path), last)
-    assert isinstance(found, Tensor)
-    return found
+from pl_normkit.surgery import Change, Changes, Edit, apply_edits
 
 
 def refuse_sharded(model: nn.Module) -> None:

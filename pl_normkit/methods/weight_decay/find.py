@@ -135,7 +135,8 @@ def read_graph(model: nn.Module, graph: ModelGraph) -> ModelRoles:
     for before, name in names.items():
         role = read.get(before, Role.UNKNOWN)
         role = role_in_module(*holders[name]) if role is Role.UNKNOWN else role
-        roles[name] = Role.OWN if is_own(holders[name][0]) and role not in _PLAIN else role
+        is_plain = role in _PLAIN and not (role in GAMMAS and getattr(holders[name][0], "sets_own_scale", False))
+        roles[name] = Role.OWN if is_own(holders[name][0]) and not is_plain else role
     core = frozenset(names[before] for before in core_gammas(context))
     return ModelRoles(roles, core, len(core_blocks(context)), peers=decayed_by_peers(model))
 

@@ -1,0 +1,52 @@
+"""New values for parameters and buffers as one edit."""
+
+from __future__ import annotations
+
+__all__ = ["SetValues"]
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pl_normkit.errors import EditError
+from pl_normkit.surgery import Change, Undo, get_module
+
+
+@dataclass(frozen=True)
+class SetValues:
+    """Write new values into parameters and buffers, which stay the same objects. Names are those of the state_dict."""
+
+    module: str
+    values: Mapping[str, Tensor]
+    what: str
+
+    def check(self, model: nn.Module) -> None:
+        for name, value in self.values.items():
+            if _held(model, name).shape != value.shape:
+                raise EditError("new values have another shape", where=name)
+
+    def is_done(self, model: nn.Module) -> bool:
+        return all(torch.equal(_held(model, name), value) for name, value in self.values.items())
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module) -> tuple[Change, Undo]:
+        parameters = {name: _held(model, name) for name in self.values}
+        saved = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        for name, value in self.values.items():
+            parameters[name].copy_(value)
+
+        @torch.no_grad()
+        def undo() -> None:
+            for name, parameter in parameters.items():
+                parameter.copy_(saved[name])
+
+        return Change(self.module, self.what), undo
+
+
+def _held(model: nn.Module, name: str) -> Tensor:
+    path, _, last = name.rpartition(".")
+    found = getattr(get_module(model, path), last)
+    assert isinstance(found, Tensor)
+    return found

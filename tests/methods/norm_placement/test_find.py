@@ -1,0 +1,44 @@
+"""Layers as people count them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+
+from pl_normkit.methods.norm_placement.find import read_layout
+from tests.methods.norm_placement.by_hand import bert, swin, torch_encoder
+
+
+def t5() -> tuple[nn.Module, Any]:
+    config = tf.T5Config(d_model=16, d_ff=32, num_layers=2, num_heads=4, d_kv=4, vocab_size=50)
+    return tf.T5EncoderModel(config), {"input_ids": torch.arange(16).reshape(2, 8)}
+
+
+@pytest.mark.parametrize(
+    ("make", "layers", "heads"),
+    [
+        (t5, [1, 1, 2, 2], [4, 0, 4, 0]),
+        (bert, [1, 1, 2, 2, 3, 3], [4, 0, 4, 0, 4, 0]),
+        (swin, [1, 1, 2, 2, 3, 3], [1, 0, 1, 0, 2, 0]),
+        (lambda: (nn.TransformerEncoderLayer(16, 4, 32), torch.randn(6, 2, 16)), [1, 1], [4, 0]),
+    ],
+    ids=["t5", "bert", "swin", "one layer"],
+)
+def test_layers_and_heads(make: Callable[[], tuple[nn.Module, Any]], layers: list[int], heads: list[int]) -> None:
+    layout = read_layout(*make())
+    assert [site.layer for site in layout.sites] == layers
+    assert [site.heads for site in layout.sites] == heads
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_where_the_norms_stand(norm_first: bool) -> None:
+    sites = read_layout(*torch_encoder(norm_first=norm_first)).sites
+    assert [site.is_entry for site in sites] == [norm_first] * 6
+    assert [site.post_norm.module if site.post_norm else "" for site in sites[:2]] == (
+        [""] * 2 if norm_first else ["layers.0.norm1", "layers.0.norm2"]
+    )

@@ -1,0 +1,491 @@
+"""Placements against blocks written by hand, on the models of libraries: twice as once, undone bit for bit, refused by name."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pl_normkit import parameter_roles, place_norms
+from pl_normkit.errors import ConfigError, EditError, NothingMatchedError
+from pl_normkit.graph import ModelGraph
+from pl_normkit.graph.sharing import TraceStore, shared_traces
+from pl_normkit.methods.norm_placement.modules import HeadGain, OutputNorm, ShortcutGain
+from pl_normkit.methods.norm_placement.placements import NOT_BY_EDITS, PLACEMENTS
+from pl_normkit.methods.weight_decay import param_groups
+from tests.methods.norm_placement.by_hand import (
+    PRE_NORM,
+    Part,
+    bert,
+    convnext,
+    difference,
+    doubled,
+    gpt2,
+    hf_vit,
+    llama,
+    output,
+    rich_timm_vit,
+    swin,
+    timm_vit,
+    torch_encoder,
+    written_by_hand,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+Made = tuple[nn.Module, Any]
+
+
+def small_encoder() -> Made:
+    return torch_encoder()
+
+
+def post(x: Tensor, part: Part, layer: int, number: int) -> Tensor:
+    return part[0](x + part[1](x))
+
+
+def scaled(x: Tensor, part: Part, layer: int, number: int) -> Tensor:
+    return x + part[1](part[0](x) / math.sqrt(layer))
+
+
+def scaled_output(x: Tensor, part: Part, layer: int, number: int) -> Tensor:
+    return x + part[1](part[0](x)) / math.sqrt(layer)
+
+
+def mixed(x: Tensor, part: Part, layer: int, number: int) -> Tensor:
+    return post(x, part, layer, number) if layer == 1 else x + part[1](part[0](x))
+
+
+CASES: list[tuple[str, dict[str, Any], Callable[..., Tensor]]] = [
+    ("post", {}, post),
+    ("mix", {"share": 0.3}, mixed),
+    ("lns", {"at": "norm"}, scaled),
+    ("lns", {"at": "output"}, scaled_output),
+]
+
+
+@pytest.mark.parametrize("make", PRE_NORM.values(), ids=PRE_NORM)
+def test_a_placement_is_the_block_written_by_hand(make: Callable[[], Made]) -> None:
+    torch.manual_seed(0)
+    model, inputs = doubled(*make())
+    twin, before = copy.deepcopy(model), output(model, inputs)
+    with shared_traces(TraceStore()):
+        for kind, options, formula in CASES:
+            if kind == "lns" and make is rich_timm_vit:
+                with pytest.raises(EditError, match="'lns' cannot be placed"):
+                    place_norms(model, kind, inputs, retrain=True, **options)
+                continue
+            changes = place_norms(model, kind, inputs, retrain=True, **options)
+            expected = written_by_hand(copy.deepcopy(twin), formula)
+            assert difference(output(model, inputs), output(expected, inputs)) < 1e-12, (kind, options)
+            changes.undo()
+            assert torch.equal(output(model, inputs), before)
+
+
+def test_post_norm_draws_what_the_block_by_hand_draws() -> None:
+    """Dropout, LayerScale and drop path in training, with the same random numbers."""
+    made, inputs = doubled(*rich_timm_vit())
+    placed, expected = copy.deepcopy(made).train(), written_by_hand(copy.deepcopy(made), post).train()
+    place_norms(placed, "post", inputs, retrain=True)
+    torch.manual_seed(3)
+    found = output(placed, inputs)
+    torch.manual_seed(3)
+    assert difference(found, output(expected, inputs)) < 1e-12
+
+
+@pytest.mark.parametrize("make", [llama, torch_encoder, hf_vit], ids=["llama", "torch", "hf vit"])
+def test_peri_norms_what_each_branch_adds(make: Callable[[], Made]) -> None:
+    model, inputs = make()
+    model.eval()
+    place_norms(model, "peri", inputs)
+    norms = [module for module in model.modules() if isinstance(module, OutputNorm)]
+    seen: list[Tensor] = []
+    for norm in norms:
+        norm.eps = 0.0  # outputs of small models are small
+        norm.register_forward_hook(lambda module, arguments, found: seen.append(found))
+    output(model, inputs)
+    assert len(norms) == len(seen) == 6
+    for found in seen:  # each token has unit mean square: scale 1, shift 0
+        assert torch.allclose(found.square().mean(-1), torch.ones(found.shape[:-1]), atol=1e-3)
+    kinds = {norm.kind for norm in norms}
+    assert kinds == ({"rms"} if make is llama else {"layer"})
+
+
+def test_peri_on_convolutions_normalizes_channels() -> None:
+    model, inputs = convnext(conv_mlp=True)
+    place_norms(model.eval(), "peri", inputs)
+    norms = [module for module in model.modules() if isinstance(module, OutputNorm)]
+    assert [(norm.axis, norm.width) for norm in norms] == [(1, 8), (1, 8), (1, 16), (1, 16)]
+    x = torch.randn(2, 8, 4, 4)
+    assert torch.allclose(
+        norms[0](x), nn.functional.layer_norm(x.permute(0, 2, 3, 1), (8,), eps=norms[0].eps).permute(0, 3, 1, 2), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("make", [bert, lambda: torch_encoder(norm_first=False)], ids=["bert", "torch"])
+def test_deepnorm_amplifies_the_shortcut(make: Callable[[], Made]) -> None:
+    model, inputs = make()
+    model = model.double().eval()
+    inputs = inputs.double() if isinstance(inputs, Tensor) else inputs
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = 0.0  # the gain form moves eps: equal up to that
+    place_norms(model, "deepnorm", inputs)
+    expected, alpha = copy.deepcopy(model), (2 * 3) ** 0.25
+    for module in expected.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            hooks.clear()
+        part: Any = module
+        if type(module).__name__ in ("BertSelfOutput", "BertOutput"):
+            part.forward = types.MethodType(lambda self, hidden, x: self.LayerNorm(self.dropout(self.dense(hidden)) + alpha * x), part)
+        elif type(module).__name__ == "TransformerEncoderLayer":
+
+            def forward(self: Any, x: Tensor, *_: Any, **__: Any) -> Tensor:
+                x = self.norm1(alpha * x + self._sa_block(x, None, None))
+                result: Tensor = self.norm2(alpha * x + self._ff_block(x))
+                return result
+
+            part.forward = types.MethodType(forward, part)
+    assert difference(output(model, inputs), output(expected, inputs)) < 1e-12
+
+
+def test_deepnorm_scales_values_and_outputs_by_beta_and_leaves_queries_and_keys() -> None:
+    beta = (8 * 3) ** -0.25
+    model, inputs = bert()
+    place_norms(model, "deepnorm", inputs)
+    layer: Any = model.bert.encoder.layer[0]
+    square, wide = math.sqrt(2 / 32), math.sqrt(2 / 48)
+    parts = (layer.attention.self.query, layer.attention.self.key, layer.attention.self.value, layer.attention.output.dense)
+    expected = [square, square, beta * square, beta * square, beta * wide, beta * wide]
+    spreads = [part.weight.detach().square().mean().sqrt().item() for part in (*parts, layer.intermediate.dense, layer.output.dense)]
+    assert spreads == pytest.approx(expected, rel=1e-5)
+
+    encoder, x = torch_encoder(norm_first=False)
+    place_norms(encoder, "deepnorm", x)
+    thirds = encoder.layers[0].self_attn.in_proj_weight.detach().chunk(3)
+    assert [third.square().mean().sqrt().item() for third in thirds] == pytest.approx([square, square, beta * square], rel=1e-5)
+
+
+def test_a_deeper_deepnorm_has_more_shortcut_and_smaller_weights() -> None:
+    """Public codes have the exponent of beta inverted, so that weights grow with depth."""
+    found = []
+    for depth in (2, 8):
+        layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+        encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+        place_norms(encoder, "deepnorm", torch.randn(2, 6, 16))
+        gain = encoder.layers[0].dropout2.placed_gain.value if hasattr(encoder.layers[0].dropout2, "placed_gain") else None
+        gain = gain if gain is not None else encoder.layers[0].linear2.placed_gain.value
+        found.append((1 / gain, encoder.layers[0].linear2.weight.detach().std().item()))
+    (alpha_2, spread_2), (alpha_8, spread_8) = found
+    assert (alpha_2, alpha_8) == pytest.approx((4**0.25, 16**0.25))
+    assert spread_8 < spread_2 < 1
+
+
+def test_normformer_is_the_block_written_by_hand() -> None:
+    made, inputs = doubled(*gpt2())
+    model = copy.deepcopy(made)
+    place_norms(model, "normformer", inputs, retrain=True, scale_residual=True)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, (HeadGain, OutputNorm, ShortcutGain)):
+                module.weight.add_(torch.rand(module.weight.shape, generator=generator, dtype=torch.float64))
+    expected = copy.deepcopy(made)
+    for block, own in zip(expected.transformer.h, model.transformer.h, strict=True):
+        own: Any
+        heads, behind = own.attn.c_proj.placed_heads, own.attn.c_proj.placed_norm
+        inner, shortcut = own.mlp.c_proj.placed_norm, own.mlp.placed_shortcut
+
+        def forward(
+            self: Any, x: Tensor, *_: Any, heads: Any = heads, behind: Any = behind, inner: Any = inner, shortcut: Any = shortcut, **k: Any
+        ) -> Tensor:
+            gains = heads.weight.repeat_interleave(4)
+            weight, bias = self.attn.c_proj.weight, self.attn.c_proj.bias
+            project = types.SimpleNamespace(weight=gains[:, None] * weight, bias=bias)
+            kept = self.attn.c_proj.forward
+            self.attn.c_proj.forward = lambda h: h @ project.weight + project.bias
+            attended = self.attn(self.ln_1(x), attention_mask=k.get("attention_mask"))[0]
+            self.attn.c_proj.forward = kept
+            norm = nn.functional.layer_norm
+            x = x + norm(attended, (16,), behind.weight, behind.bias, behind.eps)
+            hidden = self.mlp.act(self.mlp.c_fc(self.ln_2(x)))
+            result: Tensor = shortcut.weight * x + self.mlp.c_proj(norm(hidden, (64,), inner.weight, inner.bias, inner.eps))
+            return result
+
+        block.forward = types.MethodType(forward, block)
+    assert difference(output(model, inputs), output(expected, inputs)) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["head_scale", "res_scale"])
+@pytest.mark.parametrize("make", [gpt2, swin], ids=["gpt2", "swin"])
+def test_gains_of_one_keep_a_trained_function(kind: str, make: Callable[[], Made]) -> None:
+    model, inputs = doubled(*make())
+    before = output(model, inputs)
+    changes = place_norms(model, kind, inputs)
+    assert changes
+    assert difference(output(model, inputs), before) < 1e-12
+    gains = [module for module in model.modules() if isinstance(module, (HeadGain, ShortcutGain))]
+    for gain in gains:
+        gain.weight.data.fill_(1.5)
+    assert difference(output(model, inputs), before) > 1e-6  # they do act
+
+
+def test_branches_start_smaller_the_more_there_are() -> None:
+    model, inputs = torch_encoder()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    place_norms(model, "depth_init", inputs)
+    factors = {
+        name: float((value / before[name]).nanmean()) for name, value in model.state_dict().items() if not torch.equal(value, before[name])
+    }
+    lasts = [f"layers.{layer}.{name}.weight" for layer in range(3) for name in ("self_attn.out_proj", "linear2")]
+    assert factors == pytest.approx(dict.fromkeys(lasts, 1 / math.sqrt(6)))
+
+
+EVERY_KIND = [(kind, {"share": 0.3} if kind == "mix" else {}) for kind in PLACEMENTS]
+
+
+def test_twice_is_once_keys_stay_and_undo_gives_everything_back() -> None:
+    pre, post_norm = gpt2(), bert()
+    with shared_traces(TraceStore()):
+        for kind, options in EVERY_KIND:
+            _check_twice_and_back(*(post_norm if kind == "deepnorm" else pre), kind, options)
+
+
+def _check_twice_and_back(model: nn.Module, inputs: Any, kind: str, options: dict[str, Any]) -> None:
+    model.eval()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    parameters, before, text = dict(model.named_parameters()), output(model, inputs), repr(model)
+    changes = place_norms(model, kind, inputs, **options)
+    placed = output(model, inputs)
+    assert changes
+    assert state.keys() <= model.state_dict().keys()
+    assert all(found is parameters[name] for name, found in model.named_parameters() if name in parameters)
+    again = place_norms(model, kind, inputs, **options)
+    assert (again.made, [str(change) for change in again.skipped]) == ([], [f"(the model): {kind!r} is placed already"])
+    assert torch.equal(output(model, inputs), placed)
+    changes.undo()
+    assert torch.equal(output(model, inputs), before)
+    assert repr(model) == text
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("kind", ["post", "peri"])
+def test_copies_and_pickles_are_placed_too(kind: str) -> None:
+    model, inputs = gpt2()
+    place_norms(model.eval(), kind, inputs)
+    expected = output(model, inputs)
+    twin = copy.deepcopy(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    for parameter in model.parameters():
+        parameter.data.mul_(1.5)
+    assert torch.equal(output(twin, inputs), expected)
+    assert torch.equal(output(loaded, inputs), expected)
+    assert place_norms(twin, kind, inputs).made == []
+
+
+def test_gradients_pass_and_checkpointing_gives_the_same() -> None:
+    model, inputs = timm_vit()
+    place_norms(model, "post", inputs)
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        model.train()(inputs).square().mean().backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+    plain = gradients()
+    model.set_grad_checkpointing(True)
+    checkpointed = gradients()
+    assert plain.keys() == checkpointed.keys() == {name for name, _ in model.named_parameters()}
+    assert all(torch.allclose(plain[name], checkpointed[name], atol=1e-6) for name in plain)
+
+
+def test_scales_of_output_norms_are_not_decayed() -> None:
+    model, inputs = timm_vit()
+    place_norms(model, "peri", inputs)
+    roles = parameter_roles(model, inputs)
+    placed = [name for name in roles if "placed_norm" in name]
+    assert {str(roles[name]) for name in placed} == {"own", "beta"}
+    assert len(placed) == 12
+    for policy in ("no_norm", "gamma_roles", "gamma_roles_extended"):
+        groups = param_groups(model, 0.1, inputs, policy=policy)
+        decayed = {id(parameter) for group in groups if group["weight_decay"] for parameter in group["params"]}
+        assert not any(id(model.get_parameter(name)) in decayed for name in placed)
+
+
+def test_a_placed_model_can_be_traced_and_compiled() -> None:
+    model, inputs = timm_vit()
+    place_norms(model.eval(), "post", inputs)
+    graph = ModelGraph.from_model(model, inputs)
+    assert len(graph.residual_adds) > 0
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        assert torch.allclose(compiled(inputs), model(inputs), atol=1e-5)
+
+
+REFUSED: list[tuple[str, Callable[[], Made], dict[str, Any], str]] = [
+    ("deepnorm", gpt2, {}, "it is for post-norm blocks"),
+    ("peri", bert, {}, "no norm stands before its weight layers"),
+    ("post", bert, {}, "no norm stands at the entry of the branch"),
+    ("post", lambda: hf_vit(dropout=0.1), {}, "what is added to the stream is the output of no module that is called once"),
+    ("post", convnext, {}, "no norm stands at the entry of the branch"),
+    ("lns", convnext, {}, "scales the branch already"),
+    ("head_scale", torch_encoder, {}, "the output projection of its attention is no module that is called, once"),
+    ("normformer", torch_encoder, {}, "its last weight layer is no module that is called, once"),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "make", "options", "reason"), REFUSED, ids=[f"{kind}-{number}" for number, (kind, *_) in enumerate(REFUSED)]
+)
+def test_what_no_edit_reaches_is_refused_by_name(kind: str, make: Callable[[], Made], options: dict[str, Any], reason: str) -> None:
+    model, inputs = make()
+    before, hooks = repr(model), {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(EditError, match=f"'{kind}' cannot be placed without rewriting forward") as refusal:
+        place_norms(model, kind, inputs, **options)
+    assert reason in refusal.value.evidence
+    assert refusal.value.where
+    assert repr(model) == before
+    assert all(torch.equal(value, hooks[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("kind", NOT_BY_EDITS)
+def test_placements_inside_attention_are_refused_by_name(kind: str) -> None:
+    with pytest.raises(EditError, match=f"'{kind}' cannot be placed without rewriting forward"):
+        place_norms(nn.Linear(2, 2), kind, torch.zeros(1, 2))
+
+
+def test_parallel_branches_are_refused_where_one_sum_serves_both() -> None:
+    class Parallel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.left, self.right = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.norm(x)
+            return x + self.left(h) + self.right(h).relu()
+
+    with pytest.raises(EditError, match="'post' cannot be placed") as refusal:
+        place_norms(nn.Sequential(Parallel(), Parallel()), "post", torch.randn(2, 3, 8))
+    assert refusal.value.evidence == "parallel branches share one addition"
+
+
+def test_a_module_that_runs_for_several_layers_is_refused() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.layer = nn.LayerNorm(8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(3):
+                x = x + self.layer(self.norm(x)).relu()
+            return x
+
+    with pytest.raises(EditError, match="'lns' cannot be placed"):
+        place_norms(Shared(), "lns", torch.randn(2, 3, 8))
+
+
+def test_a_norm_written_into_the_block_is_refused() -> None:
+    class Inline(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.layer = nn.Parameter(torch.ones(8)), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.layer(nn.functional.layer_norm(x, (8,), self.scale))
+
+    with pytest.raises(EditError, match="'lns' cannot be placed"):
+        place_norms(nn.Sequential(Inline(), Inline()), "lns", torch.randn(2, 3, 8))
+
+
+def test_trained_models_are_refused_unless_told() -> None:
+    model, inputs = timm_vit()
+    model.blocks[1].norm2.weight.data[3] = 1.01
+    with pytest.raises(EditError, match="'peri' changes what a trained model computes") as refusal:
+        place_norms(model, "peri", inputs)
+    assert refusal.value.where == "blocks.1.norm2.weight"
+    assert place_norms(model, "peri", inputs, retrain=True)
+
+
+def test_another_placement_on_top_is_refused() -> None:
+    model, inputs = timm_vit()
+    place_norms(model, "peri", inputs)
+    with pytest.raises(EditError, match="'peri' is placed already"):
+        place_norms(model, "lns", inputs)
+
+
+BAD = [
+    ("pery", {}, "did you mean 'peri'"),
+    ("peri", {"share": 0.5}, "it has none"),
+    ("mix", {"share": 0.0}, "0.25 is the authors' default"),
+    ("mix", {"share": 0.1}, "share=0.33"),
+    ("lns", {"at": "input"}, '"auto" takes the output for images'),
+]
+
+
+def test_bad_options_say_what_there_is() -> None:
+    model, inputs = small_encoder()
+    with shared_traces(TraceStore()):
+        for kind, options, fix in BAD:
+            with pytest.raises(ConfigError) as refusal:
+                place_norms(model, kind, inputs, **options)
+            assert fix in refusal.value.fix
+
+
+def test_a_network_without_blocks_has_no_place() -> None:
+    with pytest.raises(NothingMatchedError, match="no residual branch"):
+        place_norms(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), "peri", torch.zeros(2, 4))
+
+
+def test_a_filter_chooses_blocks_and_depth_counts_all() -> None:
+    model, inputs = timm_vit()
+    place_norms(model, "lns", inputs, filter_fn=lambda block, path: path == "blocks.2")
+    assert model.blocks[2].attn.proj.placed_gain.value == pytest.approx(1 / math.sqrt(3))
+    assert not hasattr(model.blocks[1].attn.proj, "placed_gain")
+
+
+def test_lns_says_where_the_start_works_against_it() -> None:
+    """GPT-2 starts its output projections with 0.02 / sqrt(2L); timm's ViT does not."""
+    torch.manual_seed(0)
+    config: Any = __import__("transformers").GPT2Config(
+        n_embd=32, n_layer=6, n_head=4, vocab_size=50, n_positions=16, bos_token_id=0, eos_token_id=0
+    )
+    model = __import__("transformers").GPT2LMHeadModel(config)
+    told = [str(change) for change in place_norms(model, "lns", gpt2()[1]).skipped]
+    assert told == [
+        "transformer.h.0.attn.c_proj: the last weights of branches start smaller with depth already, which weakens lns (its authors); "
+        "start them as the other weights"
+    ]
+    plain, inputs = small_encoder()
+    assert place_norms(plain, "lns", inputs).skipped == []
+
+
+def test_lns_acts_on_every_layer() -> None:
+    """A public code lower-cases the name of the norm and compares it with upper case: no block is scaled there."""
+    model, inputs = llama()
+    place_norms(model, "lns", inputs)
+    gains = [module.value for name, module in model.named_modules() if name.endswith("placed_gain")]
+    assert gains == pytest.approx([1, 1, 2**-0.5, 2**-0.5, 3**-0.5, 3**-0.5])
+
+
+def test_padding_in_evaluation_keeps_torch_encoders_off_their_fast_path() -> None:
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, norm_first=False)
+    encoder = nn.TransformerEncoder(layer, 2)
+    place_norms(encoder, "deepnorm", torch.randn(2, 6, 16))
+    encoder.eval()
+    x, mask = torch.randn(2, 6, 16), torch.zeros(2, 6, dtype=torch.bool)
+    mask[1, 4:] = True
+    with torch.no_grad():
+        found = encoder(x, src_key_padding_mask=mask)
+        alone = encoder(x[1:, :4])
+    assert torch.allclose(found[1, :4], alone[0], atol=1e-5)
