@@ -1,5 +1,6 @@
 """Writes what follows from the code: docs/rules/ (a page a rule and an index), the tables of README.md and docs/norm_operators.md, the
-rooms' lines of `pl_normkit/__init__.py`, and the catalog that the command line's help reads. The test-suite compares each with what is committed."""
+rooms' lines of `pl_normkit/__init__.py`, and the catalog that the command line's help reads. The test-suite compares each with what is
+committed."""
 
 from __future__ import annotations
 
