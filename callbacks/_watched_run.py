@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["WatchedRun"]
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from pl_normkit.run_audit import RunAudit
 from pl_normkit.selection import Selection
 from pl_normkit.subject import Needs
 
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
 
 class WatchedRun:
     """One fit under audit.
@@ -43,6 +46,7 @@ class WatchedRun:
 
     Attributes:
         audit: what is known so far.
+        had_inputs: `fix` knew what the networks are called with.
     """
 
     def __init__(self, fit: Fit, selection: Selection, example_inputs: Any, *, measure: bool, fix: str, stress: bool = False) -> None:
@@ -55,13 +59,17 @@ class WatchedRun:
         self._batch: Any = None
         self._batches_told = self._known = 0
         self._is_first = True
-        self._had_inputs = self._has_loss = self._is_concluded = False
+        self.had_inputs = self._has_loss = self._is_concluded = False
+
+    @property
+    def trainer(self) -> pl.Trainer:
+        return self._fit.trainer
 
     def fix(self) -> list[dict[str, Any]]:
         """Let fixes act on all networks; their records for a checkpoint."""
         records = []
         calls = self._fit.calls(self._example_inputs)
-        self._had_inputs = bool(calls)
+        self.had_inputs = bool(calls)
         for network, inputs in calls:
             planned = self.audit.fix(network, inputs, allow_unsafe=self._fix == "unsafe")
             records += edit_records(self._fit.pl_module, network, inputs, planned)
@@ -175,7 +183,7 @@ class WatchedRun:
             self.audit.judge(optimizers=trainer.optimizers, loaders=loaders_of(trainer, self._fit.pl_module))
         if not self.audit.networks:
             self.audit.note("no network ran in the first training step, so none was read: give example_inputs=", NoteKind.NOT_RUN)
-        if self._fix != "none" and not self._had_inputs and self.audit.is_fixable(allow_unsafe=self._fix == "unsafe"):
+        if self._fix != "none" and not self.had_inputs and self.audit.is_fixable(allow_unsafe=self._fix == "unsafe"):
             self.audit.note(f"fix={self._fix!r} needs inputs when the fit is set up: give example_inputs=", NoteKind.NOT_RUN)
         return True
 

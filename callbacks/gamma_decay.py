@@ -14,11 +14,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from pl_normkit.callbacks._network import Callback, after_configure_model, current_fit, fit_of, guess_inputs, is_sharded, traced_network
+from pl_normkit.callbacks._network import Callback, after_configure_model, current_fit, fit_of, is_sharded, networks_to_read
 from pl_normkit.callbacks._wrapping import wrap_once
-from pl_normkit.errors import EditError, NormkitWarning, TraceError
-from pl_normkit.methods.weight_decay import DecayPolicy, ModelRoles, OptimizerSplitter, read_model
-from pl_normkit.methods.weight_decay.find import are_sharded, read_part
+from pl_normkit.errors import EditError, NormkitWarning
+from pl_normkit.methods.weight_decay import DecayPolicy, ModelRoles, OptimizerSplitter
+from pl_normkit.methods.weight_decay.find import are_sharded, read_parts
 from pl_normkit.methods.weight_decay.layout import SavedLayouts
 from pl_normkit.methods.weight_decay.measure import NormHistory, add_gamma_norms, draw_history, squared_gamma_norms
 from pl_normkit.methods.weight_decay.policy import DEFAULT, resolve_policy
@@ -31,9 +31,9 @@ _SHARDED = "configure_model both builds and shards the network; build it in __in
 class GammaDecay(Callback):
     """Splits every parameter group by role while optimizers are built, and those added later, so that decay reaches only what it should.
 
-    Other options of a group are kept. Roles are read once, from `example_inputs`, the module's `example_input_array` or two training
-    samples; without any of them module types alone are read. The layout of the groups is stored in checkpoints, and resuming with
-    another one is refused. A run in which no group changes goes on, with one warning.
+    Other options of a group are kept. Roles are read once, from `example_inputs`, the module's `example_input_array` or, for every
+    network that a training step calls, from two training samples; without any of them module types alone are read. The layout of the
+    groups is stored in checkpoints, and resuming with another one is refused. A run in which no group changes goes on, with one warning.
 
     Args:
         weight_decay: decay of the weights; None takes each group's own, so a group without decay stays without.
@@ -85,19 +85,17 @@ class GammaDecay(Callback):
         names = {name for name, _ in pl_module.named_parameters()}
         if self.known is not None and names <= set(self.known.roles):
             return
-        inputs, failure = None, _SHARDED if are_sharded(pl_module) else ""
+        calls: list[Any] = []
+        failure = _SHARDED if are_sharded(pl_module) else ""
         if self.policy.needs_roles and not failure:
-            inputs = self.example_inputs if self.example_inputs is not None else pl_module.example_input_array
-            inputs = guess_inputs(trainer, pl_module) if inputs is None else inputs
-            if inputs is None and not last_chance:
+            calls = networks_to_read(trainer, pl_module, self.example_inputs)
+            if not calls and not last_chance:
                 return
-        try:
-            with current_fit(trainer, pl_module).sharing():
-                self.known = read_part(pl_module, traced_network(pl_module) or pl_module, inputs)
-        except TraceError as error:
-            self.known, failure = read_model(pl_module), str(error)
-        if failure and self.policy.needs_roles:
-            warnings.warn(f"GammaDecay reads module types alone: {failure}", NormkitWarning, stacklevel=2)
+        with current_fit(trainer, pl_module).sharing():
+            self.known, failures = read_parts(pl_module, calls)
+        if (failures or failure) and self.policy.needs_roles:
+            what = "; ".join(map(str, failures)) or failure
+            warnings.warn(f"GammaDecay reads module types alone: {what}", NormkitWarning, stacklevel=2)
 
     def _split(self, trainer: pl.Trainer, pl_module: pl.LightningModule, configure: Callable[[], Any]) -> Any:
         self._read(trainer, pl_module, last_chance=True)

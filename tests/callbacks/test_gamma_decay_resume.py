@@ -48,7 +48,7 @@ def flat(state: dict[int, dict[str, Tensor]]) -> dict[tuple[int, str], Tensor]:
 def _roles_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same network is fitted again and again here: trace it once."""
     known = read_model(Module(), torch.zeros(2, 3, 8, 8))
-    monkeypatch.setattr("pl_normkit.callbacks.gamma_decay.read_part", lambda *_: known)
+    monkeypatch.setattr("pl_normkit.callbacks.gamma_decay.read_parts", lambda *_: (known, []))
 
 
 def scheduled(name: str) -> Callable[[pl.LightningModule], Any]:

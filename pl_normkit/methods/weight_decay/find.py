@@ -11,15 +11,16 @@ __all__ = [
     "read_graph",
     "read_model",
     "read_modules",
-    "read_part",
+    "read_parts",
 ]
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
+from pl_normkit.errors import TraceError
 from pl_normkit.graph import ModelGraph
 from pl_normkit.methods.weight_decay.module_types import is_norm_scale, is_own, owners, role_in_module
 from pl_normkit.methods.weight_decay.operations import Context, core_blocks, core_gammas, read_roles
@@ -104,19 +105,36 @@ def read_model(model: nn.Module, example_inputs: Any = None) -> ModelRoles:
     return read_graph(model, ModelGraph.from_model(model, example_inputs))
 
 
-def read_part(model: nn.Module, part: nn.Module, example_inputs: Any = None) -> ModelRoles:
-    """`read_model` where only `part`, a submodule or the model, can be traced; `example_inputs` are its own, the rest goes by types."""
-    path = next(path for path, module in model.named_modules() if module is part)
-    if not path:
-        return read_model(model, example_inputs)
-    inside, by_type = read_model(part, example_inputs), read_modules(model)
-    found = {f"{path}.{name}": role for name, role in inside.roles.items()}
+def read_parts(model: nn.Module, calls: Sequence[tuple[nn.Module, Any]]) -> tuple[ModelRoles, list[TraceError]]:
+    """`read_model` where only parts of `model` (submodules, or it itself) can be traced; the rest goes by types.
+
+    Args:
+        model: whose names the roles get.
+        calls: parts with their own example inputs.
+
+    Returns:
+        The roles, and why a part could not be traced.
+    """
+    known, failures = read_modules(model), []
+    paths = {module: path for path, module in model.named_modules()}
+    for part, inputs in sorted(calls, key=lambda call: len(paths[call[0]])):  # the whole first, so that a part's own trace counts
+        try:
+            inside = read_model(part, inputs)
+        except TraceError as failure:
+            failures.append(failure)
+            continue
+        known = inside if not paths[part] else _joined(known, inside, f"{paths[part]}.")
+    return known, failures
+
+
+def _joined(known: ModelRoles, inside: ModelRoles, prefix: str) -> ModelRoles:
+    found = {f"{prefix}{name}": role for name, role in inside.roles.items()}
     return replace(
-        by_type,
-        roles={name: found.get(name, role) for name, role in by_type.roles.items()},
-        core_gammas=frozenset(f"{path}.{name}" for name in inside.core_gammas),
-        core_blocks=inside.core_blocks,
-        is_traced=inside.is_traced,
+        known,
+        roles={name: found.get(name, role) for name, role in known.roles.items()},
+        core_gammas=known.core_gammas | {f"{prefix}{name}" for name in inside.core_gammas},
+        core_blocks=known.core_blocks + inside.core_blocks,
+        is_traced=known.is_traced or inside.is_traced,
     )
 
 
