@@ -74,12 +74,14 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "autoformer": {"prediction_length": 4},
     "informer": {"prediction_length": 4},
     "time_series_transformer": {"prediction_length": 4},
-    "esm": {"vocab_size": 33},
+    "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
     "ministral": {"head_dim": 128},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 48},
     "moonshine_streaming": {"num_key_value_heads": 8},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 8, "topk_group": 1, "n_group": 1},
+    "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "reformer": {"axial_pos_shape": [4, 4], "attn_layers": ["local", "lsh"], "is_decoder": False},
 }
 """What a configuration needs beside its defaults."""
@@ -101,8 +103,10 @@ def build_transformer(kind: str, name: str) -> nn.Module:
 
     config = CONFIG_MAPPING[kind](**ARGUMENTS.get(kind, {}))
     shrink(config, set())
+    if hasattr(config, "use_cache"):
+        config.use_cache = False
     with torch.device("meta"):
-        return getattr(transformers, name)(config)  # type: ignore[no-any-return]
+        return getattr(transformers, name)(config).to("meta")  # type: ignore[no-any-return]
 
 
 def shrink(config: Any, seen: set[int]) -> None:
@@ -177,6 +181,16 @@ INPUTS: dict[str, Callable[[Any], Inputs]] = {
     **dict.fromkeys(("autoformer", "informer", "time_series_transformer"), series),
     "whisper": lambda c: {"input_features": zeros(c.num_mel_bins, 2 * c.max_source_positions), "decoder_input_ids": ids()},
     "audio-spectrogram-transformer": lambda c: {"input_values": zeros(c.max_length, c.num_mel_bins)},
+    "bros": lambda _: {"input_ids": ids(), "bbox": zeros(TOKENS, 4)},
+    "decision_transformer": lambda c: {
+        "states": zeros(5, c.state_dim),
+        "actions": zeros(5, c.act_dim),
+        "returns_to_go": zeros(5, 1),
+        "timesteps": ids(5),
+    },
+    "dia": lambda c: {"input_ids": ids(), "decoder_input_ids": torch.zeros(BATCH, 5, 9, dtype=torch.long, device="meta")},
+    "idefics3_vision": lambda c: {"pixel_values": zeros(3, c.image_size, c.image_size)},
+    "smolvlm_vision": lambda c: {"pixel_values": zeros(3, c.image_size, c.image_size)},
     "patchtst": lambda c: {"past_values": zeros(c.context_length, c.num_input_channels)},
     "patchtsmixer": lambda c: {"past_values": zeros(c.context_length, c.num_input_channels)},
 }
@@ -524,9 +538,22 @@ TORCHAUDIO: dict[str, tuple[dict[str, Any], Callable[[], Inputs]]] = {
     "wav2vec2_model": (_waves(), lambda: zeros(800)),
     "hubert_pretrain_model": (
         _waves(
-            mask_prob=0.8, mask_selection="static", mask_other=0.0, mask_length=2, no_mask_overlap=False, mask_min_space=1,
-            mask_channel_prob=0.0, mask_channel_selection="static", mask_channel_other=0.0, mask_channel_length=2,
-            no_mask_channel_overlap=False, mask_channel_min_space=1, skip_masked=False, skip_nomask=False, num_classes=10, final_dim=8,
+            mask_prob=0.8,
+            mask_selection="static",
+            mask_other=0.0,
+            mask_length=2,
+            no_mask_overlap=False,
+            mask_min_space=1,
+            mask_channel_prob=0.0,
+            mask_channel_selection="static",
+            mask_channel_other=0.0,
+            mask_channel_length=2,
+            no_mask_channel_overlap=False,
+            mask_channel_min_space=1,
+            skip_masked=False,
+            skip_nomask=False,
+            num_classes=10,
+            final_dim=8,
             feature_grad_mult=0.1,
         ),
         lambda: (zeros(800), ids(79)),
@@ -535,7 +562,7 @@ TORCHAUDIO: dict[str, tuple[dict[str, Any], Callable[[], Inputs]]] = {
     "squim_objective_base": ({}, lambda: zeros(16000)),
     "squim_subjective_base": ({}, lambda: (zeros(16000), zeros(16000))),
     "Tacotron2": ({}, lambda: (ids(12), lengths(12), zeros(80, 4), lengths(4))),
-}  # fmt: skip
+}
 
 
 # torchvision

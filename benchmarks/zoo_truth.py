@@ -58,24 +58,26 @@ TRANSFORMERS: dict[Formula, str] = {
     per_layer(2): """
         llama mistral ministral ministral3 mistral4 qwen2 qwen3 gemma gemma2 gemma3_text phi3 olmo olmo2 olmo3 starcoder2 stablelm granite
         smollm3 seed_oss arcee apertus bitnet exaone4 glm glm4 helium cwm ernie4_5 hunyuan_v1_dense hunyuan_v1_moe nemotron persimmon
-        vaultgemma youtu nanochat diffllama minicpm3 internlm3 iquestcoder exaone hyperclovax qwen2_vl_text qwen2_5_vl_text qwen3_vl_text
+        vaultgemma youtu nanochat diffllama minicpm3 internlm3 iquestcoder exaone hyperclovax mamba mamba2 falcon_mamba
+        qwen2_vl_text qwen2_5_vl_text qwen3_vl_text
         mixtral qwen2_moe qwen3_moe qwen3_next qwen3_5_text olmoe phimoe gpt_oss dbrx deepseek_v2 deepseek_v3 deepseek_v32 granitemoe
-        granitemoeshared granitemoehybrid minimax minimax_m2 glm4_moe glm4_moe_lite ernie4_5_moe dots1 flex_olmo jetmoe jamba bamba afmoe
+        granitemoeshared minimax minimax_m2 glm4_moe glm4_moe_lite ernie4_5_moe dots1 flex_olmo jetmoe afmoe
         lfm2 lfm2_moe solar_open olmo_hybrid bailing_hybrid kimi_linear llama4_text recurrent_gemma qwen3_vl_moe_text exaone_moe
         axk1 laguna mellum mimo_v2_flash sarvam_moe sarvam_mla hy_v3 openai_privacy_filter longcat_flash2 jais2 lara_mini
         gpt2 gpt-sw3 gpt_neo gpt_bigcode opt bloom biogpt xglm ctrl openai-gpt imagegpt cpmant mpt gpt_neox_japanese
         bert roberta electra albert camembert xlm-roberta xlm-roberta-xl ernie distilbert deberta deberta-v2 data2vec-text layoutlm
-        layoutlmv3 luke mpnet megatron-bert nystromformer rembert roformer roc_bert squeezebert splinter tapas visual_bert yoso mra ibert
+        layoutlmv3 luke mpnet megatron-bert nystromformer rembert roformer roc_bert squeezebert splinter tapas visual_bert ibert
         convbert fnet esm bert-generation big_bird xmod markuplm roberta-prelayernorm modernbert nomic_bert eurobert xlm flaubert
         longformer ultrabert jina_embeddings_v3 modernbert-decoder bros vilt data2vec-vision beit
         vit deit dinov2 dinov2_with_registers dinov3_vit vit_mae vit_msn ijepa videomae vivit yolos audio-spectrogram-transformer pixio
         aimv2_vision_model clip_vision_model clip_text_model siglip_vision_model siglip2_vision_model chinese_clip_vision_model pixtral
         mlcd_vision_model internvl_vision vjepa2 glm4v_vision qwen3_vl_vision idefics3_vision smolvlm_vision
-        wav2vec2 hubert wavlm unispeech unispeech-sat data2vec-audio rwkv timesfm xlnet patchtst tipsv2_vision_model
+        rwkv timesfm xlnet patchtst tipsv2_vision_model
         decision_transformer mobilevitv3""",
     per_layer(1): """
-        gpt_neox gptj codegen phi cohere cohere2 mamba mamba2 falcon_mamba nemotron_h""",
-    per_layer(3): "timesformer",
+        gpt_neox gptj codegen phi cohere cohere2""",
+    per_layer(3): "timesformer falcon_h1",
+    # Mamba: the skip D x around the scan, and the block
     per_layer(4): "wav2vec2-conformer wav2vec2-bert lasr_encoder parakeet_encoder lilt",
     encoder_decoder(): """
         bart mbart pegasus blenderbot blenderbot-small m2m_100 marian plbart led bigbird_pegasus t5 mt5 umt5 longt5 switch_transformers
@@ -84,13 +86,24 @@ TRANSFORMERS: dict[Formula, str] = {
     two_towers: "clip siglip siglip2 chinese_clip altclip metaclip_2 aimv2 clipseg owlvit owlv2 xclip_plain groupvit_plain tipsv2",
     text_alone: """
         llava llava_next llava_next_video llava_onevision vipllava video_llava mistral3 paligemma internvl qwen2_vl qwen2_5_vl qwen3_vl
-        idefics2 idefics3 smolvlm gemma3 got_ocr2 aria qwen2_audio voxtral audioflamingo3 cohere2_vision llama4 qwen3_5 janus fuyu ovis2
+        idefics2 idefics3 smolvlm gemma3 got_ocr2 aria qwen2_audio voxtral audioflamingo3 llama4 qwen3_5 janus fuyu ovis2
         glm4v glm46v lighton_ocr lfm2_vl fast_vlm deepseek_vl musicflamingo qwen3_vl_moe glm4v_moe qwen3_5_moe""",
     stages(1): "convnext convnextv2 dinov3_convnext",
     stages(2): "swin donut-swin maskformer-swin swinv2 poolformer focalnet segformer pvt pvt_v2 hiera_plain",
     bottlenecks: "resnet regnet",
 }
+
+
+def with_scans(config: Any) -> int:
+    """Two in each layer, and the skip D x around the scan in those of Mamba."""
+    kinds = getattr(config, "layers_block_type", None) or config.layer_types
+    return 2 * config.num_hidden_layers + sum(kind == "mamba" for kind in kinds[: config.num_hidden_layers])
+
+
 SPECIAL: dict[str, Formula] = {
+    **dict.fromkeys(("jamba", "bamba", "granitemoehybrid"), with_scans),
+    # the positional convolution, then layers of two; data2vec has five of those convolutions in a row, none with a shortcut of its own
+    **dict.fromkeys(("wav2vec2", "hubert", "unispeech", "unispeech-sat", "wavlm", "data2vec-audio"), lambda c: 2 * c.num_hidden_layers + 1),
     "segformer": lambda c: 2 * sum(c.depths),
     "pvt": lambda c: 2 * sum(c.depths),
     "pvt_v2": lambda c: 2 * sum(c.depths),
@@ -103,27 +116,29 @@ SPECIAL: dict[str, Formula] = {
     "canine": lambda c: 2 * (c.num_hidden_layers + 2),  # a local layer before, one after
     "perceiver": lambda c: 2 * (c.num_blocks * c.num_self_attends_per_block + 1),  # one cross-attention layer before
     "mobilebert": lambda c: (2 + c.num_feedforward_networks) * c.num_hidden_layers,  # attention, stacked and last feed-forward, bottleneck
-    "blip": lambda c: 2 * c.vision_config.num_hidden_layers + 3 * c.text_config.num_hidden_layers,
+    "blip": lambda c: 2 * c.vision_config.num_hidden_layers + 2 * c.text_config.num_hidden_layers,
+    "cohere2_vision": lambda c: c.text_config.num_hidden_layers,  # attention and feed-forward in parallel
     "zamba": lambda c: 2 * c.num_hidden_layers,
     "bert-generation": lambda c: 2 * c.num_hidden_layers,
     "sam_vision_model": lambda c: 2 * c.num_hidden_layers,
     "falcon_h1": lambda c: 2 * c.num_hidden_layers,
     "vitdet": lambda c: 2 * c.num_hidden_layers,
     "hiera": lambda c: 2 * sum(c.depths),
-    "detr": lambda c: (12 + 2 * c.encoder_layers + 3 * c.decoder_layers, 4),  # ResNet-50 without its head
-    "table-transformer": lambda c: (5 + 2 * c.encoder_layers + 3 * c.decoder_layers, 3),  # ResNet-18
+    # ResNet-50 (ResNet-18) without its head; the first decoder layer starts from zeros: to those it adds no more than its feed-forward
+    "detr": lambda c: (12 + 2 * c.encoder_layers + 3 * c.decoder_layers - 2, 4),
+    "table-transformer": lambda c: (5 + 2 * c.encoder_layers + 3 * c.decoder_layers - 2, 3),
     "speecht5": lambda c: 2 * c.encoder_layers + 3 * c.decoder_layers,
 }
 OF_OTHERS: dict[str, Count] = {
     "diffusers.UNet2DModel": (7, 5),  # 6 residual blocks in the levels + 2 in the middle; 4 attentions; the concatenations widen
     "diffusers.UNet2DConditionModel": (19, 5),
-    "diffusers.AutoencoderKL": (9, 3),
-    "diffusers.AutoencoderTiny": 10,
+    "diffusers.AutoencoderKL": (10, 2),  # 2 + 4 residual blocks, 2 + 1 in each middle; one widens, one narrows
+    "diffusers.AutoencoderTiny": 6,
     "diffusers.DiTTransformer2DModel": 4,
     "diffusers.PixArtTransformer2DModel": 6,
     "diffusers.SanaTransformer2DModel": 6,
     "diffusers.WanTransformer3DModel": 6,
-    "diffusers.SD3Transformer2DModel": 7,  # two streams of two each, of which the last layer ends one after attention
+    "diffusers.SD3Transformer2DModel": 6,  # two streams of two each; the last layer adds to the image alone
     "diffusers.FluxTransformer2DModel": 10,  # two streams of two in each double block, one in each single block
     "diffusers.PriorTransformer": 4,
     "diffusers.Transformer2DModel": 7,  # three in each layer and one around all
@@ -135,7 +150,7 @@ OF_OTHERS: dict[str, Count] = {
     "monai.DynUNet": (0, 3),
     "monai.ViT": 4,
     "monai.ViTAutoEnc": 4,
-    "monai.UNETR": (24, 0),
+    "monai.UNETR": (27, 5),  # 12 layers of two; 3 blocks that only change resolution; 5 that change width
     "monai.DenseNet121": 0,
     "monai.SEResNet50": (12, 4),
     "monai.ResNet": (5, 3),
@@ -188,12 +203,13 @@ ROLES: list[tuple[str, tuple[str, ...]]] = [
     (r"relative_position_bias_table$|relative_attention_bias\.weight$|rel_pos_[hwd]$|rel_embeddings\.weight$", ("relative_position",)),
     (r"(layer_?scale\w*(\.lambda1|\.gamma)?|lambda_?1|lambda_?2|gamma_[12])$", ("layer_scale",)),
     (r"(cls|class|register|mask|distillation|dist|bos|pad)_?tokens?$|class_embedding$|query_tokens$|latents$", ("token",)),
+    (r"query_position_embeddings\.weight$", ("token",)),
     (r"(position|pos)_?embed(ding)?s?$|positional_embedding$", ("position",)),
     (r"(position_embeddings?|embed_positions|wpe|pos_embed(ding)?s?)\.weight$", ("position", "embedding")),
     (r"(word_embeddings|embed_tokens|wte|token_type_embeddings|tok_embeddings|shared)\.weight$", ("embedding",)),
     (r"(sinks)$", ("relative_position", "token", "bias")),
-    (r"(layer_?norm\w*|rms_?norm|LayerNorm|_norm|\bnorm\d*|\bln_\w+|normalization|bn\d?|batch_?norm\w*)\.weight$", _gamma()),
-    (r"(layer_?norm\w*|LayerNorm|_norm|\bnorm\d*|\bln_\w+|normalization|bn\d?|batch_?norm\w*)\.bias$", ("beta",)),
+    (r"(layer_?norm\w*|rms_?norm|norm_\w+|LayerNorm|_norm|\bnorm\d*|\bln_\w+|normalization|bn\d?|batch_?norm\w*)\.weight$", _gamma("gain")),
+    (r"(layer_?norm\w*|LayerNorm|_norm|\bnorm\d*|\bln_\w+|normalization|bn\d?|batch_?norm\w*)\.bias$", ("beta", "bias")),
     (r"experts\.(gate_up_proj|down_proj|up_proj|gate_proj)$", ("weight",)),
     (r"(proj|fc\d?|dense|query|key|value|qkv|out|lin\d?|[qkvo]|wi|wo|w[123])\.weight$", ("weight",)),
     (r"(proj|fc\d?|dense|query|key|value|qkv|out|lin\d?)\.bias$", ("bias",)),

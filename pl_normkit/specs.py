@@ -61,12 +61,19 @@ def read_spec(spec: str) -> tuple[str, str, dict[str, Any]]:
 def _construct(construct: Callable[[], Any], device: str) -> Any:
     try:
         with torch.device(device):
-            return construct()
+            return _on_one_device(construct(), device)
     except (RuntimeError, NotImplementedError) as error:
         if device != "meta" or "meta" not in str(error).lower():
             raise
     with torch.device("cpu"):
         return construct()
+
+
+def _on_one_device(model: Any, device: str) -> Any:
+    """The model with the parameters that know no default device (`torch.Tensor(sizes)`) beside the others."""
+    if device == "meta" and isinstance(model, nn.Module) and len({parameter.device for parameter in model.parameters()}) > 1:
+        return model.to(device)
+    return model
 
 
 def _literal(text: str) -> Any:

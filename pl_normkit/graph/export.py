@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Arguments", "call_arguments", "export_model", "place_arguments", "placeholder_name", "without_root"]
+__all__ = ["Arguments", "call_arguments", "export_model", "is_from_root", "place_arguments", "placeholder_name", "without_root"]
 
 import dataclasses
 import io
@@ -47,6 +47,11 @@ class _Root(nn.Module):
 
 
 _ROOT = "model"
+
+
+def is_from_root(path: str) -> bool:
+    """Whether an export's path of a module begins where the export did."""
+    return path in ("", _ROOT) or path.startswith(f"{_ROOT}.")
 
 
 def without_root(name: str) -> str:

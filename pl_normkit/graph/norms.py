@@ -143,13 +143,20 @@ def _affine_around(node: Node, signal: Node) -> tuple[str, str]:
         if node.kind is Kind.MUL and node.parameters and not gamma:
             gamma = _per_feature(node)
         elif node.kind is Kind.ADD and node.parameters and gamma:
-            beta = node.parameters[0]
+            beta = _shift(node)
+            if not beta:
+                break
         elif node.op == "addcmul" and len(node.parameters) == 2 and not gamma:
             named = {read.path[-1].argument: read.parameter for read in node.reads}
             gamma, beta = named.get("tensor2") or named.get("tensor1", ""), named.get("self", "")
         elif node.kind is not Kind.VIEW and not (node.kind is Kind.MUL and not node.reads):
             break
     return gamma, beta
+
+
+def _shift(node: Node) -> str:
+    """The parameter of a sum that has a value for each feature, "" for a table of positions."""
+    return next((read.parameter for read in node.reads if len(read.path) == 1 and sum(size > 1 for size in read.path[0].shape) <= 1), "")
 
 
 def _per_feature(node: Node) -> str:

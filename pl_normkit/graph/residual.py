@@ -7,7 +7,9 @@ __all__ = ["Sum", "as_residual", "find_sums", "is_attention", "joins_features"]
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from pl_normkit.graph.nodes import Kind, Node
+import torch
+
+from pl_normkit.graph.nodes import Kind, Node, kind_of
 from pl_normkit.graph.paths import Dominators, between, leading, main_inputs, walk_branch
 from pl_normkit.graph.structure import PASSING, Branch, ResidualAdd
 
@@ -16,8 +18,11 @@ _PARTS = _SLICES | {"chunk", "split", "split_with_sizes", "tensor_split", "unbin
 _POINTWISE_KINDS = (*PASSING, Kind.MUL, Kind.ADD, Kind.CAT, Kind.ACTIVATION)
 _ARITHMETIC = """
     sub rsub div neg addcmul addcdiv lerp pow square sqrt rsqrt reciprocal exp exp2 expm1 log log1p log2 abs sign sin cos
-    maximum minimum where masked_fill floor ceil round remainder nan_to_num"""
+    maximum minimum where masked_fill floor ceil round remainder nan_to_num sum cumsum prod"""
 _POINTWISE = frozenset(_ARITHMETIC.split())
+_BENDING = frozenset(("exp", "exp2", "expm1", "log", "log1p", "log2", "sin", "cos"))
+_LOOKUPS = frozenset(("embedding", "embedding_bag", "index", "index_select", "gather", "take_along_dim"))
+_LAYERS = (Kind.WEIGHT, Kind.ATTENTION, Kind.NORM, Kind.RESIZE, Kind.POOL, Kind.CAT, Kind.ADD, Kind.INPUT)
 _CHAIN_LIMIT = 24
 _REGION_LIMIT = 40
 
@@ -170,25 +175,37 @@ def _residual_of(found: Sum, shortcut: Branch, branches: Sequence[Branch]) -> Re
     if not _is_plain(shortcut) or any(_resizes(branch) != _resizes(shortcut) for branch in branches):
         return None
     for branch in branches:
+        if any(node in branch for node in shortcut.nodes):  # then they part later
+            return None
         if _shortcut_rank(branch) <= rank or _only_rescales(branch) or not _ends_in(found, branch):
             return None
         if is_projection and branch.end.numel < found.node.numel:
             return None
         if branch.end in found.subtracted and not branch.of_kind(Kind.WEIGHT):
             return None
-    if all(_reads_other_part(shortcut, branch) for branch in branches):
+    if all(_reads_other_part(shortcut, branch) for branch in branches) and not _lives_on(found.node):
         return None
     return ResidualAdd(found.node, shortcut.split, shortcut, tuple(branches), "projection" if is_projection else "identity")
 
 
 def _is_plain(shortcut: Branch) -> bool:
-    """Linear, with at most one weight layer (or a depthwise and a pointwise one), which a pre-activation of its own may precede."""
+    """Linear, with at most one weight layer (or a depthwise and a pointwise one), which a pre-activation of its own may precede.
+
+    What a value looks up in a table hands nothing of the value on, nor does its product with a fixed matrix (the first state of a scan).
+    """
     weights = shortcut.of_kind(Kind.WEIGHT)
+    if any(_is_lookup(node) or (node.kind is Kind.MATMUL and len(node.inputs) == 1) for node in shortcut.nodes):
+        return False
     is_separable = len(weights) == 2 and "conv" in weights[0].op and weights[0].argument("groups", 6, 1) > 1
-    bends = shortcut.of_kind(Kind.ACTIVATION, Kind.ATTENTION, Kind.SOFTMAX)
+    bends = [node for node in shortcut.nodes if node.kind in (Kind.ACTIVATION, Kind.ATTENTION, Kind.SOFTMAX) or node.op in _BENDING]
     return (len(weights) <= 1 or is_separable) and all(
         weights and node.kind is Kind.ACTIVATION and node.index < weights[0].index for node in bends
     )
+
+
+def _is_lookup(node: Node) -> bool:
+    """Whether the value enters as the index alone."""
+    return node.op in _LOOKUPS and not {"self", "input"} & set(node.arguments)
 
 
 def _shortcut_rank(side: Branch) -> tuple[int, int, int]:
@@ -205,7 +222,13 @@ def _resizes(side: Branch) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
 
 
 def _is_pointwise(node: Node) -> bool:
-    return node.kind in _POINTWISE_KINDS or node.op in _POINTWISE
+    return node.kind in _POINTWISE_KINDS or node.op in _POINTWISE or _is_tagged_pointwise(node)
+
+
+def _is_tagged_pointwise(node: Node) -> bool:
+    """Whether torch itself calls the operation pointwise."""
+    called = node.target.target
+    return node.kind is Kind.OTHER and isinstance(called, torch._ops.OpOverload) and torch.Tag.pointwise in called.tags
 
 
 def _only_rescales(branch: Branch) -> bool:
@@ -231,7 +254,20 @@ def _ends_in(found: Sum, branch: Branch) -> bool:
 def _reads_other_part(shortcut: Branch, branch: Branch) -> bool:
     """Whether the two start from different slices of the split (Res2Net's hierarchy, cascaded heads): they share no value."""
     starts = [{node for node in side.nodes if side.split in node.inputs} for side in (shortcut, branch)]
-    return all(start and all(node.op in _SLICES for node in start) for start in starts) and not starts[0] & starts[1]
+    parts = [set(map(_part, nodes)) for nodes in starts]
+    return all(nodes and all(node.op in _SLICES for node in nodes) for nodes in starts) and not parts[0] & parts[1]
+
+
+def _part(node: Node) -> tuple[Node, str, str]:
+    """What a slice takes of which value."""
+    return node.inputs[0], node.op, repr((*node.target.args[1:], *node.target.kwargs.values()))
+
+
+def _lives_on(node: Node) -> bool:
+    """Whether a value goes on as a stream of its own beside what is computed of it (reversible couplings of two halves)."""
+    while len(node.users) == 1 and node.users[0].kind in PASSING:
+        node = node.users[0]
+    return len(node.users) > 1 or all(user.kind is Kind.CAT for user in node.users)
 
 
 def _is_recurrence(found: Sum) -> bool:
@@ -241,7 +277,7 @@ def _is_recurrence(found: Sum) -> bool:
         return True
     sources = [{part.inputs[0]: part for part in parts} for parts in slices]
     return any(
-        first[source] is not second[source]
+        _part(first[source]) != _part(second[source])
         for index, first in enumerate(sources)
         for second in sources[index + 1 :]
         for source in first.keys() & second.keys()
@@ -267,15 +303,46 @@ def _slices_behind(end: Node) -> list[Node]:
 def joins_features(found: Sum) -> bool:
     """Whether two operands or more fill the sum, and it is neither an attention score nor arithmetic on one value.
 
-    A broadcast shift (a condition, a position) fuses nothing.
+    A broadcast shift (a condition, a position) fuses nothing, nor do embeddings of one token, products that attention or a scan sums up,
+    and the two sides of a gate, `g * a + (1 - g) * b`.
     """
-    is_addition = found.node.kind is Kind.ADD or (found.node.op == "sum" and len(found.node.shape) > 2)
+    rank = len(found.node.shape)
+    is_addition = (found.node.kind is Kind.ADD and rank > 1) or (found.node.op == "sum" and rank > 2)
     if not is_addition or sum(operand.shape == found.node.shape for operand in found.operands) < 2:
         return False
     if _feeds_attention(found.node) or _is_recurrence(found) or _adds_again(found):
         return False
+    makers = [_maker(operand) for operand in found.operands]
+    if all(map(_is_lookup, makers)) or _is_gated(found):
+        return False
+    if any(maker.kind is Kind.MATMUL for maker in makers) and not any(maker.kind in _LAYERS for maker in makers):
+        return False
     sides = [walk_branch(found.split, operand) for operand in found.operands] if found.split is not None else []
     return not sides or not all(all(map(_is_pointwise, side.nodes)) for side in sides)
+
+
+def _maker(end: Node) -> Node:
+    """The operation that made a value, seen through views, dropouts, scales and activations."""
+    node = end
+    for _ in range(_CHAIN_LIMIT):
+        if node.kind not in (*PASSING, Kind.MUL, Kind.ACTIVATION) or not node.inputs:
+            break
+        node = main_inputs(node)[0]
+    return node
+
+
+def _is_gated(found: Sum) -> bool:
+    """Whether one operand is scaled by what is left of the other's gate (highway networks, gated recurrent units by hand)."""
+    factors = [set(operand.inputs) if operand.kind is Kind.MUL else set() for operand in found.operands]
+    return any(
+        source in other
+        for mine in factors
+        for rest in mine
+        if rest.op in ("rsub", "sub") and len(rest.inputs) == 1
+        for source in rest.inputs
+        for other in factors
+        if other is not mine
+    )
 
 
 def _adds_again(found: Sum) -> bool:
@@ -289,8 +356,19 @@ def _adds_again(found: Sum) -> bool:
 
 
 def is_attention(softmax: Node) -> bool:
-    """Whether a softmax weighs the values of an attention written out."""
-    return any(user.kind is Kind.MATMUL and len(user.inputs) > 1 for score in _scores_from(softmax) for user in score.users)
+    """Whether a softmax weighs the values of an attention written out, and not the experts that a router chooses among."""
+    weighed = (user for score in _scores_from(softmax) for user in score.users)
+    return any(kind_of(user.op, ()) is Kind.MATMUL and len(user.inputs) > 1 for user in weighed) and not _is_router(softmax)
+
+
+def _is_router(softmax: Node) -> bool:
+    """Whether it runs over the features of the layer that made the scores."""
+    node = softmax.inputs[0]
+    while len(node.inputs) == 1 and node.kind is not Kind.WEIGHT and node.shape == node.inputs[0].shape:
+        node = node.inputs[0]
+    features = len(node.shape) - 1 if node.op in ("linear", "addmm", "einsum", "matmul") else 1
+    is_layer = node.kind is Kind.WEIGHT and len(node.inputs) == 1 and node.shape == softmax.shape
+    return is_layer and int(softmax.argument("dim", 1, -1)) % len(softmax.shape) == features
 
 
 def _is_score(found: Sum) -> bool:

@@ -17,7 +17,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_leaves
 
 from pl_normkit.errors import TraceError
-from pl_normkit.graph.export import Arguments, call_arguments, export_model, place_arguments, without_root
+from pl_normkit.graph.export import Arguments, call_arguments, export_model, is_from_root, place_arguments, without_root
 from pl_normkit.graph.masks import MASKING, Draw, Mask, draw_of, mask_on
 from pl_normkit.graph.nodes import LIKE_ANOTHER, SHAPE_ONLY, Kind, Node, Read, Step, kind_of
 from pl_normkit.graph.repeated import Call, find_rows, stand_ins
@@ -336,7 +336,18 @@ def _operands(target: torch.fx.Node) -> Iterator[tuple[str, torch.fx.Node]]:
 
 def _shape_of(target: torch.fx.Node) -> tuple[int, ...]:
     value = target.meta.get("val")
-    return tuple(value.shape) if isinstance(value, Tensor) else ()
+    return tuple(map(_size, value.shape)) if isinstance(value, Tensor) else ()
+
+
+_ROUTED = 4
+"""Stands for each size that depends on values (how many tokens a router gives to an expert)."""
+
+
+def _size(size: int | torch.SymInt) -> int:
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return max(int(expression.xreplace(dict.fromkeys(expression.free_symbols, _ROUTED))), 1)
 
 
 def _returns_nothing(target: torch.fx.Node) -> bool:
@@ -352,6 +363,12 @@ def _name_of(target: torch.fx.Node) -> str:
 
 
 def _module_of(target: torch.fx.Node) -> str:
-    stack = target.meta.get("nn_module_stack") or {}
-    path: str = next(reversed(stack.values()))[0] if stack else ""
-    return without_root(path.partition("@")[0])
+    """Path of the innermost module that ran the call.
+
+    In a model that shares modules, an export names those inside a block whose forward was replaced from the block on (`repeated`).
+    """
+    stack = [path.partition("@")[0] for path, _ in (target.meta.get("nn_module_stack") or {}).values()]
+    if not stack:
+        return ""
+    whole = [path for path in stack if is_from_root(path)]
+    return without_root(stack[-1] if stack[-1] in whole else f"{whole[-1]}.{stack[-1]}")
