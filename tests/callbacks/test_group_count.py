@@ -19,6 +19,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The number of training batches"),
     pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
     pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory"),
 ]
 
 
