@@ -16,6 +16,7 @@ from pl_normkit.findings import Note, NoteKind
 from pl_normkit.recipes.editing import editing_callbacks
 from pl_normkit.recipes.field import finish_field
 from pl_normkit.recipes.run_result import result_of
+from pl_normkit.recipes.writing import log_folder
 from pl_normkit.report import Report, merge_reports
 
 
@@ -84,7 +85,7 @@ def finish_fit(
     """
     print_findings(trainer, console)
     print_checkpoint(trainer, console)
-    folder = _log_folder(trainer)
+    folder = log_folder(trainer)
     folder.mkdir(parents=True, exist_ok=True)
     pictures = dict(more or {})
     if draw is not None:
@@ -94,10 +95,3 @@ def finish_fit(
         pictures[f"{sheet}, state at step {trainer.global_step}"] = picture
         pictures |= finish_field(trainer, module, folder / "receptive_field.png", console)
     write_page(trainer, module, pictures, folder / "report.html", console)
-
-
-def _log_folder(trainer: L.Trainer) -> Path:
-    """As `trainer.log_dir`, which is broadcast and so waits for processes that have nothing to sum up and are gone."""
-    logger = trainer.loggers[0] if trainer.loggers else None
-    folder = getattr(logger, "log_dir", None) or getattr(logger, "save_dir", None)
-    return Path(folder or trainer.default_root_dir)

@@ -6,13 +6,13 @@ __all__ = ["result_of"]
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 
 from pl_normkit.recipes.history import FitHistory, Validation
+from pl_normkit.recipes.writing import log_folder
 from pl_normkit.report.landmarks import RunResult, Score, Table
 
 _Columns = Mapping[str, Mapping[str, float]]
@@ -92,5 +92,5 @@ def _configuration(trainer: L.Trainer) -> str:
     """What Lightning wrote beside the checkpoints."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     saved = next((callback for callback in callbacks if isinstance(callback, SaveConfigCallback)), None)
-    path = Path(trainer.log_dir or trainer.default_root_dir) / (saved.config_filename if saved is not None else "")
+    path = log_folder(trainer) / (saved.config_filename if saved is not None else "")
     return path.read_text(encoding="utf-8") if path.is_file() else ""

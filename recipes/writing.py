@@ -1,13 +1,20 @@
-"""Where predictions go: what the writers of one file share."""
+"""Where a run writes, and what the writers of one file of predictions share."""
 
 from __future__ import annotations
 
-__all__ = ["FileWriter"]
+__all__ = ["FileWriter", "log_folder"]
 
 from pathlib import Path
 
 import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter
+
+
+def log_folder(trainer: L.Trainer) -> Path:
+    """Where rank zero writes, also once the other processes are gone: `trainer.log_dir` is broadcast and would wait for them."""
+    logger = trainer.loggers[0] if trainer.loggers else None
+    folder = getattr(logger, "log_dir", None) or getattr(logger, "save_dir", None)
+    return Path(folder or trainer.default_root_dir)
 
 
 class FileWriter(BasePredictionWriter):

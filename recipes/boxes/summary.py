@@ -17,6 +17,7 @@ from pl_normkit.recipes.boxes.pictures import LabelledImage, draw_labels
 from pl_normkit.recipes.image_files import decode_picture
 from pl_normkit.recipes.segmentation.samples import CollateNamed, PredictDataset
 from pl_normkit.recipes.segmentation.summary import summarize_fit
+from pl_normkit.recipes.writing import log_folder
 
 _ROWS = 6
 
@@ -25,7 +26,7 @@ def summarize_boxes(trainer: L.Trainer, module: BoxSegmentationModule, data: Box
     """Print the result of a fit; rank zero prints and draws, the others do nothing."""
     pictures: Mapping[str, Path] = {}
     if trainer.is_global_zero and data.label_folder is not None:
-        sheet = Path(trainer.log_dir or trainer.default_root_dir) / "labels.png"
+        sheet = log_folder(trainer) / "labels.png"
         draw_labels(_rows(module, data, data.label_folder), module.class_names, sheet)
         console.print(f"labels:     {sheet}", soft_wrap=True, highlight=False)
         pictures = {"training images: boxes, attention, labels, prediction": sheet}

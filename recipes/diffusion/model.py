@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["DiffusionModule"]
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import numpy as np
@@ -17,7 +17,7 @@ from pl_normkit.recipes.diffusion.data import DigitImages
 from pl_normkit.recipes.diffusion.frechet import FrechetDistance
 from pl_normkit.recipes.diffusion.network import Injection, NormName, UNet
 from pl_normkit.recipes.diffusion.schedule import NoiseSchedule
-from pl_normkit.recipes.diffusion.scorer import FEATURES
+from pl_normkit.recipes.diffusion.scorer import FEATURES, Scorer
 from pl_normkit.recipes.module import RecipeModule, require_model_option
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -125,9 +125,9 @@ class DiffusionModule(RecipeModule):
         noise = torch.stack([_draw(self.shape, _LOSS, number) for number in numbers.tolist()])
         times = numbers.cpu() * 7919 % len(self.schedule.kept)
         self.log(f"{stage}_loss", self._loss(images, noise, times), batch_size=len(images), sync_dist=True, prog_bar=True)
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if isinstance(data, DigitImages) and data.scorer is not None:
-            self.frechet.update(*(data.scorer.features(found).to(self.device) for found in (images, self.sample(numbers.tolist()))))
+        scorer = self._scorer()
+        if scorer is not None:
+            self.frechet.update(*(scorer.features(found).to(self.device) for found in (images, self.sample(numbers.tolist()))))
 
     def on_validation_epoch_end(self) -> None:
         self._log_distance("val")
@@ -141,6 +141,18 @@ class DiffusionModule(RecipeModule):
         self.log(f"{stage}_frechet", distance, prog_bar=True, sync_dist=True)  # the sums are synced: alike on every rank
         if not self.trainer.sanity_checking:
             self.scores = {"frechet": distance, "loss": float(self.trainer.callback_metrics[f"{stage}_loss"])}
+
+    def score_tables(self) -> Mapping[str, Mapping[str, float]]:
+        """What the distance is measured with."""
+        scorer = self._scorer()
+        if scorer is None:
+            return {}
+        rows = {"accuracy of the classifier": scorer.accuracy, "distance of the training images": scorer.floor}
+        return {"The distance's classifier, on the validation images": rows}
+
+    def _scorer(self) -> Scorer | None:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        return data.scorer if isinstance(data, DigitImages) else None
 
     @torch.no_grad()
     def sample(self, numbers: Sequence[int]) -> Tensor:

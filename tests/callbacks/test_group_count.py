@@ -7,7 +7,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -19,6 +19,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The number of training batches"),
     pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
     pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory"),
 ]
 
 
@@ -55,7 +56,7 @@ def loader() -> DataLoader[tuple[Tensor, ...]]:
 
 def trainer(folder: Path, *callbacks: pl.Callback, epochs: int = 1) -> pl.Trainer:
     return pl.Trainer(
-        max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        max_epochs=epochs, accelerator="cpu", logger=False, enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=folder, callbacks=list(callbacks),
     )  # fmt: skip
 
@@ -64,25 +65,25 @@ def trainer(folder: Path, *callbacks: pl.Callback, epochs: int = 1) -> pl.Traine
 def test_it_converts_once_and_resumes_bit_equal_beside_a_moving_average(late: bool, tmp_path: Path) -> None:
     def fit(epochs: int, path: Path | None = None) -> tuple[pl.Trainer, Classifier, GroupCount]:
         module, callback = Classifier(late=late), GroupCount(groups=4)
-        run = trainer(tmp_path, callback, EMAWeightAveraging(decay=0.9), epochs=epochs)
+        saved = ModelCheckpoint(tmp_path, f"{{epoch}}-of-{epochs}", save_top_k=-1)
+        run = trainer(tmp_path, callback, EMAWeightAveraging(decay=0.9), saved, epochs=epochs)
         run.fit(module, loader(), ckpt_path=path)
         return run, module, callback
 
-    run, _, callback = fit(1)
-    run.save_checkpoint(tmp_path / "last.ckpt")
+    _, _, callback = fit(1)
     assert [change.module for change in callback.changes.made] == ["net.1"]
     run, whole, callback = fit(2)
     assert isinstance(whole.net, nn.Sequential)
     assert (type(whole.net[1]).__name__, whole.net[1].num_groups) == ("GroupNorm", 4)
     run.test(whole, loader(), verbose=False)
     assert len(callback.changes.made) == 1
-    _, resumed, _ = fit(2, tmp_path / "last.ckpt")
+    _, resumed, _ = fit(2, tmp_path / "epoch=0-of-1.ckpt")
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
 
 
 def test_a_network_without_batch_norms_trains_as_it_is(tmp_path: Path) -> None:
     with pytest.warns(NormkitWarning, match="batch norms"):
-        trainer(tmp_path, GroupCount()).fit(Classifier(has_norm=False), loader())
+        trainer(tmp_path, GroupCount(), ModelCheckpoint(tmp_path)).fit(Classifier(has_norm=False), loader())
 
 
 def test_a_bad_target_is_refused_at_once() -> None:

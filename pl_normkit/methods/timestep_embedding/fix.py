@@ -62,8 +62,14 @@ def apply_positional_time(model: nn.Module, example_inputs: Any, *, filter_fn: F
     graph = ModelGraph.from_model(model, example_inputs)
     edits: list[Edit] = []
     skipped: list[Change] = []
+    slots: dict[str, TimeSlot] = {}
     for injection in _before_norms(graph):
-        plan = _plan_planes(model, injection, filter_fn) if injection.kind == "concat" else _plan_offset(model, graph, injection, filter_fn)
+        if injection.kind == "concat":
+            plan = _plan_planes(model, injection, filter_fn)
+        elif any(isinstance(edit, Insert) and edit.path == _first_taking(injection).module for edit in edits):
+            plan = Change(_first_taking(injection).module, "another signal varies over positions there already")
+        else:
+            plan = _plan_offset(model, graph, injection, filter_fn, slots)
         if isinstance(plan, Change):
             skipped.append(plan)
         else:
@@ -157,7 +163,8 @@ def apply_fewer_groups(
     for norm in _taking(ModelGraph.from_model(model, example_inputs)):
         module = get_module(model, norm.module)
         if not isinstance(module, nn.GroupNorm):
-            skipped.append(Change(norm.module, f"{type(module).__name__} has no groups to change"))
+            is_norm = isinstance(module, (_NormBase, nn.LayerNorm))
+            skipped.append(Change(norm.module, f"{type(module).__name__} has no groups to change" if is_norm else "the norm is no module"))
         elif filter_fn is not None and not filter_fn(module, norm.module):
             skipped.append(Change(norm.module, "not chosen by the filter"))
         elif norm.channels_per_group < channels_per_group:
@@ -188,7 +195,10 @@ def _taking(graph: ModelGraph) -> list[TimeNorm]:
     return list(found.values())
 
 
-def _plan_offset(model: nn.Module, graph: ModelGraph, injection: TimeInjection, filter_fn: Filter | None) -> list[Edit] | Change:
+def _plan_offset(
+    model: nn.Module, graph: ModelGraph, injection: TimeInjection, filter_fn: Filter | None, slots: dict[str, TimeSlot]
+) -> list[Edit] | Change:
+    """`slots` are those of the time layers so far: a layer whose output is added before several norms has one."""
     norm = _first_taking(injection)
     host = get_module(model, norm.module)
     time = _layer_of(model, injection.signal)
@@ -206,13 +216,14 @@ def _plan_offset(model: nn.Module, graph: ModelGraph, injection: TimeInjection, 
         return Change(norm.module, "the time layer and the norm do not run equally often")
     if time[1].out_features != norm.channels:
         return Change(norm.module, "the time has other channels than the norm")
-    slot = TimeSlot()
-    return [
-        AttachAfter(
-            time[0], _CHILD, SecondProjection(time[1], slot), "a second projection of the time, which varies over positions", _project_again
-        ),
-        Insert(norm.module, _CHILD, AddAtPositions(slot), "receives the time that varies over positions"),
-    ]
+    is_new = time[0] not in slots
+    slot = slots.setdefault(time[0], TimeSlot())
+    slot.readers += 1
+    insert = Insert(norm.module, _CHILD, AddAtPositions(slot), "receives the time that varies over positions")
+    if not is_new:
+        return [insert]
+    what = "a second projection of the time, which varies over positions"
+    return [AttachAfter(time[0], _CHILD, SecondProjection(time[1], slot), what, _project_again), insert]
 
 
 def _project_again(layer: nn.Module, arguments: tuple[Any, ...], keywords: Any, output: Tensor) -> Tensor:
@@ -249,7 +260,8 @@ def _layer_of(model: nn.Module, node: Node) -> tuple[str, nn.Linear | _ConvNd] |
 
 
 def _nothing(what: str, skipped: list[Change]) -> NothingMatchedError:
-    return NothingMatchedError(what, evidence="; ".join(map(str, skipped)), fix="give inputs with the time as a tensor")
+    fix = "bring the time in behind the norm: pl_normkit.nn.TimeAfterNorm, FiLMNorm" if skipped else "give inputs with the time as a tensor"
+    return NothingMatchedError(what, evidence="; ".join(map(str, skipped)), fix=fix)
 
 
 @dataclass(frozen=True)

@@ -139,17 +139,29 @@ class PositionalPlane(nn.Module):
 
 
 class TimeSlot(nn.Module):
-    """Holds e2 from the time layer's forward until the norm's: both have this module as a part, so copies share their own."""
+    """Holds e2 from the time layer's forward until the forward of the norms: all have this module as a part, so copies share their own.
+
+    Attributes:
+        readers: norms that take the value.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.readers = 0
         self.value: Tensor | None = None
+        self.left = 0
+
+    def put(self, value: Tensor) -> None:
+        self.value, self.left = value, self.readers
 
     def take(self) -> Tensor:
-        """The value, which is then gone: a tensor of a graph must not stay in a module that may be copied."""
-        value, self.value = self.value, None
+        """The value, which is gone with its last reader: a tensor of a graph must not stay in a module that may be copied."""
+        value = self.value
         if value is None:
             raise EditError("the norm of a positional time embedding ran, and its time layer did not run before it")
+        self.left -= 1
+        if self.left == 0:
+            self.value = None
         return value
 
 
@@ -162,7 +174,7 @@ class SecondProjection(nn.Module):
         self.slot = slot
 
     def forward(self, embedding: Tensor) -> None:
-        self.slot.value = self.projection(embedding)
+        self.slot.put(self.projection(embedding))
 
 
 class AddAtPositions(nn.Module):

@@ -196,3 +196,39 @@ def test_a_diffusers_unet_as_it_is() -> None:
     apply_fewer_groups(model, inputs)
     assert model.down_blocks[0].resnets[0].norm2.num_groups == 2
     assert apply_time_bias(model, inputs)
+
+
+class SharedProjection(nn.Module):
+    """One time layer before two norms, with a label added before the second as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+        self.time, self.label = nn.Linear(4, 8), nn.Linear(2, 8)
+        self.norm1, self.norm2 = nn.InstanceNorm2d(8), nn.InstanceNorm2d(8)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        offset = self.time(t)[:, :, None, None]
+        h = self.norm1(self.conv1(x) + offset).relu()
+        return self.norm2(self.conv2(h) + offset + self.label(y)[:, :, None, None])
+
+
+def test_one_time_layer_before_two_norms_and_a_second_signal_before_one() -> None:
+    model, inputs = SharedProjection(), (torch.randn(2, 3, 10, 10), torch.randn(2, 4), torch.randn(2, 2))
+    before = model(*inputs)
+    changes = apply_positional_time(model, inputs)
+    assert [change.module for change in changes.made] == ["time", "norm1", "norm2"]
+    assert [str(change) for change in changes.skipped] == ["norm2: another signal varies over positions there already"]
+
+    x, t, y = inputs
+    second = model.time.positional_time.projection(t)[:, :, None, None]
+    offset = model.time._parameters["weight"] @ t[:, :, None] + model.time._parameters["bias"][:, None]
+    h = model.conv1(x) + offset[..., None] + second * position_pattern((8, 8), x)
+    h = model.conv2(nn.functional.instance_norm(h).relu()) + offset[..., None] + second * position_pattern((6, 6), x)
+    expected = nn.functional.instance_norm(h + nn.functional.linear(y, model.label.weight, model.label.bias)[:, :, None, None])
+    torch.testing.assert_close(model(*inputs), expected)
+    model(*inputs).square().mean().backward()
+    assert copy.deepcopy(model)(*inputs).shape == before.shape  # nothing of a graph is left in it
+    assert torch.compile(model, backend="eager", fullgraph=True)(*inputs).shape == before.shape
+    changes.undo()
+    assert torch.equal(model(*inputs), before)
