@@ -11,6 +11,7 @@ __all__ = [
     "GradientHealth",
     "ModelAudit",
     "NaNGuard",
+    "NormSchedule",
     "PositionalVariance",
     "ScaleEqualization",
     "StochasticPooling",
@@ -26,6 +27,7 @@ from pl_normkit.callbacks.gaussian_bias import GaussianBias
 from pl_normkit.callbacks.gradient_health import GradientHealth
 from pl_normkit.callbacks.model_audit import ModelAudit
 from pl_normkit.callbacks.nan_guard import NaNGuard
+from pl_normkit.callbacks.norm_schedule import NormSchedule
 from pl_normkit.callbacks.positional_variance import PositionalVariance
 from pl_normkit.callbacks.scale_equalization import ScaleEqualization
 from pl_normkit.callbacks.stochastic_pooling import StochasticPooling

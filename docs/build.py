@@ -1,5 +1,6 @@
-"""Writes what follows from the code: docs/rules/ (a page a rule and an index), the tables of README.md and docs/norm_operators.md, the rooms' lines of
-`pl_normkit/__init__.py`, and the catalog that the command line's help reads. The test-suite compares each with what is committed."""
+"""Writes what follows from the code: docs/rules/ (a page a rule and an index), the tables of README.md and of
+docs/norm_operators.md, the rooms' lines of `pl_normkit/__init__.py`,
+and the catalog that the command line's help reads. The test-suite compares each with what is committed."""
 
 from __future__ import annotations
 
@@ -122,7 +123,13 @@ def documents() -> dict[Path, str]:
         door.read_text(), "    # from here to the next comment: one line a room, written by `make docs`", "    # end of rooms", front_door()
     )
     catalog = json.dumps(catalog_of_code(), indent=1) + "\n"
-    return pages | {ROOT / "docs/rules/README.md": index(rules), ROOT / "README.md": readme, norms: catalogue, door: exports, CATALOG: catalog}
+    return pages | {
+        ROOT / "docs/rules/README.md": index(rules),
+        ROOT / "README.md": readme,
+        norms: catalogue,
+        door: exports,
+        CATALOG: catalog,
+    }
 
 
 def main() -> None:
