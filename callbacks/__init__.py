@@ -13,6 +13,7 @@ __all__ = [
     "NaNGuard",
     "NormSchedule",
     "PositionalVariance",
+    "RecalibrateBatchNorm",
     "ScaleEqualization",
     "StochasticPooling",
     "SwapNorms",
@@ -29,6 +30,7 @@ from pl_normkit.callbacks.model_audit import ModelAudit
 from pl_normkit.callbacks.nan_guard import NaNGuard
 from pl_normkit.callbacks.norm_schedule import NormSchedule
 from pl_normkit.callbacks.positional_variance import PositionalVariance
+from pl_normkit.callbacks.recalibrate_batch_norm import RecalibrateBatchNorm
 from pl_normkit.callbacks.scale_equalization import ScaleEqualization
 from pl_normkit.callbacks.stochastic_pooling import StochasticPooling
 from pl_normkit.callbacks.swap_norms import SwapNorms

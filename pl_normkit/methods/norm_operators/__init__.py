@@ -15,6 +15,7 @@ Sources: "Pre-RMSNorm and Pre-CRMSNorm Transformers", arXiv 2305.14858, for the 
     schedule.py        norms that turn into others: their share at an optimizer step
     rules.py           NK921 to NK925: norms that do not do what they are there for
     weight_rules.py    NK931 to NK934: weights that are normalized to no effect
+    statistics_rules.py NK941: running statistics that do not fit the data
     modules.py         what conversions put into a model
 """
 

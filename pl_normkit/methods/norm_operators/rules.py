@@ -1,4 +1,5 @@
-"""NK921 to NK925: norms that do not do what they are there for. The rules on weights that are normalized stand in `weight_rules.py`."""
+"""NK921 to NK925: norms that do not do what they are there for. The others stand in `weight_rules.py` and
+`statistics_rules.py`."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from pl_normkit.findings import Evidence, Place, Severity
 from pl_normkit.graph import Kind, Node, call_arguments
+from pl_normkit.methods.norm_operators import statistics_rules as statistics_rules
 from pl_normkit.methods.norm_operators import weight_rules as weight_rules
 from pl_normkit.methods.norm_operators.operators.dyt import DynamicTanh
 from pl_normkit.methods.norm_operators.operators.prepbn import ProgressiveBatchNorm
