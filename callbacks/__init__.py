@@ -13,7 +13,9 @@ __all__ = [
     "ModelAudit",
     "NaNGuard",
     "NormPlacement",
+    "NormSchedule",
     "PositionalVariance",
+    "RecalibrateBatchNorm",
     "ScaleEqualization",
     "StochasticPooling",
     "SwapNorms",
@@ -30,7 +32,9 @@ from pl_normkit.callbacks.group_count import GroupCount
 from pl_normkit.callbacks.model_audit import ModelAudit
 from pl_normkit.callbacks.nan_guard import NaNGuard
 from pl_normkit.callbacks.norm_placement import NormPlacement
+from pl_normkit.callbacks.norm_schedule import NormSchedule
 from pl_normkit.callbacks.positional_variance import PositionalVariance
+from pl_normkit.callbacks.recalibrate_batch_norm import RecalibrateBatchNorm
 from pl_normkit.callbacks.scale_equalization import ScaleEqualization
 from pl_normkit.callbacks.stochastic_pooling import StochasticPooling
 from pl_normkit.callbacks.swap_norms import SwapNorms

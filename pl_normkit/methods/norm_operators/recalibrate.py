@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["recalibrate_batch_norm"]
+__all__ = ["Moments", "measure_norms", "recalibrate_batch_norm", "recalibrate_on_inputs"]
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
@@ -69,7 +69,26 @@ def recalibrate_batch_norm(
         raise ConfigError("source_weight is outside [0, 1]", evidence=repr(source_weight))
     model = unwrapped(model)
     norms, skipped = _chosen(model, filter_fn)
-    moments = {path: _Moments() for path in norms}
+    moments = measure_norms(model, norms, loader, max_batches=max_batches, inputs=inputs)
+    edits: list[Edit] = []
+    for path, norm in norms.items():
+        if moments[path].count == 0 and any(found.count for found in moments.values()):
+            skipped.append(Change(path, "it did not run"))
+        else:
+            edits.append(_edit(path, norm, moments[path], source_weight))
+    return apply_edits(model, edits, skipped)
+
+
+def measure_norms(
+    model: nn.Module,
+    norms: Mapping[str, _BatchNorm],
+    loader: Iterable[Any],
+    *,
+    max_batches: int | None,
+    inputs: Callable[[Any], Any] | None = None,
+) -> dict[str, Moments]:
+    """Statistics of what reaches `norms`, while these normalize by their batch and all else is in eval mode; the model stays as it was."""
+    moments = {path: Moments() for path in norms}
     with ExitStack() as stack:
         stack.enter_context(preserved(model, buffers=True))
         stack.enter_context(torch.no_grad())
@@ -80,13 +99,12 @@ def recalibrate_batch_norm(
         for batch in itertools.islice(loader, max_batches):
             arguments, keywords = call_arguments(inputs(batch) if inputs is not None else _inputs_of(batch))
             model(*arguments, **keywords)
-    edits: list[Edit] = []
-    for path, norm in norms.items():
-        if moments[path].count == 0 and any(found.count for found in moments.values()):
-            skipped.append(Change(path, "it did not run"))
-        else:
-            edits.append(_edit(path, norm, moments[path], source_weight))
-    return apply_edits(model, edits, skipped)
+    return moments
+
+
+def recalibrate_on_inputs(model: nn.Module, example_inputs: Any, *, filter_fn: Filter | None = None) -> Changes:
+    """`recalibrate_batch_norm` over one batch of inputs."""
+    return recalibrate_batch_norm(model, [example_inputs], inputs=lambda batch: batch, filter_fn=filter_fn)
 
 
 def _chosen(model: nn.Module, filter_fn: Filter | None) -> tuple[dict[str, _BatchNorm], list[Change]]:
@@ -107,7 +125,7 @@ def _chosen(model: nn.Module, filter_fn: Filter | None) -> tuple[dict[str, _Batc
 
 
 @dataclass
-class _Moments:
+class Moments:
     """Count, mean and sum of squared deviations per channel in float64, merged batch by batch (Chan et al.)."""
 
     count: int = 0
@@ -128,7 +146,7 @@ class _Moments:
 
 @dataclass(frozen=True)
 class _Recorder:
-    moments: _Moments
+    moments: Moments
 
     def __call__(self, norm: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         self.moments.add(arguments[0])
@@ -140,7 +158,7 @@ def _inputs_of(batch: Any) -> Any:
     return batch[0]
 
 
-def _edit(path: str, norm: _BatchNorm, moments: _Moments, source_weight: float) -> SetValues:
+def _edit(path: str, norm: _BatchNorm, moments: Moments, source_weight: float) -> SetValues:
     if moments.mean is None or moments.deviations is None:
         raise DataError("the loader is empty, so that no batch norm ran", fix="give at least one batch")
     if moments.count < 2:
