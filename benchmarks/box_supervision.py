@@ -29,8 +29,9 @@ from pl_normkit.recipes.segmentation.pictures import save_palette_mask
 
 RESULTS = Path(__file__).with_name("results") / "box_supervision.csv"
 SIZE = 64
-STEPS = 100
-COUNT = 128
+STEPS = 80
+BATCH = 8
+COUNT = 96
 QUIET: dict[str, Any] = {
     "logger": False,
     "enable_checkpointing": False,
@@ -44,8 +45,8 @@ Row = tuple[int, str, str, float, float]
 
 def train_classifier(data: TextureObjects, seed: int, pool: str) -> BoxClassifierModule:
     L.seed_everything(seed, verbose=False)
-    module = BoxClassifierModule(data.class_names, side=SIZE, steps=STEPS, pool=pool, lr=2e-3)
-    loader = data.box_dataloader(SIZE, 16, training=True)
+    module = BoxClassifierModule(data.class_names, side=SIZE, steps=STEPS, batch_size=BATCH, pool=pool, lr=2e-3)
+    loader = data.box_dataloader(SIZE, BATCH, training=True)
     L.Trainer(max_steps=STEPS, max_epochs=-1, **QUIET).fit(module, loader)
     return module
 
@@ -79,7 +80,7 @@ def train_segmenter(data: TextureObjects, seed: int, folder: Path, noise: str) -
 
 def run_seed(seed: int, refinements: list[Refinement], thresholds: list[float], folder: Path) -> Any:
     """Rows of one seed, as they come."""
-    data = TextureObjects(seed=seed, image_size=SIZE, crop_size=SIZE, train_count=COUNT, val_count=64)
+    data = TextureObjects(seed=seed, image_size=SIZE, crop_size=SIZE, train_count=COUNT, val_count=48, batch_size=BATCH)
     data.setup("fit")
     write_filled(data, folder / "filled")
     for pool in ("bap", "gap"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["Stages", "run_stages"]
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,6 @@ def _load(classifier: BoxClassifierModule, path: Path) -> None:
             evidence = f"checkpoint: {saved['class_names']}; data: {classifier.class_names}"
             raise ConfigError("the classifier was trained on other classes", where=str(path), evidence=evidence, fix=fix)
         classifier.load_state_dict(saved["state_dict"])
-    except (RuntimeError, KeyError, TypeError, OSError, EOFError) as error:
+    except (RuntimeError, KeyError, TypeError, AttributeError, OSError, EOFError, pickle.UnpicklingError) as error:
         evidence = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise ConfigError("the classifier cannot be restored", where=str(path), evidence=evidence, fix=fix) from error

@@ -33,7 +33,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _on_folder(folder: Path, *more: str) -> list[str]:
-    small = ["--data.crop_size=64", "--data.batch_size=2", "--data.num_workers=0"]
+    small = ["--data.crop_size=64", "--data.batch_size=4", "--data.num_workers=0"]
     return ["--data=FolderData", f"--data.root={folder}", *small, *QUICK, *more]
 
 
