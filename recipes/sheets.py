@@ -29,21 +29,23 @@ def draw_sheet(
         path: file to write; its folder is made.
         legend: names with their colours.
     """
-    height, width = (max(picture.shape[axis] for row in rows for picture in row) for axis in (-2, -1))
+    width = max(picture.shape[-1] for row in rows for picture in row)
+    tops = [_LINE]
+    for row in rows:
+        tops.append(tops[-1] + max(picture.shape[-2] for picture in row) + _GAP)
     sheet_width = len(titles) * (width + _GAP) + _GAP
     columns = max(sheet_width // _ENTRY, 1)
     legend_height = -(-len(legend) // columns) * _LINE + _GAP
-    sheet = Image.new("RGB", (sheet_width, _LINE + len(rows) * (height + _GAP) + legend_height), (24, 24, 24))
+    sheet = Image.new("RGB", (sheet_width, tops[-1] + legend_height), (24, 24, 24))
     pen = ImageDraw.Draw(sheet)
     for column, title in enumerate(titles):
         pen.text((_GAP + column * (width + _GAP), 2), title, fill=(255, 255, 255))
-    for line, row in enumerate(rows):
+    for top, row in zip(tops, rows, strict=False):
         for column, picture in enumerate(row):
-            corner = (_GAP + column * (width + _GAP), _LINE + line * (height + _GAP))
+            corner = (_GAP + column * (width + _GAP), top)
             sheet.paste(Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()), corner)
-    top = _LINE + len(rows) * (height + _GAP)
     for index, (name, colour) in enumerate(legend):
-        x, y = _GAP + index % columns * _ENTRY, top + index // columns * _LINE
+        x, y = _GAP + index % columns * _ENTRY, tops[-1] + index // columns * _LINE
         pen.rectangle((x, y + 2, x + 10, y + 12), fill=colour)
         pen.text((x + 15, y + 1), name[:14], fill=(255, 255, 255))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 
+from pl_normkit.errors import ConfigError
 from pl_normkit.recipes.boxes.classifier import BoxClassifierModule
 from pl_normkit.recipes.boxes.data import BoxesData
 from pl_normkit.recipes.boxes.export import COSINE_FORM
@@ -45,6 +46,10 @@ class BoxesCLI(RecipeCLI):
         getattr(self.trainer.logger, "experiment", None)  # a logger of files begins its folder now, while that is empty
         folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
         self._find_labels(options.stages)
+        if self.trainer.world_size > 1 and options.stages.labels is None:
+            fix = "run once with --trainer.devices 1 --trainer.max_steps 1, then give its folder as --stages.labels"
+            evidence = f"{self.trainer.world_size} processes"
+            raise ConfigError("classifier and labels are made on one device", where="--trainer.devices", evidence=evidence, fix=fix)
         notes = run_stages(options.stages, options.classifier, self.datamodule, folder, self.build_bare_trainer, Console())
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         callbacks += [*notes, BoxNotes()]

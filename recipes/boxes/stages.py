@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["Stages", "run_stages"]
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,8 @@ def run_stages(
         torch.save({"state_dict": classifier.state_dict(), "class_names": classifier.class_names}, folder / "classifier.ckpt")
         console.print(f"classifier: {folder / 'classifier.ckpt'}", soft_wrap=True, highlight=False)
     writer = LabelWriter(data.box_source, folder / "labels", stages.refine, stages.threshold)
-    trainer = build_trainer(**quiet, callbacks=[writer])
+    every = {"limit_predict_batches": 1.0, "fast_dev_run": False}  # a segmenter that is only tried needs all labels too
+    trainer = build_trainer(**quiet, **every, callbacks=[writer])
     trainer.predict(classifier, data.box_dataloader(classifier.side, classifier.batch_size), return_predictions=False)
     if writer.scores is not None:
         writer.scores.print(console)
@@ -98,6 +100,6 @@ def _load(classifier: BoxClassifierModule, path: Path) -> None:
             evidence = f"checkpoint: {saved['class_names']}; data: {classifier.class_names}"
             raise ConfigError("the classifier was trained on other classes", where=str(path), evidence=evidence, fix=fix)
         classifier.load_state_dict(saved["state_dict"])
-    except (RuntimeError, KeyError, TypeError, OSError, EOFError) as error:
+    except (RuntimeError, KeyError, TypeError, AttributeError, OSError, EOFError, pickle.UnpicklingError) as error:
         evidence = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise ConfigError("the classifier cannot be restored", where=str(path), evidence=evidence, fix=fix) from error

@@ -199,3 +199,48 @@ def test_coco_boxes_and_masks_agree(tmp_path: Path):
     (tmp_path / "annotations" / "instances_train2017.json").write_text("{}")
     with pytest.raises(DataError, match="annotations cannot be read"):
         data.build_sources(("train",))
+
+
+def _spoil_box(folder: Path) -> None:
+    write_box(folder / "boxes" / "3.json", (50, 10, 20, 30), 1)
+
+
+def _remove_boxes(folder: Path) -> None:
+    for path in (folder / "boxes").iterdir():
+        path.unlink()
+
+
+def _empty_boxes(folder: Path) -> None:
+    for path in (folder / "boxes").iterdir():
+        path.write_text('{"boxes": [], "labels": []}')
+
+
+def _save(kind: str, pixels: np.ndarray):
+    def spoil(folder: Path) -> None:
+        Image.fromarray(pixels).save(folder / kind / "3.png")
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "what", "where"),
+    [
+        (_spoil_box, "no area", "boxes/3.json, box 1"),
+        (_remove_boxes, "a training image has no boxes", "images/"),
+        (_empty_boxes, "no training image has a box", "images"),
+        (_save("masks", np.zeros((10, 10), np.uint8)), "another size than its image", "masks/3.png"),
+        (_save("masks", np.full(SIZE, 9, np.uint8)), "class out of range", "masks/3.png"),
+        (_save("masks", np.zeros((*SIZE, 3), np.uint8)), "does not hold class indices", "masks/3.png"),
+        (_save("images", np.zeros(SIZE, np.uint16)), "more than 8 bits", "images/3.png"),
+        (lambda folder: (folder / "classes.txt").write_text(""), "at least one class", "classes.txt"),
+        (lambda folder: (folder / "images" / "3.png").write_bytes(b"no picture"), "image cannot be read", "images/3.png"),
+    ],
+)
+def test_what_is_wrong_with_a_folder_is_said_before_training(tmp_path: Path, spoil, what, where):
+    write_boxed(tmp_path, 5)
+    spoil(tmp_path)
+    with pytest.raises(DataError) as caught:
+        FolderData(str(tmp_path)).build_sources(("train", "val"))
+    assert what in caught.value.what
+    assert where in caught.value.where
+    assert caught.value.fix

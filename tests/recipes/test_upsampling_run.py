@@ -3,6 +3,7 @@
 import csv
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from upsampling_tree import write_map_pairs
 from pl_normkit.cli import main
 from pl_normkit.errors import DataError
 from pl_normkit.nn import DeformableKernelNetwork
-from pl_normkit.recipes.upsampling import MiddleburyData, NYUData, StereoAndPlanes, run
+from pl_normkit.recipes.upsampling import FolderData, MiddleburyData, NYUData, StereoAndPlanes, run
 from pl_normkit.recipes.upsampling.maps import read_map
 
 QUICK = ["--trainer.enable_model_summary=false", "--trainer.callbacks=null", "--trainer.enable_progress_bar=false"]
@@ -127,45 +128,41 @@ def test_a_checkpoint_is_exported_and_computes_the_same(here, pairs, capsys):
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)
 
 
-def _no_map(folder: Path) -> list[str]:
+def _no_map(folder: Path) -> dict[str, Any]:
     (folder / "maps" / "3.png").unlink()
-    return []
+    return {}
 
 
-def _wrong_size(folder: Path) -> list[str]:
+def _wrong_size(folder: Path) -> dict[str, Any]:
     Image.fromarray(np.full((24, 32), 5, np.uint16)).save(folder / "maps" / "3.png")
-    return []
+    return {}
 
 
-def _colours(folder: Path) -> list[str]:
+def _colours(folder: Path) -> dict[str, Any]:
     Image.fromarray(np.full((48, 64, 3), 5, np.uint8)).save(folder / "maps" / "3.png")
-    return []
+    return {}
 
 
-def _nothing_known(folder: Path) -> list[str]:
+def _nothing_known(folder: Path) -> dict[str, Any]:
     Image.fromarray(np.zeros((48, 64), np.uint16)).save(folder / "maps" / "3.png")
-    return []
+    return {}
 
 
-def _no_image(folder: Path) -> list[str]:
+def _no_image(folder: Path) -> dict[str, Any]:
     (folder / "images" / "3.png").write_bytes(b"no picture")
-    return []
+    return {}
 
 
-def _out_of_range(folder: Path) -> list[str]:
-    return ["--data.classes=3"]
+def _out_of_range(folder: Path) -> dict[str, Any]:
+    return {"classes": 3}
 
 
-def _large_crop(folder: Path) -> list[str]:
-    return ["--data.crop_size=64"]
+def _no_multiple(folder: Path) -> dict[str, Any]:
+    return {"crop_size": 30}
 
 
-def _no_multiple(folder: Path) -> list[str]:
-    return ["--data.crop_size=30"]
-
-
-def _no_folder(folder: Path) -> list[str]:
-    return [f"--data.root={folder / 'nowhere'}"]
+def _no_folder(folder: Path) -> dict[str, Any]:
+    return {"root": str(folder / "nowhere")}
 
 
 @pytest.mark.parametrize(
@@ -177,17 +174,25 @@ def _no_folder(folder: Path) -> list[str]:
         (_nothing_known, "no known pixel", "maps/3.png"),
         (_no_image, "image cannot be read", "images/3.png"),
         (_out_of_range, "class out of range", "maps/"),
-        (_large_crop, "smaller than the crop", ""),
         (_no_multiple, "crop_size cannot be used", "--data.crop_size"),
         (_no_folder, "data folder is not there", "nowhere"),
     ],
 )
-def test_bad_data_is_one_message_and_exit_code_two(here, pairs, capsys, spoil, what, where):
-    code = main(["run", "upsampling", "fit", *_on_folder(pairs), *spoil(pairs)])
+def test_what_is_wrong_with_a_folder_is_said_before_training(pairs, spoil, what, where):
+    options = {"root": str(pairs), "factor": 4, "crop_size": 32, **spoil(pairs)}
+    with pytest.raises(DataError) as caught:
+        FolderData(**options).build_sources(("train", "val"))
+    assert what in caught.value.what
+    assert where in caught.value.where
+    assert caught.value.fix
+
+
+def test_bad_data_is_one_message_and_exit_code_two(here, pairs, capsys):
+    """A crop that is too large is seen in the first batch."""
+    code = main(["run", "upsampling", "fit", *_on_folder(pairs), "--data.crop_size=64"])
     message = capsys.readouterr().err
     assert (code, message.count("error: ")) == (2, 1)
-    assert what in message
-    assert where in message
+    assert "smaller than the crop" in message
     assert "fix: " in message
     assert "Traceback" not in message
 
