@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types zoo bench value gpu docs site clean
+.PHONY: demo test lint types zoo bench value gpu docs site dist clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -53,6 +53,11 @@ site: $(VENV)/.site  ## the pages of docs/ as a web site, in site/; a broken lin
 
 docs: $(VENV)/.test  ## rule pages from the rules' own docstrings
 	$(BIN)/python docs/build.py
+
+dist: $(VENV)/bin/python  ## wheel and sdist, the same bytes for the same commit
+	$(BIN)/python -m pip install --quiet build twine
+	$(BIN)/python .ci/distribute.py dist
+	$(BIN)/twine check --strict dist/*
 
 clean:
 	rm -rf $(VENV) build dist site runs *.egg-info .hypothesis .mypy_cache .ruff_cache

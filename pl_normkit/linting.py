@@ -67,7 +67,7 @@ def report_of(options: argparse.Namespace) -> Report:
     selection = Selection.from_pyproject().override(options.select, options.ignore, _patterns(options.per_module_ignore))
     with _foreign_words_apart():
         found = audit_subject(_subject(options), selection)
-    return Report(found.findings, options.model or found.subject, found.notes)
+    return replace(found, subject=options.model or found.subject)
 
 
 def _lint_one(options: argparse.Namespace) -> Report:

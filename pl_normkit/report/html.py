@@ -8,19 +8,19 @@ import base64
 import html
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pl_normkit
-from pl_normkit.findings import Finding, FixSafety
+from pl_normkit.findings import Finding, FixSafety, Place
 from pl_normkit.report.charts import bars, line_chart, network_map
-from pl_normkit.report.source_lines import lines_around
+from pl_normkit.report.source_lines import SourceLine, lines_around
 from pl_normkit.rules import Rule, load_rules
 
 if TYPE_CHECKING:
     from pl_normkit.report import Report
 
-_PLACES_WITH_SOURCE = 3
+_SOURCES_SHOWN = 3
 
 
 def to_html(report: Report) -> str:
@@ -73,14 +73,19 @@ def _card(finding: Finding, number: int) -> dict[str, Any]:
         "id": f"finding-{number}",
         "family": finding.code[:3],
         "modules": " ".join(place.module for place in finding.places).lower(),
-        "places": [
-            (place, lines_around(place.source) if index < _PLACES_WITH_SOURCE else []) for index, place in enumerate(finding.places)
-        ],
+        "places": _with_lines(finding.places),
         "chart": bars(finding.evidence),
         "fix": _fix_call(finding, rule),
         "why": {title: _blocks(text) for title, text in rule.sections().items()} if rule is not None else {},
         "mark": f"{rule.mark.value}: {rule.source}" if rule is not None else "",
     }
+
+
+def _with_lines(places: Sequence[Place]) -> list[tuple[Place, list[SourceLine]]]:
+    """The lines around the first few sources, each once: blocks of one class share theirs."""
+    shown = list(dict.fromkeys(place.source for place in places if place.source))[:_SOURCES_SHOWN]
+    firsts = {source: next(index for index, place in enumerate(places) if place.source == source) for source in shown}
+    return [(place, lines_around(place.source) if firsts.get(place.source) == index else []) for index, place in enumerate(places)]
 
 
 def _fix_call(finding: Finding, rule: Rule | None) -> str:

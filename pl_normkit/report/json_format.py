@@ -6,6 +6,7 @@ __all__ = ["from_json", "to_json"]
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -28,13 +29,14 @@ def to_json(report: Report) -> str:
         "fixed": list(report.fixed),
         "about": dict(report.about),
         "landmarks": [asdict(landmark) for landmark in report.landmarks],
-        "numbers": dict(report.numbers),
+        "curves": {title: _finite(curve) for title, curve in report.curves.items()},
+        "numbers": _finite(report.numbers),
     }
     return json.dumps(document, indent=2, allow_nan=False)
 
 
 def from_json(text: str) -> Report:
-    """The report that `to_json` wrote; pictures, curves and results of runs are not in it. Raises DataError."""
+    """The report that `to_json` wrote; pictures and results of runs are not in it. Raises DataError."""
     from pl_normkit.report import Report
 
     try:
@@ -48,10 +50,20 @@ def from_json(text: str) -> Report:
             document["fixed"],
             about=document["about"],
             landmarks=[Landmark(**fields) for fields in document["landmarks"]],
-            numbers=document.get("numbers", {}),
+            curves={title: _floats(curve) for title, curve in document.get("curves", {}).items()},
+            numbers=_floats(document.get("numbers", {})),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise DataError("this is no report in JSON", evidence=f"{type(error).__name__}: {error}") from error
+
+
+def _finite(numbers: Mapping[str, float]) -> dict[str, float | str]:
+    """JSON knows no NaN and no infinity: they are words there."""
+    return {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}
+
+
+def _floats(numbers: Mapping[str, float | str]) -> dict[str, float]:
+    return {name: float(value) for name, value in numbers.items()}
 
 
 def _finding(finding: Finding) -> dict[str, Any]:

@@ -86,6 +86,13 @@ def test_every_format_goes_to_the_screen_or_to_a_file(run: Run, working_director
     assert (working_directory / "report").read_text() == printed.out
 
 
+def test_the_page_says_what_was_read_and_maps_it(run: Run) -> None:
+    page = run(*LINT, "--format", "html").out
+    parts = ["(2, 3, 8, 8) torch.float32", "Map of the network", 'circle class="found"', "from pl_normkit import place_dropout"]
+    assert [part for part in parts if part not in page] == []
+    assert page.count('class="meant"') == 1  # both blocks run the same line
+
+
 def test_real_weights_carry_measurements(run: Run) -> None:
     evidence = {
         real: json.loads(run(*LINT, "--format", "json", *(["--real"] if real else [])).out)["findings"][0]["evidence"]

@@ -20,6 +20,7 @@ from rich.console import Console
 from pl_normkit import __version__
 from pl_normkit.findings import Evidence, Finding, FixSafety, Note, NoteKind, Place, Severity
 from pl_normkit.report import Report, merge_reports
+from pl_normkit.report.json_format import from_json
 
 PROPERTY = settings(derandomize=True, deadline=None, max_examples=40)
 
@@ -93,7 +94,7 @@ def test_merging_keeps_everything_in_order() -> None:
 
 def test_json_uses_the_names_of_the_attributes() -> None:
     document = json.loads(REPORT.to_json())
-    assert list(document) == ["version", "subject", "findings", "notes", "fixed", "about", "landmarks", "numbers"]
+    assert list(document) == ["version", "subject", "findings", "notes", "fixed", "about", "landmarks", "curves", "numbers"]
     assert (document["version"], document["subject"], document["notes"], document["fixed"]) == (
         2,
         "ResNet",
@@ -126,6 +127,11 @@ def test_json_uses_the_names_of_the_attributes() -> None:
 def test_json_writes_what_is_no_finite_number_as_a_word(value: float, expected: str) -> None:
     text = Report([finding(evidence=(Evidence("ratio", value),))]).to_json()
     assert json.loads(text, parse_constant=pytest.fail)["findings"][0]["evidence"][0]["value"] == expected
+
+
+def test_json_gives_back_numbers_and_curves_that_are_not_finite() -> None:
+    report = Report(numbers={"a": float("inf"), "b": 1.5}, curves={"gradient": {"layer1": float("-inf"), "layer2": 0.1}})
+    assert from_json(report.to_json()) == report
 
 
 @PROPERTY
