@@ -19,7 +19,7 @@ from pl_normkit.graph import ModelGraph
 from pl_normkit.preserve import preserved
 from pl_normkit.report import Report
 from pl_normkit.report.landmarks import Landmark
-from pl_normkit.rules import Fix, Loaders, Needs, Rule, Subject, load_rules
+from pl_normkit.rules import Fix, Loaders, Needs, Rule, Subject, load_rules, without_explained
 from pl_normkit.selection import Selection
 from pl_normkit.surgery import Change, Changes, path_of
 from pl_normkit.wrappers import unwrapped
@@ -93,6 +93,7 @@ def audit_subject(subject: Subject, selection: Selection, *, needing: Set[Needs]
         for rule in rules:
             if all(subject.has(need) for need in rule.needs):
                 findings += _judge(rule, subject, notes)
+    findings = without_explained(findings)
     findings = selection.silence(_from_root(subject, findings), _names(subject))
     findings.sort(key=lambda finding: (-finding.severity.rank, finding.code))
     root = subject.root if subject.root is not None else subject.model

@@ -14,6 +14,7 @@ __all__ = [
     "load_of_rooms",
     "load_rules",
     "rule",
+    "without_explained",
 ]
 
 import importlib
@@ -90,6 +91,7 @@ class Rule:
         fix: what fixes the findings of the rule.
         preview: off until selected by its own code or name, or by ALL.
         check: the function itself.
+        explains: codes of rules whose finding at the same places is the same cause told with less.
     """
 
     code: str
@@ -102,6 +104,7 @@ class Rule:
     fix: Fix | None
     preview: bool
     check: Check
+    explains: tuple[str, ...] = ()
 
     @property
     def doc(self) -> str:
@@ -155,6 +158,19 @@ def _reflowed(lines: Sequence[str]) -> str:
     return "\n".join(parts).strip()
 
 
+def without_explained(findings: Iterable[Finding]) -> list[Finding]:
+    """The findings less those whose cause another one at the same places tells in full."""
+    found = list(findings)
+    fuller = [
+        (_registry[finding.code].explains, {place.module for place in finding.places}) for finding in found if finding.code in _registry
+    ]
+    return [
+        finding
+        for finding in found
+        if not any(finding.code in codes and {place.module for place in finding.places} <= places for codes, places in fuller)
+    ]
+
+
 _registry: dict[str, Rule] = {}
 
 
@@ -169,6 +185,7 @@ def rule(
     fix: Fix | None = None,
     fix_safety: FixSafety = FixSafety.DISPLAY,
     preview: bool = False,
+    explains: Sequence[str] = (),
 ) -> Callable[[Check], Check]:
     """Register the decorated check under `code`. The function's docstring is the rule's page (see `SECTIONS`).
 
@@ -198,6 +215,7 @@ def rule(
             fix=fix,
             preview=preview,
             check=check,
+            explains=tuple(explains),
         )
         return check
 

@@ -16,6 +16,7 @@ from pl_normkit.errors import NormkitError
 from pl_normkit.findings import Finding, Note, NoteKind
 from pl_normkit.report import Report
 from pl_normkit.report.landmarks import Landmark
+from pl_normkit.rules import without_explained
 from pl_normkit.selection import Selection
 from pl_normkit.subject import Loaders, Needs, Subject
 from pl_normkit.surgery import Changes, path_of
@@ -62,7 +63,7 @@ class RunAudit:
     @property
     def report(self) -> Report:
         """All that was found so far, the most severe first."""
-        findings = sorted(self._findings, key=lambda finding: (-finding.severity.rank, finding.code))
+        findings = sorted(without_explained(self._findings), key=lambda finding: (-finding.severity.rank, finding.code))
         fixed = [f"fixed: {change}" for change in self.changes.made]
         name = type(self.root).__name__
         return Report(

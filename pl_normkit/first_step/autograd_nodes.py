@@ -114,11 +114,24 @@ class GraphView:
     @property
     def has_hidden_paths(self) -> bool:
         """Whether a function of the user's own may run a backward inside its own, as reentrant checkpoints and reversible blocks do."""
-        return any(isinstance(node, BackwardCFunction) for node in self.nodes)
+        return any(map(_is_of_user, self.nodes))
+
+    @cached_property
+    def direct_arguments_of_functions(self) -> frozenset[str]:
+        """Parameters that functions of the user's own take as arguments, and nothing else in the graph takes."""
+        theirs = set(filter(_is_of_user, self.nodes))
+        return frozenset(
+            name for node in self.nodes if (name := self.name_of(node)) and all(user in theirs for user, _ in self.users[node])
+        )
 
     def ahead_of(self, node: Node) -> set[Node]:
         """Every node that `node` feeds."""
         return set(_reachable([node], lambda inner: [user for user, _ in self.users[inner]])) - {node}
+
+
+def _is_of_user(node: object) -> bool:
+    """A `torch.autograd.Function`."""
+    return isinstance(node, BackwardCFunction)
 
 
 def _through_casts(node: Node) -> Node:

@@ -20,6 +20,7 @@ from pl_normkit.graph.autograd import base, behind, saved
 _WORDS = {
     "Softmax": "softmax",
     "LogSoftmax": "log_softmax",
+    "Logsumexp": "log_softmax",
     "Sigmoid": "sigmoid",
     "LogSigmoid": "logsigmoid",
     "LogSigmoidForward": "logsigmoid",
@@ -33,12 +34,14 @@ _APPLIED_BEFORE = {
     "LogSoftmax": ("Softmax", "LogSoftmax", "Sigmoid"),
     "BinaryCrossEntropyWithLogits": ("Sigmoid", "Softmax", "LogSoftmax", "LogSigmoid"),
     "LogSigmoid": ("Sigmoid", "Softmax"),
+    "Logsumexp": ("Softmax",),
     "Softmax": ("Softmax",),
     "Sigmoid": ("Sigmoid",),
     "NllLoss": ("Softmax", "Sigmoid"),
     "NllLoss2D": ("Softmax", "Sigmoid"),
     "SoftMarginLoss": ("Sigmoid",),
 }
+_CLAMPS = frozenset(("Clamp", "ClampMin", "ClampMax"))
 _NLL = frozenset(("NllLoss", "NllLoss2D", "NllLossNd"))
 
 
@@ -47,7 +50,7 @@ def stacked_activations(graph: GraphView) -> tuple[StackedActivation, ...]:
     found: dict[StackedActivation, None] = {}
     for node in graph.tail:
         second = base(node)
-        first = through_reshapes(next(iter(behind(node)), None))
+        first = _through_clamps(next(iter(behind(node)), None))
         if first is None or base(first) not in _APPLIED_BEFORE.get(second, ()):
             continue
         nll = any(base(user) in _NLL for user in _through_users(graph, node))
@@ -58,6 +61,14 @@ def stacked_activations(graph: GraphView) -> tuple[StackedActivation, ...]:
             loss = _WORDS[second] if second.endswith(("Loss", "Logits", "2D")) else loss
             found[StackedActivation(_WORDS[base(first)], _WORDS[second], loss)] = None
     return tuple(found)
+
+
+def _through_clamps(node: Node | None) -> Node | None:
+    """As `through_reshapes`, and past what keeps probabilities off 0 and 1."""
+    node = through_reshapes(node)
+    while node is not None and base(node) in _CLAMPS:
+        node = through_reshapes(next(iter(behind(node)), None))
+    return node
 
 
 def _through_users(graph: GraphView, node: Node) -> Iterator[Node]:
@@ -71,13 +82,16 @@ def _through_users(graph: GraphView, node: Node) -> Iterator[Node]:
 
 def _normalize_the_same(first: Node, second: Node) -> bool:
     """Two softmaxes over dimensions of one size; other pairs always do."""
-    if "Softmax" not in base(first) or "Softmax" not in base(second):
+    if "Softmax" not in base(first) or not ("Softmax" in base(second) or base(second) == "Logsumexp"):
         return True
     return _softmax_size(first) == _softmax_size(second)
 
 
 def _softmax_size(node: Node) -> int:
     shape = output_shape(node) or ()
+    if base(node) == "Logsumexp":
+        summed, dims = saved_tensor(node, "self"), saved(node, "dim")
+        return 1 if summed is None or len(dims) != 1 else summed.shape[_signed(dims[0])]
     return shape[_signed(saved(node, "dim")) % len(shape)] if shape else 1
 
 
@@ -137,6 +151,28 @@ def _tanh(node: Node) -> bool | None:
     return None if result is None else _none_is(result, lambda value: 1 - value * value)
 
 
+def _threshold(node: Node) -> bool | None:
+    return _outside(float(saved(node, "threshold")), math.inf)(node)
+
+
+def _smooth(node: Node) -> bool | None:
+    """A function that is flat where its argument is far below 0, by its own derivative there."""
+    value = saved_tensor(node, "self")
+    return None if value is None else _none_is(value, _SMOOTH[base(node)])
+
+
+def _derivative(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def at(value: Tensor) -> Tensor:
+        with torch.enable_grad():
+            argument = value.detach().requires_grad_()
+            return torch.autograd.grad(function(argument).sum(), argument)[0]
+
+    return at
+
+
+_SMOOTH = {"Gelu": _derivative(F.gelu), "Silu": _derivative(F.silu), "Softplus": _derivative(F.softplus), "Mish": _derivative(F.mish)}
+
+
 def _softmax(node: Node) -> bool | None:
     return _sigmoid(node) if _softmax_size(node) > 1 else None
 
@@ -168,6 +204,11 @@ _SATURATING: dict[str, tuple[str, Callable[[Node], bool | None]]] = {
     "Clamp": ("clamp", _clamp),
     "ClampMin": ("clamp", _clamp),
     "ClampMax": ("clamp", _clamp),
+    "Threshold": ("threshold", _threshold),
+    "Gelu": ("gelu", _smooth),
+    "Silu": ("silu", _smooth),
+    "Softplus": ("softplus", _smooth),
+    "Mish": ("mish", _smooth),
     "Hardtanh": ("hardtanh", _hardtanh),
     "Hardsigmoid": ("hardsigmoid", _outside(-3, 3)),
     "Hardswish": ("hardswish", _outside(-3, math.inf)),
@@ -190,7 +231,7 @@ def silenced(graph: GraphView, parameters: Mapping[str, Tensor]) -> tuple[Silenc
         elif name in ("Softmax", "LogSoftmax") and node in tail and _softmax_size(node) == 1:
             op = f"{_WORDS[name]} over one value"
         elif name in _SATURATING and _SATURATING[name][1](node):
-            exact = name in ("Sigmoid", "Tanh", "Softmax")  # needs arguments beyond 9, which chance does not give
+            exact = name in ("Sigmoid", "Tanh", "Softmax", *_SMOOTH)  # needs arguments beyond 9, which chance does not give
             is_sure = exact or units >= _ENOUGH_UNITS or _is_pushed(graph, node, parameters) or _is_far_outside(node)
             op = _SATURATING[name][0] if is_sure else ""
         elif name in ("Mul", "Where", "MaskedFill") and _is_zero_mask(node) and _holds_all_paths(graph, node):

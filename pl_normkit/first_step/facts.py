@@ -101,6 +101,7 @@ class ForwardFacts:
         norms: calls of normalizations.
         first_inputs: what reached the first weight layers.
         dropouts: dropouts that were active.
+        silent_dropouts: modules that called a dropout function with a probability and `training=False`, by path.
         reverse_reads: last steps read of reverse directions.
         inputs_used: which of the input's tensors (by position among the leaves) some output depends on.
     """
@@ -112,6 +113,7 @@ class ForwardFacts:
     norms: tuple[NormCall, ...] = ()
     first_inputs: tuple[FirstInput, ...] = ()
     dropouts: tuple[Dropout, ...] = ()
+    silent_dropouts: tuple[str, ...] = ()
     reverse_reads: tuple[ReverseRead, ...] = ()
     inputs_used: frozenset[int] = frozenset()
 
@@ -172,6 +174,8 @@ class StepFacts:
         dead_shares: share of dead units of every ReLU, by the name of a parameter of the layer before it.
         initial_loss: what to hold the first loss against, None where the function is not known.
         forward: what the forward pass showed, None where it was not watched.
+        dropped_by_backward: parameters without a gradient although the loss's graph leads to them: a function of the user's own returns
+            None for them.
         in_eval_mode: modules with dropout or norms in eval mode during the step, by path.
         needs_all_gradients: the model runs under DistributedDataParallel without `find_unused_parameters`.
         not_cleared: parameters whose gradient of the second optimizer step contained the first's.
@@ -186,6 +190,7 @@ class StepFacts:
     dead_shares: Mapping[str, float] = field(default_factory=dict)
     initial_loss: InitialLoss | None = None
     forward: ForwardFacts | None = None
+    dropped_by_backward: frozenset[str] = frozenset()
     in_eval_mode: tuple[str, ...] = ()
     needs_all_gradients: bool = False
     not_cleared: tuple[str, ...] = ()

@@ -15,6 +15,7 @@ __all__ = [
     "drop_probability",
     "first_input",
     "is_in_place",
+    "is_switched_off",
     "name_of",
     "norm_call",
     "reads_last",
@@ -78,6 +79,13 @@ def drop_probability(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     if name == "multi_head_attention_forward":
         return float(_argument(args, kwargs, 10, "dropout_p", 0.0)) if _argument(args, kwargs, 13, "training", True) else 0.0
     return float(_argument(args, kwargs, 1, "p", 0.5)) if _argument(args, kwargs, 2, "training", True) else 0.0
+
+
+def is_switched_off(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a dropout function with a probability was told not to drop."""
+    if "attention" in name:
+        return False
+    return not _argument(args, kwargs, 2, "training", True) and float(_argument(args, kwargs, 1, "p", 0.5)) > 0
 
 
 def reads_last(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], time: int | None) -> bool:

@@ -47,10 +47,13 @@ def read_step(model: nn.Module, inputs: Any, loss: Tensor, *, run: bool = True) 
             gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
         except RuntimeError:
             return None
-        sizes = dict(zip(parameters, (None if gradient is None else _largest(gradient) for gradient in gradients), strict=True))
+        found: list[float | None] = [None if gradient is None else _largest(gradient) for gradient in gradients]
+        sizes = dict(zip(parameters, found, strict=True))
+        facts = _before_backward(model, loss, parameters)
+        dropped = frozenset(name for name in facts.dropped_by_backward if sizes[name] is None)
         if GraphView.of([loss], {}).has_hidden_paths:  # those get their gradients in a real backward alone
-            sizes = {name: size for name, size in sizes.items() if size is not None}
-        facts = replace(_before_backward(model, loss, parameters), gradients=sizes)
+            sizes = {name: size for name, size in sizes.items() if size is not None or name in dropped}
+        facts = replace(facts, gradients=sizes, dropped_by_backward=dropped)
     return replace(facts, forward=_forward_facts(model, inputs)) if run and inputs is not None else facts
 
 
@@ -86,15 +89,20 @@ def _before_backward(model: nn.Module, loss: Tensor, parameters: Mapping[str, Te
         dead_shares=backward_graph.dead_shares(graph),
         initial_loss=backward_graph.initial_loss(graph),
         in_eval_mode=_modal(model, training=False),
+        dropped_by_backward=graph.direct_arguments_of_functions if graph.has_hidden_paths else frozenset(),
     )
 
 
 def _modal(model: nn.Module, *, training: bool) -> tuple[str, ...]:
-    return tuple(
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, _MODAL) and module.training is training and getattr(module, "p", 1) > 0
-    )
+    return tuple(name for name, module in model.named_modules() if module.training is training and _drops_or_normalizes(module))
+
+
+def _drops_or_normalizes(module: nn.Module) -> bool:
+    if isinstance(module, nn.RNNBase):
+        return bool(module.dropout > 0 and module.num_layers > 1)
+    if isinstance(module, nn.MultiheadAttention):
+        return bool(module.dropout > 0)
+    return isinstance(module, _MODAL) and float(getattr(module, "p", 1)) > 0
 
 
 class StepRecorder:
@@ -160,7 +168,9 @@ class StepRecorder:
             return
         self._is_done = True
         gradients = {name: None if p.grad is None else _largest(p.grad) for name, p in _trainable(self._model).items()}
-        self.facts = replace(self._pending, gradients=gradients, forward=self._forward, needs_all_gradients=self._needs_all)
+        dropped = frozenset(name for name in self._pending.dropped_by_backward if gradients[name] is None)
+        facts = replace(self._pending, gradients=gradients, forward=self._forward, dropped_by_backward=dropped)
+        self.facts = replace(facts, needs_all_gradients=self._needs_all)
         self._pending = self._forward = None
 
     def during_evaluation(self) -> None:

@@ -71,6 +71,7 @@ class ForwardWatch(TorchFunctionMode):
         self._cuts: list[_Cut] = []
         self._norms: list[NormCall] = []
         self._dropouts: list[Dropout] = []
+        self._silent_dropouts: dict[str, None] = {}
         self._reverse: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
         self._reverse_reads: list[ReverseRead] = []
         self._first_inputs: list[FirstInput] = []
@@ -80,6 +81,7 @@ class ForwardWatch(TorchFunctionMode):
         self._mark_inputs(inputs)
         self._used: set[int] = set()
         self._outputs: list[Any] = []
+        self._inner_outputs: list[list[Tensor]] = []
         self._is_on = False
         self._handles: list[Any] = []
 
@@ -136,6 +138,8 @@ class ForwardWatch(TorchFunctionMode):
                     self._remove_hooks()
                     return
                 self._outputs.append(output)
+            elif self._is_on and not isinstance(output, Tensor):
+                self._inner_outputs.append(list(tensors_in(output)))
             if isinstance(module, nn.RNNBase) and module.bidirectional:
                 for tensor in list(tensors_in(output))[:1]:
                     self._reverse[tensor] = (1 if module.batch_first else 0) if tensor.dim() == 3 else 0
@@ -150,6 +154,8 @@ class ForwardWatch(TorchFunctionMode):
             self._switched_off = "" if args[0] else _line(2)
             return func(*args, **kwargs)
         wants_gradient = torch.is_grad_enabled()
+        if func is torch.autograd.grad:  # a model that gives the derivative of its energy has used the energy
+            self._outputs += [args, tuple(kwargs.values())]
         output = func(*args, **kwargs)
         name = operations.name_of(func)
         sources = [*tensors_in(args), *tensors_in(tuple(kwargs.values()))] if kwargs else list(tensors_in(args))
@@ -181,6 +187,8 @@ class ForwardWatch(TorchFunctionMode):
             probability = operations.drop_probability(name, args, kwargs)
             if probability > 0:
                 self._dropouts.append(Dropout(self._place(), name, probability))
+            elif operations.is_switched_off(name, args, kwargs):
+                self._silent_dropouts[self._stack[-1] if self._stack else ""] = None
         elif name in ("__getitem__", "select") and operations.reads_last(name, args, kwargs, self._reverse.get(args[0])):
             self._reverse_reads.append(ReverseRead(self._place()))
 
@@ -250,18 +258,29 @@ class ForwardWatch(TorchFunctionMode):
 
     # What it tells.
 
+    def _offered(self, reached: frozenset[str]) -> frozenset[str]:
+        """Parameters behind one of several outputs of an inner module whose other outputs are used: the pooler of a language model."""
+        found: frozenset[str] = frozenset()
+        for tensors in self._inner_outputs:
+            behind = [GraphView.of([tensor], self._names).parameters for tensor in tensors]
+            if any(names & reached for names in behind):
+                found = found.union(*behind)
+        return found
+
     def facts(self) -> ForwardFacts:
         """All that was seen; what the outermost modules returned counts as the output, and before they return nothing is lost yet."""
         ends = [*_reachable(self._outputs, 4), *(tensor for module in self._paths for tensor in tensors_in(_left_in(module)))]
         used = frozenset().union(*(self._marks.get(tensor, frozenset()) for tensor in ends)) | self._used
+        reached = frozenset(self._read) if self._stack else GraphView.of(ends, self._names).parameters
         return ForwardFacts(
             read=frozenset(self._read),
             written=frozenset(self._written),
-            reached=frozenset(self._read) if self._stack else GraphView.of(ends, self._names).parameters,
+            reached=reached | self._offered(reached) if self._read - reached else reached,
             cuts=tuple(Cut(cut.how, cut.place, cut.parameters | _behind(cut, self._names)) for cut in self._cuts[:200]),
             norms=tuple(self._norms),
             first_inputs=tuple(self._first_inputs),
             dropouts=tuple(self._dropouts),
+            silent_dropouts=tuple(self._silent_dropouts),
             reverse_reads=tuple(self._reverse_reads),
             inputs_used=used,
         )

@@ -19,7 +19,7 @@ from pl_normkit.rules import Mark, Needs, Observation, Subject, rule
 
 SOURCE = "derived here, measured on the step's own inputs; tests/methods/wiring"
 _STEP = (Needs.MODEL, Needs.STEP)
-_ENOUGH, _FLAT_PIXELS = 32, 64
+_ENOUGH, _FLAT_PIXELS, _PATCH_PIXELS = 32, 64, 27  # a patch of 3 x 3 colours
 
 
 @rule("NK011", "samples-mixed", mark=Mark.DERIVED, source=SOURCE, needs=_STEP)
@@ -191,7 +191,7 @@ def _value(what: str, value: float, expected: str) -> Evidence:
 
 def _is_raw_image(seen: FirstInput) -> bool:
     rank = len(seen.shape)
-    if rank == 2 and seen.shape[1] >= _FLAT_PIXELS:
+    if (rank == 2 and seen.shape[1] >= _FLAT_PIXELS) or (rank == 3 and seen.shape[2] >= _PATCH_PIXELS):
         return seen.low == 0 and 200 <= seen.high <= 255 and seen.is_whole
     has_channels = (rank == 4 and seen.shape[1] in (1, 3, 4)) or (rank == 5 and {seen.shape[1], seen.shape[2]} & {1, 3, 4})
     return bool(has_channels) and seen.low >= 0 and 128 <= seen.high <= 255.5 and (seen.is_whole or seen.high > 200)

@@ -26,6 +26,8 @@ _RECURRENT = frozenset(("lstm", "gru", "rnn_tanh", "rnn_relu"))
 _ATTENTION = frozenset(("multi_head_attention_forward",))
 _VIEWS = frozenset(("view", "reshape", "flatten", "unflatten", "view_as"))
 _OVER_BATCH = frozenset(("softmax", "log_softmax", "normalize"))
+_ALONG_TIME = frozenset(("cumsum", "cumprod", "cummax", "logcumsumexp"))
+_CELLS = frozenset(("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"))
 
 
 @dataclass(frozen=True)
@@ -242,7 +244,14 @@ def _differ(before: Tensor, after: Tensor, rows: list[int] | slice) -> bool:
 def _explained(runner: _Runner, leaves: list[Any], changed: list[Any], rows: int, others: list[int]) -> Mixing | None:
     """Run both once more, operation by operation: the first whose rows differ is where samples mix."""
     results: list[list[Tensor]] = []
-    runner.watched(leaves, lambda seen: results.append(list(tensors_in(seen.result))))
+    cells: list[Seen] = []
+
+    def keep(seen: Seen) -> None:
+        results.append(list(tensors_in(seen.result)))
+        if seen.op in _CELLS:
+            cells.append(seen)
+
+    runner.watched(leaves, keep)
     position = 0
     first: list[tuple[Seen, float]] = []
 
@@ -256,6 +265,9 @@ def _explained(runner: _Runner, leaves: list[Any], changed: list[Any], rows: int
                 break
 
     runner.watched(changed, compare)
+    if first and cells and first[0][0].op in ("stack", "cat") and _has_time(runner) and not _is_time_first(runner):
+        advice = "step through dimension 1: x[:, t]"
+        return Mixing(cells[0].place, cells[0].op, f"the loop over {cells[0].op} runs over dimension 0, the batch", advice)
     return _judged(runner, *first[0], rows) if first else None
 
 
@@ -271,14 +283,24 @@ def _judged(runner: _Runner, seen: Seen, changed_share: float, rows: int) -> Mix
     if seen.op in _VIEWS and changed_share < 1.5 / rows:  # one sample's values, spread over the rows; nothing computed with others'
         advice = "permute the batch back to dimension 0 before the view, or reshape per sample"
         return Mixing(seen.place, seen.op, f"{seen.op} after a permutation puts parts of different samples into one row", advice)
-    if seen.op in _OVER_BATCH and _dim_of(seen) == 0:
-        return Mixing(seen.place, seen.op, f"{seen.op} runs over dimension 0, the batch", "let it run over the features: dim=-1")
+    if seen.op == "layer_norm" and len(seen.args[1]) == seen.args[0].dim():
+        return Mixing(
+            seen.place, seen.op, "layer_norm runs over all dimensions, the batch among them", "give it the shape of the features alone"
+        )
+    is_along_time = seen.op in _ALONG_TIME and _has_time(runner) and not _is_time_first(runner)
+    if (seen.op in _OVER_BATCH or is_along_time) and _dim_of(seen) == 0:
+        return Mixing(seen.place, seen.op, f"{seen.op} runs over dimension 0, the batch", "let it run over another dimension: dim=1, say")
     return None
 
 
 def _dim_of(seen: Seen) -> Any:
     position = 2 if seen.op == "normalize" else 1
     return seen.kwargs.get("dim", seen.args[position] if position < len(seen.args) else None)
+
+
+def _has_time(runner: _Runner) -> bool:
+    """Whether a sample has more than one dimension: then dimension 0 of a plain sequence is not time."""
+    return any(leaf.dim() > 2 for leaf in runner.leaves if isinstance(leaf, Tensor))
 
 
 def _is_time_first(runner: _Runner) -> bool:

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.data import DataLoader
 
 from pl_normkit.findings import Evidence, FixSafety, Place
@@ -67,10 +68,12 @@ def module_in_eval_mode(subject: Subject) -> Iterator[Observation]:
     step, model = subject.step, subject.model
     assert step is not None
     assert model is not None
-    parts = dict.fromkeys(part for path in step.in_eval_mode if (part := _part_in_eval(model, path)) is not None)
+    functional = step.forward.silent_dropouts if step.forward is not None else ()
+    paths = list(dict.fromkeys((*step.in_eval_mode, *(path for path in functional if not model.get_submodule(path).training))))
+    parts = dict.fromkeys(part for path in paths if (part := _part_in_eval(model, path)) is not None)
     trained = [part for part in parts if _is_mostly_trained(model.get_submodule(part), part, step)]
     if trained:
-        count = sum(any(path == part or path.startswith(f"{part}.") or not part for part in trained) for path in step.in_eval_mode)
+        count = sum(any(path == part or path.startswith(f"{part}.") or not part for part in trained) for path in paths)
         yield Observation(
             "trains in eval mode: its dropouts and norms are off",
             [Place(part) for part in trained],
@@ -88,13 +91,13 @@ def module_in_eval_mode(subject: Subject) -> Iterator[Observation]:
 
 
 def _part_in_eval(model: nn.Module, path: str) -> str | None:
-    """The outermost part in eval mode around a module; None where it is the module alone."""
+    """The outermost part in eval mode around a module; None where it is a single norm or dropout."""
     names = path.split(".") if path else []
     for depth in range(len(names)):
         part = ".".join(names[:depth])
         if not model.get_submodule(part).training:
             return part
-    return None
+    return None if isinstance(model.get_submodule(path), (_NormBase, _DropoutNd)) else path
 
 
 def _is_mostly_trained(part: nn.Module, path: str, step: StepFacts) -> bool:

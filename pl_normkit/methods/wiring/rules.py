@@ -154,11 +154,18 @@ def _advice_for(op: str) -> str:
     return "initialise the layer before it so that its outputs spread around 0, or scale its inputs down"
 
 
-@rule("NK003", "parameter-not-updated", mark=Mark.DERIVED, source=SOURCE, needs=(*_STEP, Needs.OPTIMIZERS))
+@rule(
+    "NK003",
+    "parameter-not-updated",
+    mark=Mark.DERIVED,
+    source=SOURCE,
+    needs=(*_STEP, Needs.OPTIMIZERS),
+    explains=["NK204"],
+)
 def parameter_not_updated(subject: Subject) -> Iterator[Observation]:
     """What it does
-    Finds parameters that get a gradient and will not move: the learning rate of their group is 0, or the optimizer holds tensors of the
-    same shapes that are not the model's (a copy from before `deepcopy`, or from before a layer was replaced).
+    Finds parameters that get a gradient and will not move: the learning rate of their group is 0, or the optimizer holds other tensors
+    in their place (those from before `deepcopy`, or from before a layer was replaced). NK204 then says nothing of these parameters.
 
     A warm-up that starts at 0 is silent: schedulers leave `initial_lr` in the group.
 

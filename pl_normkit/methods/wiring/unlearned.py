@@ -59,6 +59,12 @@ def _cut_off(model: nn.Module, step: StepFacts, missing: Sequence[str]) -> Itera
     forward = step.forward
     if forward is None:
         return
+    dropped = [name for name in missing if name in step.dropped_by_backward - forward.written]
+    if dropped:
+        yield _observation(
+            model, dropped, "a custom autograd function returns None as the gradient of these parameters",
+            "return their gradient from its backward, or freeze them with requires_grad_(False)", "custom function",
+        )  # fmt: skip
     lost = [name for name in missing if name in forward.read and name not in forward.reached | forward.written]
     lost = [name for name in lost if not has_trained_twin(model, name, step.gradients)]
     by_cut: dict[tuple[str, str], list[str]] = defaultdict(list)
@@ -128,7 +134,20 @@ def _are_elsewhere(lost: object, groups: Sequence[Mapping[str, object]], root: n
     own = {id(p) for p in root.parameters()}
     foreign = Counter(tuple(p.shape) for group in groups for p in group["params"] if id(p) not in own)  # type: ignore[attr-defined]
     wanted = Counter(tuple(p.shape) for p in lost)  # type: ignore[attr-defined]
-    return wanted <= foreign
+    holds_own = any(id(p) in own for group in groups for p in group["params"])  # type: ignore[attr-defined]
+    if wanted == foreign or (wanted <= foreign and not holds_own):  # beside the model's own, others may be another network's
+        return True
+    return _are_replaced(lost, groups, own, root)
+
+
+def _are_replaced(lost: object, groups: Sequence[Mapping[str, object]], own: set[int], root: nn.Module) -> bool:
+    """Whether the optimizers hold the model's parameters in their order, with other tensors where the lost ones should stand."""
+    held = [p for group in groups for p in group["params"]]  # type: ignore[attr-defined]
+    now = [p for p in root.parameters() if p.requires_grad]
+    ids = {id(p) for p in lost}  # type: ignore[attr-defined]
+    if len(held) != len(now) or not any(id(p) in own for p in held):
+        return False
+    return all(old is new or (id(new) in ids and id(old) not in own and old.dim() == new.dim()) for old, new in zip(held, now, strict=True))
 
 
 def _observation(model: nn.Module, names: Sequence[str], message: str, advice: str, cause: str) -> Observation:

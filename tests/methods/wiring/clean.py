@@ -601,3 +601,106 @@ def auxiliary_network_with_weight_zero() -> Setup:
 @clean
 def small_integers_as_floats() -> Setup:
     return Setup(mlp(64), torch.randint(0, 17, (16, 64)).float(), cross_entropy(classes(16)))
+
+
+@clean
+def one_of_two_outputs_of_a_part_unused() -> Setup:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.pooler = nn.Linear(32, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            states = self.body(x).relu()
+            return {"states": states, "pooled": self.pooler(states[:, 0]).tanh()}
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.last = Encoder(), nn.Linear(16, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.encoder(x)["states"].mean(1))
+
+    return Setup(Net(), torch.randn(8, 6, 32), cross_entropy(classes(8)))
+
+
+@clean
+def forces_from_an_energy() -> Setup:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.energy = nn.Sequential(nn.Linear(3, 32), nn.Tanh(), nn.Linear(32, 1))
+
+        def forward(self, position: Tensor) -> Tensor:
+            with torch.enable_grad():
+                position = position.detach().requires_grad_()
+                return torch.autograd.grad(self.energy(position).sum(), position, create_graph=True)[0]
+
+    force = torch.randn(16, 3)
+    return Setup(Net(), torch.randn(16, 3), lambda output: F.mse_loss(output, force))
+
+
+@clean
+def straight_through_function() -> Setup:
+    class Sign(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+            return x.sign() * scale
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+            return gradient, None
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(32, 64), nn.Linear(64, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(Sign.apply(self.first(x), 1.0))
+
+    return Setup(Net(), torch.randn(16, 32), cross_entropy(classes(16)))
+
+
+@clean
+def a_mixture_of_densities() -> Setup:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.share, self.mean, self.spread = nn.Linear(32, 16), nn.Linear(16, 5), nn.Linear(16, 5), nn.Linear(16, 5)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            x = self.body(x).tanh()
+            return self.share(x).log_softmax(-1), self.mean(x), self.spread(x)
+
+    target = torch.randn(16, 1)
+
+    def loss(output: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        share, mean, spread = output
+        return -torch.logsumexp(share - 0.5 * ((target - mean) / spread.exp()) ** 2 - spread, -1).mean()
+
+    return Setup(Net(), torch.randn(16, 32), loss)
+
+
+@clean
+def recurrent_cell_over_time() -> Setup:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.last = nn.GRUCell(16, 32), nn.Linear(32, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            state = x.new_zeros(x.shape[1], 32)
+            states = [state := self.cell(step, state) for step in x]
+            return self.last(torch.stack(states))
+
+    target = torch.randint(0, 10, (12, 8))
+    return Setup(Net(), torch.randn(12, 8, 16), lambda output: F.cross_entropy(output.flatten(0, 1), target.flatten()))
+
+
+@clean
+def part_left_out_of_a_joint_optimizer() -> Setup:
+    net, other = mlp(), mlp()
+    optimizer = SGD([*net[2].parameters(), *other.parameters()], lr=0.1)
+    return Setup(net, torch.randn(16, 32), cross_entropy(classes(16)), [optimizer])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -457,3 +458,131 @@ def loss_over_nothing() -> Setup:
     weight = torch.zeros(16)
     target = classes(16)
     return Setup(mlp(), torch.randn(16, 32), lambda output: (F.cross_entropy(output, target, reduction="none") * weight).sum())
+
+
+@names("parameter-without-gradient")
+def custom_function_without_the_weights_gradient() -> Setup:
+    class Multiply(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+            ctx.save_for_backward(weight)
+            return x @ weight.T
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+            return gradient @ ctx.saved_tensors[0], None
+
+    class Net(TwoLayers):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(0.1 * torch.randn(64, 64))
+
+        def between(self, x: Tensor) -> Tensor:
+            return Multiply.apply(x, self.weight)
+
+    return Setup(Net(), torch.randn(16, 32), cross_entropy(classes(16)))
+
+
+@names("gradient-always-zero")
+def dead_threshold() -> Setup:
+    net = nn.Sequential(nn.Linear(32, 64), nn.Threshold(0.0, 0.0), nn.Linear(64, 10))
+    nn.init.constant_(net[0].bias, -80.0)
+    return Setup(net, torch.randn(16, 32), cross_entropy(classes(16)))
+
+
+@names("gradient-always-zero")
+def dead_gelu() -> Setup:
+    net = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 10))
+    nn.init.constant_(net[0].bias, -80.0)
+    return Setup(net, torch.randn(16, 32), cross_entropy(classes(16)))
+
+
+@names("parameter-not-updated")
+def head_of_another_size_replaced_after_the_optimizer() -> Setup:
+    net = mlp(out=1000)
+    optimizer = SGD(net.parameters(), lr=0.1)
+    net[2] = nn.Linear(64, 10)
+    return Setup(net, torch.randn(16, 32), cross_entropy(classes(16)), [optimizer])
+
+
+@names("module-in-eval-mode")
+def recurrent_dropout_in_eval_mode() -> Setup:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.last = nn.LSTM(16, 32, 2, batch_first=True, dropout=0.3), nn.Linear(32, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.rnn(x)[0][:, -1])
+
+    return Setup(Net().eval(), torch.randn(8, 12, 16), cross_entropy(classes(8)))
+
+
+@names("module-in-eval-mode")
+def functional_dropout_in_eval_mode() -> Setup:
+    setup = two_layers(lambda self, x: F.dropout(x, 0.2, self.training))
+    setup.model.eval()
+    return setup
+
+
+@names("activation-before-loss")
+def clamped_softmax_before_cross_entropy() -> Setup:
+    class Net(TwoLayers):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).softmax(-1).clamp(1e-7, 1 - 1e-7)
+
+    return Setup(Net(), torch.randn(16, 32), cross_entropy(classes(16)))
+
+
+@names("activation-before-loss")
+def policy_of_probabilities_as_scores() -> Setup:
+    action, advantage = classes(16, 4), torch.randn(16)
+
+    def loss(output: Tensor) -> Tensor:
+        return -(torch.distributions.Categorical(logits=output).log_prob(action) * advantage).mean()
+
+    return Setup(nn.Sequential(mlp(out=4), nn.Softmax(-1)), torch.randn(16, 32), loss)
+
+
+@names("samples-mixed")
+def cell_stepped_over_the_batch() -> Setup:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.last = nn.GRUCell(16, 32), nn.Linear(32, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            state, states = x.new_zeros(x.shape[1], 32), []
+            for step in x:
+                state = self.cell(step, state)
+                states.append(state)
+            return self.last(torch.stack(states)[:, -1])
+
+    return Setup(Net(), torch.randn(8, 12, 16), cross_entropy(classes(8)))
+
+
+@names("samples-mixed")
+def cumulative_sum_over_the_batch() -> Setup:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(16, 16), nn.Linear(16, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.first(x).cumsum(0)[:, -1])
+
+    return Setup(Net(), torch.randn(8, 12, 16), cross_entropy(classes(8)))
+
+
+@names("input-out-of-range")
+def patches_of_raw_pixels() -> Setup:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch, self.last = nn.Linear(48, 32), nn.Linear(32, 10)
+
+        def forward(self, image: Tensor) -> Tensor:
+            patches = image.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+            return self.last(self.patch(patches).mean(1))
+
+    return Setup(Net(), torch.randint(0, 256, (8, 3, 16, 16)).float(), cross_entropy(classes(8)))

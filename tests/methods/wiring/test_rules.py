@@ -157,3 +157,12 @@ def test_smp_models_are_left_alone(name: str) -> None:
     smp = pytest.importorskip("segmentation_models_pytorch")
     report = step_of(smp.create_model(name, "mobilenet_v2", encoder_weights=None, classes=3), torch.randn(4, 3, 64, 64))
     assert (report.findings, report.notes) == ([], [])
+
+
+@pytest.mark.parametrize("name", ["optimizer_of_a_copy", "head_of_another_size_replaced_after_the_optimizer"])
+def test_parameters_that_have_been_replaced_are_told_once(name: str) -> None:
+    setup = MISTAKES[name][1]()
+    setup.select = ["NK003", "NK204"]
+    assert [finding.code for finding in setup.report().findings] == ["NK003"]
+    setup.select = ["NK204"]
+    assert [finding.code for finding in setup.report().findings] == ["NK204"]
