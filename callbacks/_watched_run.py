@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["WatchedRun"]
+__all__ = ["WatchedRun", "can_record"]
 
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,11 @@ from pl_normkit.subject import Needs
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
+
+
+def can_record(fit: Fit) -> bool:
+    """Whether nothing compiles the operations of a step, and no rank holds its parameters in part."""
+    return not is_compiled(fit.pl_module) and not has_compiled_part(fit.pl_module) and not is_sharded(fit.trainer)
 
 
 class WatchedRun:
@@ -80,15 +85,9 @@ class WatchedRun:
         module = self._fit.pl_module
         if self._watch is None and not is_compiled(module):  # what runs compiled takes no hooks
             self._watch = NetworkCalls(module, is_wrapped=self._fit.trainer.strategy.model is not module)
-        if self._is_first and self._can_record:
+        if self._is_first and can_record(self._fit):
             self._recorder = self._recorder or StepRecorder(self._trained_module, self._fit.trainer.optimizers)
             self._recorder.before_forward(batch)
-
-    @property
-    def _can_record(self) -> bool:
-        """A step whose operations nothing compiles and whose parameters no rank holds in part."""
-        module = self._fit.pl_module
-        return not is_compiled(module) and not has_compiled_part(module) and not is_sharded(self._fit.trainer)
 
     @property
     def _trained_module(self) -> nn.Module:

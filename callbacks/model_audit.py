@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pl_normkit.callbacks._fit import after, fit_of, how_to_load, say_changes
-from pl_normkit.callbacks._lightning import Callback, say
+from pl_normkit.callbacks._lightning import say
 from pl_normkit.callbacks._report_of_run import check_options, check_output, conclude
+from pl_normkit.callbacks._watched_evaluation import EvaluationHooks, WatchedEvaluation
 from pl_normkit.callbacks._watched_run import WatchedRun
 from pl_normkit.report import Report
 from pl_normkit.restoring import KEY, fix_records, restore_records
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
 
 
-class ModelAudit(Callback):
+class ModelAudit(EvaluationHooks):
     """Lints the networks of a run, its loss, optimizers and loaders; one report, before the first optimizer step.
 
     Every network is read that the first training step calls, or whose parameters an optimizer holds, as the other callbacks of this
@@ -79,6 +80,7 @@ class ModelAudit(Callback):
             self.report = None
             options: dict[str, Any] = {"measure": self.measure, "fix": self.fix, "stress": self.stress}
             self._watched = WatchedRun(fit, self.selection, self.example_inputs, **options)
+            self._evaluation = WatchedEvaluation(fit, self.selection)
             if self.fix != "none":
                 fit.fix(self._fix)
 
@@ -100,11 +102,17 @@ class ModelAudit(Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Any) -> None:
         self._stop_waiting()
+        self._stop_watching()
+        if self._evaluation is not None:
+            self._evaluation.stop()
+        self._evaluation = None
+
+    on_exception = teardown  # type: ignore[assignment]
+
+    def _stop_watching(self) -> None:
         if self._watched is not None:
             self._watched.stop()
         self._watched = None
-
-    on_exception = teardown  # type: ignore[assignment]
 
     @property
     def state_key(self) -> str:
@@ -132,19 +140,19 @@ class ModelAudit(Callback):
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         if self._watched is not None and self._watched.before_optimizer_step():
-            self._tell(trainer, self._watched)
+            self._tell(trainer, self._watched.audit.report)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self._watched is not None and self._watched.end_batch():
-            self._tell(trainer, self._watched)
+            self._tell(trainer, self._watched.audit.report)
             if self._watched.is_over:
-                self.teardown(trainer, pl_module, "fit")
+                self._stop_watching()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._watched is not None and self._watched.end_epoch():
-            self._tell(trainer, self._watched)
+            self._tell(trainer, self._watched.audit.report)
         self._watched = None
 
-    def _tell(self, trainer: pl.Trainer, watched: WatchedRun) -> None:
-        shown, self.report = self.report, watched.audit.report
+    def _tell(self, trainer: pl.Trainer, report: Report) -> None:
+        shown, self.report = self.report, report if self._evaluation is None else self._evaluation.added_to(report)
         conclude(trainer, self.report, shown, self.output, self.fail_on)

@@ -6,7 +6,7 @@ backward_graph.py   what the graph of a loss shows: stacked activations, dead un
 broadcasts.py       what broadcasts in a loss
 operations.py       what the functions of torch do, by name
 watch.py            sees the operations of one forward pass
-recorder.py         takes the facts of a step: `read_step` for a loss in hand, `StepRecorder` for a training loop
+recorder.py         takes the facts of a step: `read_step` for a loss in hand, `StepRecorder` and `EvaluationRecorder` for a loop
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ __all__ = [
     "Broadcast",
     "Cut",
     "Dropout",
+    "EvaluationRecorder",
     "FirstInput",
     "ForwardFacts",
     "ForwardWatch",
@@ -42,5 +43,5 @@ from pl_normkit.first_step.facts import (
     StackedActivation,
     StepFacts,
 )
-from pl_normkit.first_step.recorder import StepRecorder, read_step
+from pl_normkit.first_step.recorder import EvaluationRecorder, StepRecorder, read_step
 from pl_normkit.first_step.watch import ForwardWatch, Seen

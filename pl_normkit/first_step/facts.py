@@ -180,6 +180,7 @@ class StepFacts:
         needs_all_gradients: the model runs under DistributedDataParallel without `find_unused_parameters`.
         not_cleared: parameters whose gradient of the second optimizer step contained the first's.
         in_train_mode: modules with dropout or norms in training mode during an evaluation, by path.
+        evaluation_dropouts: dropouts that were active during an evaluation although their module was in eval mode.
     """
 
     gradients: Mapping[str, float | None] = field(default_factory=dict)
@@ -195,6 +196,7 @@ class StepFacts:
     needs_all_gradients: bool = False
     not_cleared: tuple[str, ...] = ()
     in_train_mode: tuple[str, ...] = ()
+    evaluation_dropouts: tuple[Dropout, ...] = ()
 
     def numbers(self) -> dict[str, float]:
         """For a report: how many parameters got no gradient, and the mean share of dead units over the ReLUs."""

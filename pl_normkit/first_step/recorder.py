@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["StepRecorder", "read_step"]
+__all__ = ["EvaluationRecorder", "StepRecorder", "read_step"]
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -173,11 +173,6 @@ class StepRecorder:
         self.facts = replace(facts, needs_all_gradients=self._needs_all)
         self._pending = self._forward = None
 
-    def during_evaluation(self) -> None:
-        """Call inside an evaluation step, when the model should be in eval mode."""
-        if self.facts is not None and not self.facts.in_train_mode:
-            self.facts = replace(self.facts, in_train_mode=_modal(self._model, training=True))
-
     def late_facts(self) -> StepFacts | None:
         """The facts with what the second optimizer step showed."""
         kept = [tensor for clearing in self._clearing for tensor in clearing.take()]
@@ -193,6 +188,42 @@ class StepRecorder:
             self._watch = None
         for clearing in self._clearing:
             clearing.close()
+
+
+class EvaluationRecorder:
+    """Takes the facts of one evaluation step, from what it does anyway: modules in training mode, dropout that drops all the same.
+
+        recorder = EvaluationRecorder(model)
+        recorder.start()
+        output = model(x)
+        recorder.stop()
+
+    Args:
+        model: the module that is evaluated.
+
+    Attributes:
+        facts: None before `stop`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.facts: StepFacts | None = None
+        self._model = unwrapped(model)
+        self._watch: ForwardWatch | None = None
+
+    def start(self) -> None:
+        if self.facts is None and self._watch is None:
+            self._watch = ForwardWatch(self._model, ())
+            self._watch.start()
+
+    def stop(self) -> None:
+        """The first step counts; later ones are not watched."""
+        if self._watch is not None:
+            self._watch.stop()
+            modules = dict(self._model.named_modules())
+            seen = self._watch.facts().dropouts
+            active = tuple(dropout for dropout in seen if not modules[dropout.place.module].training)
+            self.facts = StepFacts(in_train_mode=_modal(self._model, training=True), evaluation_dropouts=active)
+            self._watch = None
 
 
 class _Watched:

@@ -316,7 +316,7 @@ def _behind(cut: _Cut, names: dict[int, str]) -> frozenset[str]:
 
 
 def _bases(tensor: Tensor) -> list[Tensor]:
-    return [] if tensor._base is None else [tensor._base]
+    return [] if tensor.is_inference() or tensor._base is None else [tensor._base]
 
 
 def _line(depth: int) -> str:

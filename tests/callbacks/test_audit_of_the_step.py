@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from pl_normkit.callbacks import ModelAudit
+from tests.callbacks.processes import run_on_two_ranks
 
 
 class Net(pl.LightningModule):
@@ -165,3 +166,62 @@ def test_stress_runs_the_step_on_corner_batches_and_changes_nothing(stress: bool
     assert ("NK411" in {finding.code for finding in audit.report.findings}) is stress
     pairs = zip(stressed.state_dict().values(), plain.state_dict().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_two_processes_are_told_of_unused_parameters_before_torch_stops_them(tmp_path: Path) -> None:
+    for run in run_on_two_ranks("unused_ranks", tmp_path):
+        message, advice, names = run["ddp"]["told"][0]
+        assert (len(run["ddp"]["told"]), names) == (1, ["heads.later.weight", "heads.later.bias"])
+        assert "DistributedDataParallel waits for all of them" in message
+        assert "find_unused_parameters=True" in advice
+        assert (run["ddp"]["steps"], "find_unused_parameters" in run["ddp"]["error"]) == (1, True)
+        assert run["ddp_find_unused_parameters_true"] == {"told": [], "steps": 4, "error": ""}
+
+
+class Evaluated(Net):
+    """Leaves no dropout on in validation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.drop(x))
+
+    def validation_step(self, batch: Any, index: int) -> Tensor:
+        return self.training_step(batch, index)
+
+
+class EvaluatedInTrainingMode(Evaluated):
+    def on_validation_start(self) -> None:
+        self.train()
+
+    def on_validation_end(self) -> None:
+        self.train()
+
+
+class DropsAlways(Evaluated):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.dropout(x, 0.2))
+
+
+@pytest.mark.parametrize("sanity_steps", [0, 2])
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [(Evaluated, []), (EvaluatedInTrainingMode, ["module-in-eval-mode"]), (DropsAlways, ["dropout-active-in-evaluation"])],
+)
+def test_what_is_said_of_the_first_validation_batch(
+    kind: type[pl.LightningModule], expected: list[str], sanity_steps: int, tmp_path: Path
+) -> None:
+    audit = ModelAudit(config=False, select=["NK0"])
+    data = DataLoader(TensorDataset(torch.randn(8, 6), torch.randint(0, 3, (8,))), 4)
+    trainer = pl.Trainer(
+        accelerator="cpu", callbacks=[audit], max_epochs=2, num_sanity_val_steps=sanity_steps, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(kind(), data, data)
+    assert audit.report is not None
+    assert [finding.name for finding in audit.report.findings] == expected
+    assert audit.report.failures == []
+    assert torch._C._len_torch_function_stack() == 0
+    assert not torch.nn.modules.module._global_forward_hooks

@@ -14,7 +14,7 @@ from torch.optim import SGD, Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from pl_normkit import audit
-from pl_normkit.first_step import StepFacts, StepRecorder, read_step
+from pl_normkit.first_step import EvaluationRecorder, StepFacts, StepRecorder, read_step
 from tests.methods.wiring.clean import CLEAN
 from tests.methods.wiring.mistakes import MISTAKES
 from tests.methods.wiring.setups import Setup, classes, cnn, mlp
@@ -219,13 +219,14 @@ def test_close_takes_all_hooks_away() -> None:
     assert not optimizer._optimizer_step_post_hooks
 
 
-def test_modes_in_an_evaluation() -> None:
-    model = nn.Sequential(nn.Linear(32, 10), nn.Dropout(0.1))
-    recorder = run(model, SGD(model.parameters(), 0.1), lambda _: model(torch.randn(4, 32)).sum())
-    model.eval()
-    recorder.during_evaluation()
+@pytest.mark.parametrize(("training", "expected"), [(False, ()), (True, ("1",))])
+def test_modes_in_an_evaluation(training: bool, expected: tuple[str, ...]) -> None:
+    model = nn.Sequential(nn.Linear(32, 10), nn.Dropout(0.1)).train(training)
+    recorder = EvaluationRecorder(model)
+    recorder.start()
+    with torch.inference_mode():
+        model(torch.randn(4, 32)[:3])
+    recorder.stop()
     assert recorder.facts is not None
-    assert recorder.facts.in_train_mode == ()
-    model.train()
-    recorder.during_evaluation()
-    assert recorder.facts.in_train_mode == ("1",)
+    assert (recorder.facts.in_train_mode, recorder.facts.evaluation_dropouts) == (expected, ())
+    assert not torch_module._global_forward_hooks

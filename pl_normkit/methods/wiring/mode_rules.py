@@ -36,7 +36,7 @@ def eval_run(subject: Subject) -> EvalRun:
 def module_in_eval_mode(subject: Subject) -> Iterator[Observation]:
     """What it does
     Finds parts of the model that train while they are in eval mode although they hold dropouts or batch norms, and the reverse in an
-    evaluation step (seen by `StepRecorder`).
+    evaluation step (seen by `ModelAudit` in the first validation batch, and by `EvaluationRecorder`).
 
     Silent where most of the part is frozen, and where only the norms themselves were put into eval mode: both are done on purpose.
 
@@ -113,6 +113,8 @@ def dropout_active_in_evaluation(subject: Subject) -> Iterator[Observation]:
     Finds dropout that still drops when the model is in eval mode: `F.dropout(x, p)` without `training=self.training`,
     `scaled_dot_product_attention(..., dropout_p=p)`, a dropout kept in training mode.
 
+    `ModelAudit` sees it in the first validation batch, the sanity check's included; `audit()` runs the model in eval mode.
+
     Monte Carlo dropout means it: say so with `per_module_ignore={"path.of.the.module": ["NK006"]}`.
 
     Why it hurts
@@ -141,7 +143,8 @@ def dropout_active_in_evaluation(subject: Subject) -> Iterator[Observation]:
     Source
     Derived here: the defaults of `torch.nn.functional`. Tested in tests/methods/wiring/test_rules.py.
     """
-    seen = subject.once(eval_run).dropouts
+    step = subject.step
+    seen = (step.evaluation_dropouts if step is not None else ()) or subject.once(eval_run).dropouts
     if seen:
         yield Observation(
             "dropout is active in eval mode: predictions are random",
