@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from zoo import SIZES, TORCHVISION, TORCHVISION_SEGMENTATION, Case, smp_cases, timm_cases
 
 from pl_normkit import audit
-from pl_normkit.first_step import tensors_in
+from pl_normkit.graph.autograd import tensors_in
 
 RESULTS = Path(__file__).parent / "results" / "zoo_step.csv"
 BATCH = 4
