@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from pl_normkit.block_health import BlockHealth, HealthMeter
+from pl_normkit.block_health import BlockHealth, HealthMeter, curves_of
 from pl_normkit.callbacks._lightning import Callback, is_sharded
 from pl_normkit.errors import ConfigError
 
@@ -25,7 +25,9 @@ class GradientHealth(Callback):
     Args:
         every_n_steps: optimizer steps from one measurement to the next.
 
-    Attributes: `latest`, the last measurement by block; empty before.
+    The pages of the recipes' runs draw the last measurement along the blocks.
+
+    Attributes: `latest`, the last measurement by block; empty before. `curves`, the same for a page: title -> (block -> number).
 
     Raises: ConfigError for a number of steps below 1.
     """
@@ -35,6 +37,7 @@ class GradientHealth(Callback):
             raise ConfigError("every_n_steps must be a positive whole number", evidence=repr(every_n_steps))
         self.every_n_steps = every_n_steps
         self.latest: dict[str, BlockHealth] = {}
+        self.curves: dict[str, dict[str, float]] = {}
         self._meter: HealthMeter | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -52,6 +55,7 @@ class GradientHealth(Callback):
         measured = self._meter.after_step() if self._meter is not None else {}
         if measured:
             self.latest = measured
+            self.curves = curves_of(measured, f"by block, step {trainer.global_step}")
             numbers = {f"normkit/{name}/{block}": value for block, health in measured.items() for name, value in _numbers(health)}
             for logger in trainer.loggers:
                 logger.log_metrics(numbers, step=trainer.global_step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["BlockHealth", "HealthMeter", "blocks_of"]
+__all__ = ["BlockHealth", "HealthMeter", "blocks_of", "curves_of"]
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -52,6 +52,21 @@ def _holds_blocks(holder: nn.Module) -> bool:
     if isinstance(holder, nn.Sequential):
         return any(True for child in holder for _ in child.children())
     return isinstance(holder, (nn.ModuleList, nn.ModuleDict))
+
+
+def curves_of(measured: Mapping[str, BlockHealth], when: str) -> dict[str, dict[str, float]]:
+    """For a page: each of the numbers along the blocks that have it, with `when` in the title.
+
+    >>> curves_of({"stem": BlockHealth(0.5), "head": BlockHealth(2.0)}, "by block")
+    {'Gradient norm by block': {'stem': 0.5, 'head': 2.0}}
+    """
+    numbers = {
+        f"Gradient norm {when}": {block: health.gradient_norm for block, health in measured.items()},
+        f"Update-to-weight ratio {when}": {block: health.update_ratio for block, health in measured.items()},
+        f"Share of dead units {when}": {block: health.dead_share for block, health in measured.items()},
+    }
+    known = {title: {block: value for block, value in values.items() if value is not None} for title, values in numbers.items()}
+    return {title: values for title, values in known.items() if values}
 
 
 class HealthMeter:

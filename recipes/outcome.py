@@ -25,6 +25,12 @@ def _reports(trainer: L.Trainer) -> list[Report]:
     return [report for callback in callbacks if isinstance(report := getattr(callback, "report", None), Report)]
 
 
+def _curves(trainer: L.Trainer) -> dict[str, dict[str, float]]:
+    """What callbacks measured along the network, as `GradientHealth` does."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return {title: curve for callback in callbacks for title, curve in getattr(callback, "curves", {}).items()}
+
+
 def print_findings(trainer: L.Trainer, console: Console) -> None:
     """What callbacks edited, and the findings of every callback that keeps a report, one line each."""
     for callback in editing_callbacks(trainer):
@@ -67,7 +73,8 @@ def write_page(trainer: L.Trainer, module: L.LightningModule, pictures: Mapping[
     edits = [f"{type(callback).__name__}: {change}" for callback in editing_callbacks(trainer) for change in callback.changes.made]
     whole = merge_reports(reports[0].subject, reports)
     embedded = {title: picture.read_bytes() for title, picture in pictures.items()}
-    page = replace(whole, fixed=[*edits, *whole.fixed], pictures=embedded, run=result_of(trainer))
+    curves = {**whole.curves, **_curves(trainer)}
+    page = replace(whole, fixed=[*edits, *whole.fixed], pictures=embedded, curves=curves, run=result_of(trainer))
     path.write_text(page.to_html(), encoding="utf-8")
     console.print(f"report:     {path}", soft_wrap=True, highlight=False)
 

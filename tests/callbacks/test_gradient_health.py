@@ -10,11 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.loggers import CSVLogger
+from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from pl_normkit.callbacks import GradientHealth
 from pl_normkit.errors import ConfigError
+from pl_normkit.recipes.outcome import write_page
 
 
 class Net(pl.LightningModule):
@@ -88,3 +90,19 @@ def test_the_run_is_that_without_it(tmp_path: Path) -> None:
 def test_bad_intervals(steps: Any) -> None:
     with pytest.raises(ConfigError):
         GradientHealth(steps)
+
+
+def test_a_page_draws_the_last_measurement_along_the_blocks(tmp_path: Path) -> None:
+    health = GradientHealth(every_n_steps=2)
+    module = Net()
+    data = DataLoader(TensorDataset(torch.randn(24, 6), torch.randint(0, 3, (24,))), 4)
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=1, callbacks=[health], logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(module, data)
+    write_page(trainer, module, {}, tmp_path / "report.html", Console(quiet=True))
+    page = (tmp_path / "report.html").read_text()
+    assert all(f"{what} by block, step 5" in page for what in ("Gradient norm", "Update-to-weight ratio", "Share of dead units"))
+    assert f"body 0: {health.latest['body'].gradient_norm:.4g}" in page
+    assert f"head 1: {health.latest['head'].gradient_norm:.4g}" in page
