@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from pl_normkit.auditing import PlannedFix, apply_fixes, audit_subject, plan_fixes, traced
 from pl_normkit.errors import NormkitError
 from pl_normkit.findings import Finding, Note, NoteKind
+from pl_normkit.first_step import StepFacts
 from pl_normkit.report import Report
 from pl_normkit.report.landmarks import Landmark
 from pl_normkit.rules import without_explained
@@ -122,6 +123,9 @@ class RunAudit:
                 report = self._audit(subject, _OF_A_NETWORK)
                 self._take(report)
                 self._describe(report, path_of(self.root, network))
+                if self.measure:  # rules on a step that run the network themselves; the step's own facts are judged with the parts
+                    found = self._audit(replace(subject, step=StepFacts()), {Needs.STEP})
+                    self._take(replace(found, numbers={}, curves={}))
 
     def has_read(self, network: nn.Module) -> bool:
         """Whether it was judged, alone or within a network that calls it."""

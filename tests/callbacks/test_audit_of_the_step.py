@@ -93,8 +93,8 @@ class Gan(Net):
         return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.net, self.other)]
 
 
-def wiring_of(module: pl.LightningModule, folder: Path, **options: Any) -> set[str]:
-    audit = ModelAudit(config=False)
+def wiring_of(module: pl.LightningModule, folder: Path, *, measure: bool = False, **options: Any) -> set[str]:
+    audit = ModelAudit(config=False, measure=measure)
     data = DataLoader(TensorDataset(torch.randn(16, 6), torch.randint(0, 3, (16,))), 4)
     settings: dict[str, Any] = {"max_epochs": 1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = pl.Trainer(
@@ -225,3 +225,31 @@ def test_what_is_said_of_the_first_validation_batch(
     assert audit.report.failures == []
     assert torch._C._len_torch_function_stack() == 0
     assert not torch.nn.modules.module._global_forward_hooks
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.last = nn.GRU(2, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.rnn(x)[0][:, -1])
+
+
+class TimeOverTheBatch(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Recurrent()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.view(-1, 3, 2))
+
+
+@pytest.mark.parametrize(
+    ("kind", "measure", "expected"),
+    [(TimeOverTheBatch, False, set()), (TimeOverTheBatch, True, {"samples-mixed"}), (Net, True, set())],
+)
+def test_samples_that_mix_are_measured_where_that_is_allowed(
+    kind: type[pl.LightningModule], measure: bool, expected: set[str], tmp_path: Path
+) -> None:
+    assert wiring_of(kind(), tmp_path, measure=measure) == expected
