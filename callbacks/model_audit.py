@@ -69,12 +69,11 @@ class ModelAudit(Callback):
         self.changes, self._has_said = Changes(), False
         self._watched: WatchedRun | None = None
         self._records: list[dict[str, Any]] = []
-        self._stop_waiting: Callable[[], None] = lambda: None
+        self._stop_waiting: Callable[[], None] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         fit = fit_of(self, trainer, pl_module)
         self._stop_waiting = after(pl_module, "on_load_checkpoint", lambda checkpoint: self._restore(pl_module, checkpoint))
-        self._watched = None
         if stage == "fit":
             self.report = None
             options: dict[str, Any] = {"measure": self.measure, "fix": self.fix, "stress": self.stress}
@@ -99,10 +98,11 @@ class ModelAudit(Callback):
                 self._watched.audit.changes = self.changes
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Any) -> None:
-        self._stop_waiting()
+        if self._stop_waiting is not None:
+            self._stop_waiting()
         if self._watched is not None:
             self._watched.stop()
-        self._watched = None
+        self._watched = self._stop_waiting = None
 
     on_exception = teardown  # type: ignore[assignment]
 
