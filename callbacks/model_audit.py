@@ -70,12 +70,11 @@ class ModelAudit(EvaluationHooks):
         self.changes, self._has_said = Changes(), False
         self._watched: WatchedRun | None = None
         self._records: list[dict[str, Any]] = []
-        self._stop_waiting: Callable[[], None] = lambda: None
+        self._stop_waiting: Callable[[], None] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         fit = fit_of(self, trainer, pl_module)
         self._stop_waiting = after(pl_module, "on_load_checkpoint", lambda checkpoint: self._restore(pl_module, checkpoint))
-        self._watched = None
         if stage == "fit":
             self.report = None
             options: dict[str, Any] = {"measure": self.measure, "fix": self.fix, "stress": self.stress}
@@ -101,11 +100,12 @@ class ModelAudit(EvaluationHooks):
                 self._watched.audit.changes = self.changes
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Any) -> None:
-        self._stop_waiting()
-        self._stop_watching()
+        if self._stop_waiting is not None:
+            self._stop_waiting()
         if self._evaluation is not None:
             self._evaluation.stop()
-        self._evaluation = None
+        self._evaluation = self._stop_waiting = None
+        self._stop_watching()
 
     on_exception = teardown  # type: ignore[assignment]
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import random
 from collections import OrderedDict, defaultdict, deque
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pl_normkit.preserve import preserved
+from pl_normkit.preserve import objects_kept, preserved
 
 
 class Hoarder(nn.Module):
@@ -170,3 +171,20 @@ def test_frozen_parameters_are_put_back_as_buffers_are() -> None:
         model(torch.ones(3))
         assert model.entries.eq(1).all()
     assert model.entries.eq(0).all()
+
+
+def test_objects_that_hang_on_a_root_are_put_back() -> None:
+    class Counts:
+        def __init__(self) -> None:
+            self.calls, self.seen, self.inner = 0, [1], {"generator": random.Random(3), "own": torch.Generator().manual_seed(3)}
+            self.itself = self
+
+    found = Counts()
+    drawn = copy.deepcopy(found.inner["generator"]).random(), torch.rand(1, generator=found.inner["own"].clone_state()).item()
+    with objects_kept(found, nn.Linear(1, 1)):
+        found.calls, found.added = 5, True  # type: ignore[attr-defined]
+        found.seen.append(2)
+        found.inner["generator"].random()
+        torch.rand(1, generator=found.inner["own"])
+    assert (found.calls, found.seen, hasattr(found, "added")) == (0, [1], False)
+    assert (found.inner["generator"].random(), torch.rand(1, generator=found.inner["own"]).item()) == drawn

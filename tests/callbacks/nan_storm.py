@@ -111,9 +111,10 @@ class Net(nn.Module):
 
 
 class Module(pl.LightningModule):
-    def __init__(self, *, logs: bool, sharded: bool) -> None:
+    def __init__(self, *, logs: bool, sharded: bool, fused: bool = False) -> None:
         super().__init__()
         self.net = Net()
+        self.fused = fused
         self.logs = logs
         self.sharded = sharded
 
@@ -127,12 +128,14 @@ class Module(pl.LightningModule):
         loss = F.mse_loss(out[:kept], batch["y"][:kept])  # with nothing selected NaN, and its gradients are zeros
         if batch["site"] == "loss":
             loss = loss + batch["value"]
+        if batch["site"] == "spike":
+            loss = loss * batch["value"]
         if self.logs:
             self.log("train_loss", loss)
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=3e-3)
+        return torch.optim.AdamW(self.parameters(), lr=3e-3, fused=self.fused)
 
 
 class Watch(pl.Callback):
@@ -177,8 +180,9 @@ def main(options: dict[str, Any]) -> None:
     rank, world, steps = options["rank"], options["world"], options["steps"]
     folder = Path(options["folder"])
     harm = plan(options["planned"], world, options.get("share", 0.06))
+    harm |= {step: {"site": "spike", "value": 1e4, "rank": world - 1} for step in options.get("spikes", ())}
     torch.manual_seed(0)
-    module = Module(logs=options["guard"] == "early", sharded=options.get("sharded", False))
+    module = Module(logs=options["guard"] == "early", sharded=options.get("sharded", False), fused=options.get("fused", False))
     watch = Watch(options.get("die_at", -1))
     callbacks: list[pl.Callback] = [watch]
     guard = NaNGuard(**options.get("arguments", {}))
@@ -224,6 +228,7 @@ def main(options: dict[str, Any]) -> None:
         "error": error,
         "global_step": trainer.global_step,
         "skips": guard.budget.skips,
+        "spikes": guard.spikes,
         "files": [event["file"] for event in guard.events if event["file"]],
     }
     (folder / f"{options['name']}{rank}.json").write_text(json.dumps(facts))

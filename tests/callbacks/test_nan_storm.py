@@ -112,17 +112,29 @@ def test_the_trajectory_equals_a_run_without_those_batches(storm: tuple[Path, li
 
 
 def test_sharded_parameters_stay_finite_and_follow_the_run_without_those_batches(tmp_path: Path) -> None:
-    """FSDP2: no rank sees all gradients, the flag is all-reduced, nothing is diagnosed."""
-    short: dict[str, Any] = {"sharded": True, "steps": 80, "share": 0.3}
-    facts = run(tmp_path, "guarded", guard="nan_guard", drop=False, **short)
+    """FSDP2: no rank sees all gradients; flag and norm are those of all shards, finite spikes of one rank too; nothing is diagnosed."""
+    short: dict[str, Any] = {"sharded": True, "steps": 80, "share": 0.3, "spikes": [59, 72]}
+    facts = run(tmp_path, "guarded", guard="nan_guard", drop=False, arguments={"spike_factor": 50}, **short)
     run(tmp_path, "clean", guard="none", drop=True, **short)
     struck = [harm["site"] for step, harm in plan(STEPS, 2, short["share"]).items() if step < short["steps"]]
     assert set(struck) == set(nan_storm.SITES)
     for rank in (0, 1):
         assert (facts[rank]["first_bad"], facts[rank]["error"]) == (None, "")
-        assert [event["kind"] for event in facts[rank]["events"]] == ["unknown"] * len(struck)
+        kinds = [event["kind"] for event in facts[rank]["events"]]
+        assert sorted(kinds) == ["spike"] * 2 + ["unknown"] * len(struck)
+        assert (facts[rank]["spikes"], facts[rank]["skips"]) == (2, len(struck))
         assert_equal(state(tmp_path, "clean", rank), state(tmp_path, "guarded", rank))
     assert state(tmp_path, "guarded", 0)["net.first.weight"].shape == (6, 6)  # half of the rows
+
+
+def test_decisions_left_on_the_device_are_those_of_all_ranks(tmp_path: Path) -> None:
+    short: dict[str, Any] = {"fused": True, "steps": 60, "share": 0.3}
+    facts = run(tmp_path, "guarded", guard="nan_guard", drop=False, arguments={"device_side": True}, **short)
+    struck = [step for step in plan(STEPS, 2, short["share"]) if step < short["steps"]]
+    for rank in (0, 1):
+        assert (facts[rank]["skips"], facts[rank]["first_bad"], facts[rank]["error"]) == (len(struck), None, "")
+    assert_equal(state(tmp_path, "guarded", 0), state(tmp_path, "guarded", 1), without=STATISTICS)
+    assert facts[0]["events"] == facts[1]["events"]
 
 
 def check_windows(folder: Path, name: str, share: float, **options: Any) -> int:
