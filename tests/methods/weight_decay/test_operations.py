@@ -75,7 +75,8 @@ def _layer_whose_weight_another_network_makes() -> Case:
         return x + F.linear(net.norm(x).relu(), weight)
 
     parts = {"first": nn.Linear(8, 8), "maker": nn.Linear(8, 64), "norm": nn.LayerNorm(8)}
-    return Net(forward, **parts), TOKENS, {"norm.weight": R.GAMMA_BRANCH, "maker.weight": R.WEIGHT}
+    roles = {f"{name}.{leaf}": role for name in ("first", "maker") for leaf, role in _BOTH}
+    return Net(forward, **parts), TOKENS, {**roles, "norm.weight": R.GAMMA_BRANCH, "norm.bias": R.BETA}
 
 
 EXPERTS = {"w1": R.WEIGHT, "w2": R.WEIGHT, "b1": R.BIAS, "b2": R.BIAS}
