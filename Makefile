@@ -30,13 +30,18 @@ lint: $(VENV)/.test
 types: $(VENV)/.test
 	$(BIN)/mypy -p pl_normkit
 
-zoo: $(VENV)/.test  ## one model of every timm family, every smp architecture: findings as CSV
+$(VENV)/.zoo: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable ".[test,zoo]"
+	touch $@ $(VENV)/.test $(VENV)/.demo
+
+zoo: $(VENV)/.zoo  ## models of timm, smp, torchvision, transformers, diffusers, monai and torchaudio: findings as CSV
 	$(BIN)/python benchmarks/zoo.py
+	$(BIN)/python benchmarks/zoo_libraries.py
 	$(BIN)/python benchmarks/loss_zoo.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m zoo
 
 bench: $(VENV)/.test  ## every benchmark that runs without a GPU
-	for script in benchmarks/[a-z]*.py; do case $$script in *zoo.py|*/gpu.py) ;; *) $(BIN)/python $$script || exit 1;; esac; done
+	for script in benchmarks/[a-z]*.py; do case $$script in *zoo.py|*/zoo_libraries.py|*/zoo_truth.py|*/gpu.py) ;; *) $(BIN)/python $$script || exit 1;; esac; done
 
 value: $(VENV)/.test  ## every remedy trained with and without on fresh seeds: docs/value.md; an hour on one core
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python benchmarks/value

@@ -221,3 +221,12 @@ def test_the_users_own_module_is_not_looked_for_in_the_registry() -> None:
     with pytest.raises(ModelSpecError) as caught:
         build_model("my_nets.py:build")
     assert ("pip install" in str(caught.value), "no .py" in caught.value.fix) == (False, True)
+
+
+def test_parameters_that_know_no_default_device_go_with_the_others(working_directory: Path) -> None:
+    (working_directory / "userpkg" / "masked.py").write_text(
+        "import torch\nfrom torch import nn\n\n\nclass Masked(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.mask = nn.Parameter(torch.Tensor(3).uniform_())\n        self.layer = nn.Linear(3, 3)\n"
+    )
+    model = build_model("userpkg.masked:Masked")
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}

@@ -22,7 +22,7 @@ _ARITHMETIC = """
 _POINTWISE = frozenset(_ARITHMETIC.split())
 _BENDING = frozenset(("exp", "exp2", "expm1", "log", "log1p", "log2", "sin", "cos"))
 _LOOKUPS = frozenset(("embedding", "embedding_bag", "index", "index_select", "gather", "take_along_dim"))
-_LAYERS = (Kind.WEIGHT, Kind.ATTENTION, Kind.NORM, Kind.RESIZE, Kind.POOL, Kind.CAT, Kind.ADD, Kind.INPUT)
+_LAYERS = (Kind.WEIGHT, Kind.ATTENTION, Kind.NORM, Kind.RESIZE, Kind.POOL, Kind.CAT, Kind.INPUT)
 _CHAIN_LIMIT = 24
 _REGION_LIMIT = 40
 
@@ -322,12 +322,13 @@ def joins_features(found: Sum) -> bool:
 
 
 def _maker(end: Node) -> Node:
-    """The operation that made a value, seen through views, dropouts, scales and activations."""
+    """The operation that made a value, seen through views, dropouts, scales and activations; of a sum, that of its last summand."""
     node = end
     for _ in range(_CHAIN_LIMIT):
-        if node.kind not in (*PASSING, Kind.MUL, Kind.ACTIVATION) or not node.inputs:
+        if node.kind not in (*PASSING, Kind.MUL, Kind.ADD, Kind.ACTIVATION) or not node.inputs:
             break
-        node = main_inputs(node)[0]
+        sources = main_inputs(node)
+        node = max(sources, key=lambda source: source.index) if node.kind is Kind.ADD else sources[0]
     return node
 
 

@@ -192,6 +192,24 @@ def test_module_of_shared_and_tied_parts_is_the_first_name() -> None:
     assert (weights[0].module, weights[-1].module) == ("embedding", "output")
 
 
+class Routed(nn.Module):
+    """Hands the tokens that a gate chooses to a layer: how many is known only once values are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.expert = nn.Linear(8, 1), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        chosen = torch.nonzero(self.gate(x).flatten() > 0).flatten()
+        return x.index_add(0, chosen, self.expert(x[chosen]).relu())
+
+
+def test_sizes_that_depend_on_values_are_numbers() -> None:
+    graph = ModelGraph.from_model(Routed(), torch.zeros(6, 8))
+    assert {type(size) for node in graph.nodes for size in node.shape} == {int}
+    assert [node.shape[1:] for node in graph.nodes if node.module == "expert"] == [(8,)]
+
+
 class Aliased(nn.Module):
     """One block under two names, called by the second (monai's DynUNet builds its skip layers so)."""
 

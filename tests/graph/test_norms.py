@@ -80,6 +80,13 @@ def test_no_norm(name: str) -> None:
     assert read(QUIET[name]) == []
 
 
+def test_a_table_of_positions_behind_a_norm_is_not_its_shift() -> None:
+    def formula(m: Any, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(mean_square(x) + 1e-6) * m.gamma + m.out.weight[:6]
+
+    assert read(formula) == [("rms", "gamma", "")]
+
+
 def test_batch_norm_by_hand_takes_statistics_over_the_batch() -> None:
     def formula(m: Written, x: Tensor) -> Tensor:
         mean, variance = x.mean((0, 1), keepdim=True), x.var((0, 1), keepdim=True, unbiased=False)

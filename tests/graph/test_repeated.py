@@ -74,6 +74,19 @@ def _shared_row() -> nn.Module:
     return Row(lambda _: Shared(norm))
 
 
+class SharedBeside(nn.Module):
+    """A row, and beside it one norm under two names: such models an export reads through proxies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.row = Row(lambda _: AttentionBlock())
+        self.first = nn.LayerNorm(16)
+        self.second = self.first
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.row(self.first(x)))
+
+
 def _hooked() -> nn.Module:
     row = Row(lambda _: AttentionBlock())
     row.blocks[4].register_forward_hook(lambda _m, _a, out: out * 2)
@@ -95,6 +108,7 @@ ROWS: dict[str, tuple[Callable[[], nn.Module], Any, int]] = {
     "convolutions with batch norm": (lambda: Row(lambda _: Block(inplace=False)), torch.zeros(2, 8, 6, 6), DEPTH - 3),
     "index that nothing hangs on": (lambda: Row(lambda i: Indexed(i, uses_it=False)), TOKENS, DEPTH - 3),
     "shared norm": (_shared_row, TOKENS, 0),
+    "norm shared beside the row": (SharedBeside, TOKENS, DEPTH - 3),
     "mask passed to each": (
         lambda: Row(lambda i: Indexed(i, uses_it=False), lambda block, x, _: block(x, mask=x.mean(-1, keepdim=True))),
         TOKENS,

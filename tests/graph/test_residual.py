@@ -29,6 +29,8 @@ class Written(nn.Module):
         self.q, self.k, self.v, self.out = (nn.Linear(8, 8) for _ in range(4))
         self.norm = nn.LayerNorm(8)
         self.scale = nn.Parameter(torch.ones(1))
+        self.words, self.places = nn.Embedding(20, 8), nn.Embedding(20, 8)
+        self.experts = nn.Parameter(torch.ones(3, 8))
         self.written = forward
 
     def forward(self, *inputs: Tensor) -> Any:
@@ -149,6 +151,46 @@ def _straight_through(m: Written, x: Tensor) -> Tensor:
     return x + (m.out(x).relu() - x).detach()
 
 
+def _gelu_after_a_layer(m: Written, x: Tensor) -> Tensor:
+    x = m.norm(x)
+    h = m.q(x)
+    return m.out(h * 0.5 * (1 + torch.tanh(0.8 * (h + 0.044715 * torch.pow(h, 3)))))
+
+
+def _embedded(m: Written, tokens: Tensor) -> Tensor:
+    return m.out(m.words(tokens) + m.places(tokens.ne(0).cumsum(1)))
+
+
+def _bias_of_the_chosen(m: Written, x: Tensor) -> Tensor:
+    chosen = m.q(x)[..., :3].argmax(-1)
+    return m.out(x * m.places.weight[:3][chosen] + m.experts[chosen])
+
+
+def _linear_attention(m: Written, x: Tensor) -> Tensor:
+    q, k, v = m.q(x), m.k(x), m.v(x)
+    state = torch.zeros(x.shape[0], 8, 8)
+    seen = []
+    for step in range(2):
+        now = slice(3 * step, 3 * step + 3)
+        seen.append(q[:, now] @ state + (q[:, now] @ k[:, now].transpose(1, 2)).tril() @ v[:, now])
+        state = state * 0.5 + k[:, now].transpose(1, 2) @ v[:, now]
+    return m.out(torch.cat(seen, 1))
+
+
+def _rows_in_place(m: Written, x: Tensor) -> Tensor:
+    scores = (m.q(x) @ m.k(x).transpose(1, 2)).tril(-1)
+    for row in range(1, x.shape[1]):
+        before, above = scores[:, row, :row].clone(), scores[:, :row, :row].clone()
+        scores[:, row, :row] = before + (before.unsqueeze(-1) * above).sum(-2)
+    return m.out(scores @ m.v(x))
+
+
+def _highway(m: Written, x: Tensor) -> Tensor:
+    gate = m.q(x).sigmoid()
+    return m.out(gate * m.k(x).relu() + (1 - gate) * x)
+
+
+TIED = torch.ones(2, 6, dtype=torch.long)
 LOOK_ALIKES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], int]] = {
     "attention with an additive mask, twice": (_masked_attention, (TOKENS, torch.zeros(2, 6, 6)), 2),
     "positions added anew": (_positions_again, (TOKENS, torch.zeros(2, 6, 8)), 3),
@@ -165,6 +207,12 @@ LOOK_ALIKES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], int]] = {
         (X,),
         0,
     ),
+    "GELU written out after a layer": (_gelu_after_a_layer, (TOKENS,), 0),
+    "words and counted places": (_embedded, (TIED,), 0),
+    "shift of the expert that was chosen": (_bias_of_the_chosen, (TOKENS,), 0),
+    "linear attention, its first state zero": (_linear_attention, (TOKENS,), 0),
+    "rows of a triangle, in place": (_rows_in_place, (TOKENS,), 0),
+    "highway": (_highway, (TOKENS,), 0),
     "gate as wide as the features": (lambda m, x: torch.lerp(m.branch(x), x, m.second(x).sigmoid()), (X,), 0),
 }
 
@@ -175,9 +223,49 @@ def test_sums_that_only_look_like_one_are_left_out(name: str) -> None:
     assert adds(forward, *inputs) == (expected, 0)
 
 
-@pytest.mark.parametrize("forward", [_own_positions_again, _scan, _gelu_written_out, _normalised_and_back])
+NO_FUSIONS = [_own_positions_again, _scan, _gelu_written_out, _normalised_and_back, _linear_attention, _rows_in_place, _highway]
+
+
+@pytest.mark.parametrize("forward", NO_FUSIONS)
 def test_they_are_no_fusions_either(forward: Callable[..., Any]) -> None:
     assert fusions(forward, TOKENS) == 0
+
+
+def test_embeddings_of_one_token_are_no_fusion() -> None:
+    assert fusions(_embedded, TIED) == 0
+
+
+def _coupled(m: Written, x: Tensor) -> Tensor:
+    a, b = x.repeat(1, 2, 1, 1).chunk(2, 1)
+    a = a + m.branch(b)
+    b = b + m.second(a).relu()
+    return torch.cat([a, b], 1)
+
+
+def _part_in_place(m: Written, x: Tensor) -> Tensor:
+    x = m.norm(x).clone()
+    x[:, :4] += m.q(m.norm(x[:, :4])).relu()
+    return m.out(x)
+
+
+@pytest.mark.parametrize(("forward", "x", "expected"), [(_coupled, X, (2, 0)), (_part_in_place, TOKENS, (1, 0))])
+def test_streams_that_hold_a_part_of_the_value(forward: Callable[..., Any], x: Tensor, expected: tuple[int, int]) -> None:
+    assert adds(forward, x) == expected
+
+
+def _softmax_of_einsum(m: Written, x: Tensor) -> Tensor:
+    scores = torch.einsum("bld,bmd->blm", m.q(x), m.k(x))
+    return torch.einsum("blm,bmd,ed->ble", scores.softmax(-1), m.v(x), m.out.weight)
+
+
+def _router(m: Written, x: Tensor) -> Tensor:
+    chances = m.q(x).softmax(-1)
+    return torch.einsum("ble,bled->bld", chances, torch.einsum("bld,ed->bled", x, m.k.weight))
+
+
+@pytest.mark.parametrize(("forward", "expected"), [(_softmax_of_einsum, 1), (_router, 0)])
+def test_a_softmax_that_weighs_experts_is_no_attention(forward: Callable[..., Any], expected: int) -> None:
+    assert len(ModelGraph.from_model(Written(forward), TOKENS).attentions) == expected
 
 
 @pytest.mark.parametrize("name", ["decoder's long skip", "levels brought to one size"])

@@ -67,6 +67,18 @@ def _cell_written_out() -> Case:
     return Net(forward, w=p(8, 8), u=p(8, 8), b=p(8)), TOKENS, {"w": R.WEIGHT, "u": R.WEIGHT, "b": R.BIAS}
 
 
+@case
+def _layer_whose_weight_another_network_makes() -> Case:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        weight = net.maker(x.mean((0, 1))).view(8, 8)
+        x = net.first(x)
+        return x + F.linear(net.norm(x).relu(), weight)
+
+    parts = {"first": nn.Linear(8, 8), "maker": nn.Linear(8, 64), "norm": nn.LayerNorm(8)}
+    roles = {f"{name}.{leaf}": role for name in ("first", "maker") for leaf, role in _BOTH}
+    return Net(forward, **parts), TOKENS, {**roles, "norm.weight": R.GAMMA_BRANCH, "norm.bias": R.BETA}
+
+
 EXPERTS = {"w1": R.WEIGHT, "w2": R.WEIGHT, "b1": R.BIAS, "b2": R.BIAS}
 
 
