@@ -166,7 +166,6 @@ def test_two_processes_train_one_network_and_score_it_together(here, capsys, mon
         (["--model.norm=grup"], "norm"),
         (["--data.image_size=1"], "--data.image_size"),
         (["--with=TimestepEmbeding"], "did you mean 'TimestepEmbedding'?"),
-        (["--model.injection=film", "--with=TimestepEmbedding"], "no time that could vary over positions"),
         (["fitt"], "did you mean 'fit'?"),
     ],
 )
