@@ -9,7 +9,8 @@ from typing import Any, Literal, get_args
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from pl_normkit.callbacks._network import after_configure_model, traced_network
+from pl_normkit.callbacks._fit import fit_of
+from pl_normkit.callbacks._network import traced_network
 from pl_normkit.errors import ConfigError, nearest
 from pl_normkit.methods.timestep_embedding import apply_fewer_groups, apply_positional_time, apply_time_bias
 from pl_normkit.surgery import Changes, Filter
@@ -21,6 +22,8 @@ _REMEDIES = {"positional": apply_positional_time, "bias": apply_time_bias, "grou
 class TimestepEmbedding(Callback):
     """Applies one remedy to the network in `setup`, once, so that optimizers, wrappers and checkpoints find what it adds.
 
+    A network with nothing to remedy gets one warning, and trains as it is.
+
     Args:
         remedy: "positional" (`apply_positional_time`), "bias" (`apply_time_bias`) or "groups" (`apply_fewer_groups`).
         example_inputs: what the network is called with, the time as a tensor among them; None takes the module's `example_input_array`.
@@ -31,8 +34,8 @@ class TimestepEmbedding(Callback):
         changes: what was done; its `undo()` gives the model back. Empty before `setup`.
 
     Raises:
-        ConfigError: for another remedy and, in `setup`, where inputs or network are not known.
-        NothingMatchedError: in `setup`, when there is nothing to remedy.
+        ConfigError: for another remedy and, in `setup`, where inputs or network are not known, or where another callback has copied the
+            network already (EMA).
     """
 
     def __init__(self, remedy: Remedy = "positional", example_inputs: Any = None, filter_fn: Filter | None = None) -> None:
@@ -49,7 +52,7 @@ class TimestepEmbedding(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if not self.changes:
-            after_configure_model(pl_module, lambda: self._apply(pl_module))
+            fit_of(self, trainer, pl_module).edit(self, lambda: self._apply(pl_module), "times that a norm takes something of")
 
     def _apply(self, pl_module: pl.LightningModule) -> None:
         network = traced_network(pl_module)

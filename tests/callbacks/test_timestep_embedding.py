@@ -8,12 +8,13 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 from pl_normkit.callbacks import TimestepEmbedding
-from pl_normkit.errors import ConfigError, NothingMatchedError
+from pl_normkit.errors import ConfigError, NormkitWarning
 from pl_normkit.methods.timestep_embedding import apply_positional_time
 from tests.methods.timestep_embedding.networks import AdaptiveBlock, ResBlock, res_block
 
@@ -42,10 +43,10 @@ def loader() -> DataLoader[tuple[Tensor, ...]]:
     return DataLoader(TensorDataset(torch.randn(4, 3, 8, 8), torch.randn(4, 16)), batch_size=2)
 
 
-def trainer(callback: TimestepEmbedding, folder: Path, epochs: int = 1) -> pl.Trainer:
+def trainer(callback: TimestepEmbedding, folder: Path, *earlier: pl.Callback, epochs: int = 1) -> pl.Trainer:
     return pl.Trainer(
         max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, default_root_dir=folder, callbacks=[callback],
+        enable_model_summary=False, default_root_dir=folder, callbacks=[*earlier, callback],
     )  # fmt: skip
 
 
@@ -98,8 +99,15 @@ def test_what_cannot_be_done_is_said(tmp_path: Path) -> None:
     module.example_input_array = None
     with pytest.raises(ConfigError, match="what the network is called with"):
         trainer(TimestepEmbedding(), tmp_path).fit(module, loader())
+    with pytest.raises(ConfigError, match="EMAWeightAveraging copied the network before TimestepEmbedding"):
+        trainer(TimestepEmbedding(), tmp_path, EMAWeightAveraging()).fit(Module(), loader())
+
+
+@pytest.mark.filterwarnings("ignore:The number of training batches")
+def test_a_network_with_nothing_to_remedy_trains_as_it_is(tmp_path: Path) -> None:
+    module = Module()
     module.net = AdaptiveBlock()  # type: ignore[assignment]
-    with pytest.raises(NothingMatchedError):
+    with pytest.warns(NormkitWarning, match="times that a norm takes something of"):
         trainer(TimestepEmbedding(example_inputs=ResBlock.inputs()), tmp_path).fit(module, loader())
 
 

@@ -64,24 +64,19 @@ def test_a_resumed_run_is_bit_equal_and_its_checkpoint_tests_and_samples(here, c
     whole = _latest(here)
     assert run([*options, "--trainer.max_epochs=1"]) == 0
     last = f"--ckpt_path={_latest(here) / 'checkpoints' / 'last.ckpt'}"
-    assert run([*options, "--trainer.max_epochs=3", last, "--seed_everything=5"]) == 0
-
+    assert run([*options, "--trainer.max_epochs=3", last]) == 0
     expected, resumed = _state(whole), _state(_latest(here))
     assert any("positional_time" in key for key in expected)
     assert expected.keys() == resumed.keys()
-    losses = _column(whole, "train_loss")[3:]
-    assert losses != _column(_latest(here), "train_loss"), "another seed: another order"
-
-    assert run([*options, "--trainer.max_epochs=3", last]) == 0
-    resumed = _state(_latest(here))
     assert all(torch.equal(value, resumed[key]) for key, value in expected.items())
-    assert _column(_latest(here), "train_loss") == losses
+    assert _column(_latest(here), "train_loss") == _column(whole, "train_loss")[3:]
 
     last = f"--ckpt_path={whole / 'checkpoints' / 'last.ckpt'}"
     capsys.readouterr()
     assert run(["validate", *options, last]) == 0
     assert f"distance:   {_column(whole, 'val_frechet')[-1]:.3f} from" in capsys.readouterr().out
     assert run(["test", *options, last]) == 0
+    assert "(test;" in capsys.readouterr().out
     for size in (64, 5):
         assert (
             run(["predict", *options, last, "--data.samples=12", f"--data.eval_batch_size={size}", f"--samples.output_file={size}.png"])
@@ -166,7 +161,6 @@ def test_two_processes_train_one_network_and_score_it_together(here, capsys, mon
         (["--model.norm=grup"], "norm"),
         (["--data.image_size=1"], "--data.image_size"),
         (["--with=TimestepEmbeding"], "did you mean 'TimestepEmbedding'?"),
-        (["--model.injection=film", "--with=TimestepEmbedding"], "no time that could vary over positions"),
         (["fitt"], "did you mean 'fit'?"),
     ],
 )

@@ -140,9 +140,10 @@ def _run(model: nn.Module, batch: Any) -> list[_Seen]:
     def note_output(module: nn.Module, _: Any, output: Tensor) -> None:
         made[id(output)] = (output, module)
 
-    def note_input(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        maker = made.get(id(arguments[0]))
-        seen.append((paths[module], module, arguments[0].detach().clone(), _fan_ratio(maker[1]) if maker else math.nan))
+    def note_input(module: nn.Module, arguments: tuple[Tensor, ...], keywords: dict[str, Tensor]) -> None:
+        given = arguments[0] if arguments else next(iter(keywords.values()))
+        maker = made.get(id(given))
+        seen.append((paths[module], module, given.detach().clone(), _fan_ratio(maker[1]) if maker else math.nan))
 
     with ExitStack() as stack:
         stack.enter_context(preserved(model, buffers=True))
@@ -151,7 +152,7 @@ def _run(model: nn.Module, batch: Any) -> list[_Seen]:
             if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
                 stack.enter_context(module.register_forward_hook(note_output))
             elif isinstance(module, (nn.GroupNorm, nn.modules.batchnorm._BatchNorm)):
-                stack.enter_context(module.register_forward_pre_hook(note_input))
+                stack.enter_context(module.register_forward_pre_hook(note_input, with_kwargs=True))
         arguments, keywords = call_arguments(batch)
         model(*arguments, **keywords)
     return seen

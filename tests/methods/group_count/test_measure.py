@@ -128,3 +128,15 @@ def test_a_converted_network_is_measured_too() -> None:
     convert_to_group_norm(model, 4)
     (norm,) = measure_isometry(model, torch.randn(2, 3, 8, 8)).norms
     assert norm.groups == 4
+
+
+def test_a_norm_that_is_called_by_keyword_and_twice() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.conv = nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(input=self.conv(self.norm(self.conv(x))))
+
+    assert [norm.module for norm in measure_isometry(Twice(), torch.randn(2, 4, 3, 3)).norms] == ["norm", "norm"]
