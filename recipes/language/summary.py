@@ -4,14 +4,12 @@ from __future__ import annotations
 
 __all__ = ["print_scores", "summarize_fit"]
 
-from pathlib import Path
-
 import lightning as L
 from rich.console import Console
 
 from pl_normkit.recipes.language.data import TextData
 from pl_normkit.recipes.language.model import LanguageModule
-from pl_normkit.recipes.outcome import finish_fit, write_page
+from pl_normkit.recipes.outcome import finish_fit
 
 
 def print_scores(console: Console, module: LanguageModule, title: str) -> None:
@@ -27,9 +25,6 @@ def summarize_fit(trainer: L.Trainer, module: LanguageModule, data: TextData, co
     if module.scores:
         print_scores(console, module, f"validation after {trainer.global_step} steps")
     finish_fit(trainer, module, None, console)
-    folder = Path(trainer.log_dir or trainer.default_root_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_page(trainer, {}, folder / "report.html", console)
     training = module.training
     module.eval()
     text = data.vocabulary.decode(module.generate(0))
