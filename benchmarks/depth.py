@@ -1,6 +1,6 @@
 """What a norm placement is worth on a model of transformers: BERT as a decoder, as it is and turned to DeepNorm by `place_norms`.
 
-    python benchmarks/depth.py [--seeds 3] [--steps 200] [--layers 12]
+    python benchmarks/depth.py [--seeds 3] [--settings 3] [--steps 200] [--layers 12]
 
 A byte language model (width 64, 4 heads, 64 bytes of context, 512 bytes a step, AdamW) on the standard library's source, every tenth
 file held out. Each setting trains all arms from the same random weights on the same bytes. Writes benchmarks/results/depth.csv: a row a
@@ -27,7 +27,7 @@ from pl_normkit import place_norms
 OUT = Path(__file__).parent / "results" / "depth.csv"
 CONTEXT, BATCH = 64, 8
 SETTINGS = [(3e-3, 0), (1e-3, 0), (3e-3, 50)]
-ARMS = {"post": "", "post, depth_init": "depth_init", "deepnorm": "deepnorm"}
+ARMS = {"post": "", "post and depth_init": "depth_init", "deepnorm": "deepnorm"}
 
 
 def corpus() -> tuple[Tensor, Tensor]:
@@ -74,7 +74,7 @@ def train(model: nn.Module, data: Tensor, rate: float, warmup: int, steps: int, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("seeds", 3), ("steps", 200), ("layers", 12)):
+    for name, default in (("seeds", 3), ("steps", 200), ("layers", 12), ("settings", len(SETTINGS))):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -83,8 +83,8 @@ def main() -> None:
     probe = batch(held_out, 128, torch.Generator().manual_seed(7))
     letters = torch.bincount(data, minlength=256).double() + 1
     print(f"letter frequencies alone: {-(letters / letters.sum()).log()[probe[1]].mean():.3f}")
-    rows = []
-    for rate, warmup in SETTINGS:
+    OUT.write_text("arm,lr,warmup,seed,loss,seconds\n", encoding="utf-8")
+    for rate, warmup in SETTINGS[: options.settings]:
         for seed in range(options.seeds):
             for arm, kind in ARMS.items():
                 model = build(seed, options.layers, kind)
@@ -93,12 +93,10 @@ def main() -> None:
                 with torch.no_grad():
                     loss = loss_of(model.eval(), probe).item()
                 seconds = time.process_time() - started
-                rows.append({"arm": arm, "lr": rate, "warmup": warmup, "seed": seed, "loss": round(loss, 4), "seconds": round(seconds, 1)})
-                print(rows[-1], flush=True)
-    with OUT.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+                row = [arm, rate, warmup, seed, round(loss, 4), round(seconds, 1)]
+                print(*row, sep=", ", flush=True)
+                with OUT.open("a", newline="", encoding="utf-8") as file:  # a run that is stopped keeps its rows
+                    csv.writer(file).writerow(row)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ __all__ = [
     "BackgroundAwarePool2d",
     "BinaryFocalLoss",
     "BinaryLogLoss",
+    "CausalTransformer",
     "CosineClassifier",
     "DeformableKernelNetwork",
     "FiLMNorm",
@@ -36,6 +37,7 @@ from pl_normkit.methods.gaussian_bias import GaussianAttentionBias
 from pl_normkit.methods.guided_upsampling import DeformableKernelNetwork, JointFilter
 from pl_normkit.methods.nan_safety.modules import BinaryFocalLoss, BinaryLogLoss, PoweredLoss, RMSELoss, SILogLoss
 from pl_normkit.methods.nan_safety.ops import safe_log, safe_power, safe_sqrt, stable_variance
+from pl_normkit.methods.norm_placement.reference import CausalTransformer
 from pl_normkit.methods.positional_variance.modules import VarianceSafeErasing, VarianceSafeMixup
 from pl_normkit.methods.stochastic_pooling import (
     StochasticAdaptiveAvgPool1d,

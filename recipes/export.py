@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from pl_normkit.errors import ConfigError
 from pl_normkit.methods.fusion_scale import ScaleEqualizer, fold
-from pl_normkit.methods.norm_placement import fold_layer_norm_scaling
-from pl_normkit.methods.norm_placement.pieces import placed_in
+from pl_normkit.methods.norm_placement import fold_placed_gains
+from pl_normkit.methods.norm_placement.modules import ConstantGain
 from pl_normkit.recipes.command_line import Recipe, RecipeCLI, run_recipe
 
 
@@ -180,8 +180,8 @@ def export_network(
     path.parent.mkdir(parents=True, exist_ok=True)
     if any(isinstance(module, ScaleEqualizer) for module in network.modules()):
         fold(network)
-    if any(placed["kind"] == "lns" for placed in placed_in(network)):
-        fold_layer_norm_scaling(network)
+    if any(isinstance(module, ConstantGain) for module in network.modules()):
+        fold_placed_gains(network)
     if path.suffix == ".pt":
         _require_same(network, build().eval(), tuple(torch.rand_like(value) if value.is_floating_point() else value for value in arguments))
         torch.save(network.state_dict(), path)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 __all__ = ["layer_decay_groups"]
 
-import warnings
 from typing import Any
 
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
-from pl_normkit.errors import NormkitWarning, TraceError
-from pl_normkit.methods.weight_decay import param_groups
+from pl_normkit.recipes.cosine import decay_groups
 
 
 def layer_decay_groups(network: nn.Module, lr: float, weight_decay: float, layer_decay: float, example_inputs: Any) -> list[dict[str, Any]]:
@@ -24,9 +22,4 @@ def layer_decay_groups(network: nn.Module, lr: float, weight_decay: float, layer
     """
     layers = param_groups_layer_decay(network, layer_decay=layer_decay)
     groups = [{"params": group["params"], "lr": lr * group["lr_scale"]} for group in layers]
-    try:
-        return param_groups(network, weight_decay, example_inputs, groups=groups)
-    except TraceError as error:
-        text = f"{error.what}; weight decay goes by the types of modules alone"
-        warnings.warn(text, NormkitWarning, stacklevel=2)
-        return param_groups(network, weight_decay, groups=groups)
+    return decay_groups(network, weight_decay, example_inputs, groups)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ClassAccuracy", "ClassifierModule", "cosine_factor"]
+__all__ = ["ClassAccuracy", "ClassifierModule"]
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,24 +14,13 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
-from pl_normkit.errors import ConfigError
 from pl_normkit.methods.gaussian_bias import add_gaussian_bias
+from pl_normkit.recipes.cosine import cosine_factor, planned_steps
 from pl_normkit.recipes.module import RecipeModule, require_model_option
 from pl_normkit.recipes.vit.groups import layer_decay_groups
 from pl_normkit.recipes.vit.network import build_network
 
 Batch = tuple[Tensor, Tensor]
-
-
-def cosine_factor(step: int, total_steps: int, warmup_steps: int = 0) -> float:
-    """Share of the base learning rate at `step`: a linear warm-up to 1, then half a cosine to 0 at `total_steps`.
-
-    Source: I. Loshchilov and F. Hutter, SGDR (2017), one cycle; linear warm-up of P. Goyal et al. (2017).
-    """
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
 class ClassAccuracy(MulticlassAccuracy):
@@ -172,15 +161,11 @@ class ClassifierModule(RecipeModule):
         return shares
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        total = self.trainer.estimated_stepping_batches
-        if math.isinf(total):
-            raise ConfigError(
-                "the cosine schedule needs to know the number of steps", fix="set --trainer.max_epochs or --trainer.max_steps"
-            )
+        total = planned_steps(self.trainer)
         groups = layer_decay_groups(self.network, self.lr, self.weight_decay, self.layer_decay, self.example_input_array)
         optimizer = torch.optim.AdamW(groups, self.lr)
-        warmup = self._warmup_steps(int(total))
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine_factor(step, int(total), warmup))
+        warmup = self._warmup_steps(total)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine_factor(step, total, warmup))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"}}
 
     def _warmup_steps(self, total: int) -> int:

@@ -10,13 +10,14 @@ arXiv 2502.02732, "DeepNet", arXiv 2203.00555, "The Curse of Depth in Large Lang
     placements.py      what each placement does and needs
     pieces.py          placements as plain data, and the edits they stand for
     modules.py         what they put into a model
+    reference.py       `CausalTransformer`, whose blocks every placement reaches
     fold.py            gains taken into parameters
-    fix.py             `place_norms`, `fold_layer_norm_scaling`
+    fix.py             `place_norms`, `fold_placed_gains`
 """
 
 from __future__ import annotations
 
-__all__ = ["deepnorm_constants", "fold_layer_norm_scaling", "place_norms"]
+__all__ = ["deepnorm_constants", "fold_placed_gains", "place_norms"]
 
-from pl_normkit.methods.norm_placement.fix import fold_layer_norm_scaling, place_norms
+from pl_normkit.methods.norm_placement.fix import fold_placed_gains, place_norms
 from pl_normkit.methods.norm_placement.initialisation import deepnorm_constants

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["check_kind", "fold_layer_norm_scaling", "place_norms", "placement_records", "restore"]
+__all__ = ["check_kind", "fold_placed_gains", "place_norms", "placement_records", "restore"]
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from pl_normkit.methods.norm_placement.exits import find_exits
 from pl_normkit.methods.norm_placement.find import Layout, Site, read_layout
 from pl_normkit.methods.norm_placement.fold import fold_edits
 from pl_normkit.methods.norm_placement.initialisation import is_trained
-from pl_normkit.methods.norm_placement.pieces import Piece, PlacedMark, edits_of, placed_in
+from pl_normkit.methods.norm_placement.pieces import PlacedMark, edits_of, placed_in
 from pl_normkit.methods.norm_placement.placements import NOT_BY_EDITS, PLACEMENTS, Placement, Plan
 from pl_normkit.surgery import Change, Changes, Edit, Filter, apply_edits, get_module
 from pl_normkit.values import SetValues
@@ -131,11 +131,11 @@ def restore(model: nn.Module, record: Mapping[str, Any]) -> Changes:
     return apply_edits(model, [*edits_of(model, pieces), PlacedMark(record["kind"], tuple(pieces), f"placed {record['kind']!r}")])
 
 
-def fold_layer_norm_scaling(model: nn.Module) -> Changes:
-    """Take the gains of "lns" into the scale and shift before them, for export: the same function, to rounding, without a module of ours.
+def fold_placed_gains(model: nn.Module) -> Changes:
+    """Take the constant gains of "lns" and "deepnorm" into the parameters before them, for export: the same function, to rounding.
 
-    norm(x; gamma, beta) s = norm(x; s gamma, s beta), and likewise for the weight and bias of a layer. Where the gain stands behind a
-    module that has neither, it stays, and `skipped` says so. Do it after training: the gain would be lost to it.
+    norm(x; gamma, beta) s = norm(x; s gamma, s beta), and likewise for the weight and bias of a layer. Where the gain stands at a module
+    that has neither, it stays, and `skipped` says so. Do it after training: the gain would be lost to it.
 
     Raises:
         NothingMatchedError: for a model without such gains.
@@ -146,13 +146,12 @@ def fold_layer_norm_scaling(model: nn.Module) -> Changes:
     >>> layer = nn.TransformerEncoderLayer(8, 2, 16, norm_first=True)
     >>> encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
     >>> _ = place_norms(encoder, "lns", torch.zeros(5, 2, 8))
-    >>> changes = fold_layer_norm_scaling(encoder)
+    >>> changes = fold_placed_gains(encoder)
     >>> round(encoder.layers[1].norm1.weight[0].item(), 4)
     0.7071
     """
     model = unwrapped(model)
-    pieces: list[Piece] = [piece for placed in placed_in(model) if placed["kind"] == "lns" for piece in placed["pieces"]]
-    edits, skipped = fold_edits(model, pieces)
+    edits, skipped = fold_edits(model)
     if not edits and not skipped:
-        raise NothingMatchedError("there is no gain of layer-norm scaling to fold")
+        raise NothingMatchedError("there is no constant gain to fold")
     return apply_edits(model, edits, skipped)

@@ -1,37 +1,35 @@
-"""Gains of layer-norm scaling taken into the parameters before them."""
+"""Constant gains taken into the parameters before them."""
 
 from __future__ import annotations
 
 __all__ = ["fold_edits"]
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from pl_normkit.methods.norm_placement.modules import ConstantGain
-from pl_normkit.methods.norm_placement.pieces import Piece, child_of
 from pl_normkit.surgery import Change, Edit, Remove, get_module
 from pl_normkit.values import SetValues
 
 
 @torch.no_grad()
-def fold_edits(model: nn.Module, pieces: Sequence[Piece]) -> tuple[list[Edit], list[Change]]:
+def fold_edits(model: nn.Module) -> tuple[list[Edit], list[Change]]:
     """New parameters for the modules with a gain, and the gains' removal; what keeps its gain, and why."""
     edits: list[Edit] = []
     kept: list[Change] = []
-    for piece in pieces:
-        host = get_module(model, piece["at"])
-        gain = host._modules.get(child_of(piece))
+    for path, gain in model.named_modules():
         if not isinstance(gain, ConstantGain):
             continue
-        values = _values(host, gain.value) if piece["side"] == "after" else None
+        at, _, name = path.rpartition(".")
+        host = get_module(model, at)
+        values = _values(host, gain.value) if gain.side == "after" else None
         if values is None:
-            kept.append(Change(piece["at"], "keeps its gain: scale and shift that could take it are not its own parameters"))
+            kept.append(Change(at, "keeps its gain: scale and shift that could take it are not its own parameters"))
             continue
-        named = {f"{piece['at']}.{name}": value for name, value in values.items()}
-        edits += [SetValues(piece["at"], named, f"times {gain.value:.4g}"), Remove(piece["at"], child_of(piece), "the gain is folded")]
+        named = {f"{at}.{own}": value for own, value in values.items()}
+        edits += [SetValues(at, named, f"times {gain.value:.4g}"), Remove(at, name, "the gain is folded")]
     return edits, kept
 
 

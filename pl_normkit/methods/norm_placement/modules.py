@@ -14,11 +14,11 @@ _STREAM = "normkit_stream"
 
 
 class ConstantGain(nn.Module):
-    """Multiplies by a number that does not learn; no keys."""
+    """Multiplies by a number that does not learn; no keys. `side` says where it stands: "before" or "after" the module that holds it."""
 
-    def __init__(self, value: float) -> None:
+    def __init__(self, value: float, side: str = "after") -> None:
         super().__init__()
-        self.value = value
+        self.value, self.side = value, side
 
     def extra_repr(self) -> str:
         return f"{self.value:.4g}"

@@ -66,7 +66,7 @@ def _without_nested_tensors(model: nn.Module, pieces: Sequence[Piece]) -> list[E
 def _made(model: nn.Module, piece: Piece, place: Mapping[str, Any]) -> tuple[nn.Module, str]:
     match piece["piece"]:
         case "gain":
-            return ConstantGain(piece["value"]), f"times {piece['value']:.4g}"
+            return ConstantGain(piece["value"], piece["side"]), f"times {piece['value']:.4g}"
         case "norm":
             options = {name: piece[name] for name in ("kind", "width", "eps", "axis", "bias")}
             return OutputNorm(**options, **place), f"{piece['kind']} norm {piece['side']} it"

@@ -1,4 +1,4 @@
-"""Gains of layer-norm scaling folded for export: the same function to 1e-12, in the keys of the library."""
+"""Constant gains folded for export: the same function to 1e-12, in the keys of the library."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pl_normkit import fold_layer_norm_scaling, place_norms
+from pl_normkit import fold_placed_gains, place_norms
 from pl_normkit.errors import NothingMatchedError
-from tests.methods.norm_placement.by_hand import convnext, difference, doubled, gpt2, llama, output, swin, torch_encoder
+from tests.methods.norm_placement.by_hand import bert, convnext, difference, doubled, gpt2, llama, output, swin, torch_encoder
 
 pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor")
 
@@ -49,7 +49,7 @@ def test_the_fold_is_exact(make: Callable[[], tuple[nn.Module, Any]], at: str) -
     keys = set(model.state_dict())
     place_norms(model, "lns", inputs, retrain=True, at=at)
     placed = output(model, inputs)
-    changes = fold_layer_norm_scaling(model)
+    changes = fold_placed_gains(model)
     assert difference(output(model, inputs), placed) < 1e-12
     assert changes.skipped == []
     assert set(model.state_dict()) == keys
@@ -64,17 +64,27 @@ def test_convolutions_and_what_has_no_parameters() -> None:
         block.gamma = None  # LayerScale
     place_norms(model, "lns", inputs, retrain=True)
     placed = output(model, inputs)
-    fold_layer_norm_scaling(model)
+    fold_placed_gains(model)
     assert difference(output(model, inputs), placed) < 1e-12
 
     layer = nn.TransformerEncoderLayer(8, 2, 16, norm_first=True)
     layer.norm1, layer.norm2 = nn.LayerNorm(8, elementwise_affine=False), nn.LayerNorm(8)
     place_norms(layer, "lns", torch.zeros(5, 2, 8))
-    folded = fold_layer_norm_scaling(layer)
+    folded = fold_placed_gains(layer)
     assert [change.module for change in folded.skipped] == ["norm1"]
     assert {change.module for change in folded.made} == {"norm2"}
 
 
+def test_deepnorm_folds_into_the_keys_of_the_library() -> None:
+    model, inputs = doubled(*bert())
+    keys = set(model.state_dict())
+    place_norms(model, "deepnorm", inputs, retrain=True)
+    placed = output(model, inputs)
+    assert fold_placed_gains(model).skipped == []
+    assert difference(output(model, inputs), placed) < 1e-12
+    assert set(model.state_dict()) == keys
+
+
 def test_nothing_to_fold() -> None:
-    with pytest.raises(NothingMatchedError, match="no gain"):
-        fold_layer_norm_scaling(nn.Linear(2, 2))
+    with pytest.raises(NothingMatchedError, match="no constant gain"):
+        fold_placed_gains(nn.Linear(2, 2))

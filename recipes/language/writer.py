@@ -1,0 +1,42 @@
+"""Write generated texts to a file."""
+
+from __future__ import annotations
+
+__all__ = ["TextWriter"]
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+
+from pl_normkit.recipes.writing import FileWriter
+
+
+class TextWriter(FileWriter):
+    """The texts one after the other, each under a line with its number.
+
+    Args:
+        output_file: file to write; None takes `samples.txt` in the run's log folder. Each process writes a file of its own.
+    """
+
+    default_name = "samples.txt"
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        path = self.find_file(trainer)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("", encoding="utf-8")
+
+    def write_on_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        decode = trainer.datamodule.vocabulary.decode  # type: ignore[attr-defined]
+        with self.find_file(trainer).open("a", encoding="utf-8") as file:
+            for number, tokens in zip(batch[0].tolist(), prediction, strict=True):
+                file.write(f"--- {number}\n{decode(tokens)}\n")
