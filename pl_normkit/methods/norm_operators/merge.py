@@ -14,8 +14,9 @@ from pl_normkit.graph import ModelGraph, Node
 from pl_normkit.methods.norm_operators.fold import folded_values, layers_behind, why_layers_cannot
 from pl_normkit.methods.norm_operators.last_dim import Layer, readers_by_parameter
 from pl_normkit.methods.norm_operators.operators.prepbn import ProgressiveBatchNorm
-from pl_normkit.methods.norm_operators.weights import SetValues, convert_checked, refuse_sharded
+from pl_normkit.methods.norm_operators.weights import convert_checked, refuse_sharded
 from pl_normkit.surgery import Change, Changes, Edit, Filter, Replace
+from pl_normkit.values import SetValues
 from pl_normkit.wrappers import unwrapped
 
 
