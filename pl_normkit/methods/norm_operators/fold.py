@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["fold_norms"]
+__all__ = ["fold_norms", "folded_values", "layers_behind", "why_layers_cannot"]
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,7 +102,7 @@ def _read_affine(norm: Norm) -> _Affine | str:
         nodes.append(users[0])
         applied |= _applied_by(users[0])
     beta = norm.beta or _shift_after(nodes)
-    layers = _layers_behind(nodes[-1])
+    layers = layers_behind(nodes[-1])
     return layers if isinstance(layers, str) else _Affine(norm.gamma, beta, tuple(nodes), tuple(layers))
 
 
@@ -122,7 +123,7 @@ def _applied_by(node: Node) -> set[str]:
     return {read.parameter for read in node.reads if len(read.path) == 1 and read.path[0].shape == width}
 
 
-def _layers_behind(start: Node) -> list[Layer] | str:
+def layers_behind(start: Node) -> list[Layer] | str:
     layers: list[Layer] = []
     waiting = [start]
     while waiting:
@@ -141,17 +142,23 @@ def _layers_behind(start: Node) -> list[Layer] | str:
 
 
 def _why_not(found: _Affine, readers: dict[str, set[Node]]) -> str:
-    own = {layer.node for layer in found.layers}
+    own = set(found.nodes)
     for name in filter(None, (found.gamma, found.beta)):
-        if readers[name] - set(found.nodes):
+        if readers[name] - own:
             return f"{name} is shared with another norm"
-    for layer in found.layers:
+    return why_layers_cannot(found.layers, readers, has_shift=bool(found.beta))
+
+
+def why_layers_cannot(layers: Sequence[Layer], readers: dict[str, set[Node]], *, has_shift: bool) -> str:
+    """Why `layers` cannot take a scale and a shift of what they read, "" where they can."""
+    own = {layer.node for layer in layers}
+    for layer in layers:
         others = readers[layer.weight] - own
         if others:
             return f"{layer.weight} is tied: {min(others, key=lambda node: node.index).module or 'the model'} reads it too"
-        if found.beta and not layer.bias:
+        if has_shift and not layer.bias:
             return f"{layer.node.module or 'the layer'} has no bias to take the shift"
-        if found.beta and readers[layer.bias] - own:
+        if has_shift and readers[layer.bias] - own:
             return f"{layer.bias} is read elsewhere too"
     return ""
 
@@ -182,11 +189,18 @@ def _edit(model: nn.Module, path: str, found: _Affine) -> SetValues:
     if found.beta:
         shift = model.get_parameter(found.beta).double()
         values[found.beta] = torch.zeros_like(gamma)
-    for layer in {layer.weight: layer for layer in found.layers}.values():
-        weight = model.get_parameter(layer.weight).double()
-        columns = gamma.double() if layer.outputs == 0 else gamma.double()[:, None]
-        values[layer.weight] = weight * columns
-        if shift is not None:
-            values[layer.bias] = model.get_parameter(layer.bias).double() + (weight @ shift if layer.outputs == 0 else shift @ weight)
+    values |= folded_values(model, found.layers, gamma.double(), shift)
     names = ", ".join(sorted({layer.node.module for layer in found.layers}))
     return SetValues(path, values, f"scale and shift folded into {names or 'the model'}")
+
+
+@torch.no_grad()
+def folded_values(model: nn.Module, layers: Sequence[Layer], gain: Tensor, shift: Tensor | None) -> dict[str, Tensor]:
+    """New weights and biases, by name, with which `layers` read x as they read gain * x + shift before."""
+    values: dict[str, Tensor] = {}
+    for layer in {layer.weight: layer for layer in layers}.values():
+        weight = model.get_parameter(layer.weight).double()
+        values[layer.weight] = weight * (gain if layer.outputs == 0 else gain[:, None])
+        if shift is not None:
+            values[layer.bias] = model.get_parameter(layer.bias).double() + (weight @ shift if layer.outputs == 0 else shift @ weight)
+    return values

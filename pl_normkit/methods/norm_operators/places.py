@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["batch_norms", "old_norm", "row_norms", "why_no_batch_norm"]
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -22,10 +22,12 @@ _BATCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def row_norms(model: nn.Module, graph: ModelGraph | None) -> Iterator[Place]:
-    """Layer norms and RMS norms of torch, timm and torchvision, over the last dimension or the channels of images."""
+    """Layer norms and RMS norms of torch, timm, torchvision and transformers, over the last dimension or the channels of images."""
     for path, module in model.named_modules():
         if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or _name_of(module) in _ROWS | _CHANNELS_FIRST:
             yield Place(path, _why_no_rows(module, path))
+        elif is_written_rms_norm(module):
+            yield Place(path, "it has hooks" if module._forward_hooks or module._forward_pre_hooks else "")
 
 
 def batch_norms(model: nn.Module, graph: ModelGraph | None) -> Iterator[Place]:
@@ -41,6 +43,30 @@ def why_no_batch_norm(module: nn.Module, path: str) -> str:
     if module._forward_hooks or module._forward_pre_hooks:
         return "it has hooks"
     return "" if path else "the model itself cannot be replaced"
+
+
+@torch.no_grad()
+def is_written_rms_norm(module: nn.Module) -> bool:
+    """Whether a module of another library (LlamaRMSNorm, T5LayerNorm) computes gamma x / rms(x), gamma as stored: found by running it."""
+    weight = module._parameters.get("weight")
+    has_more = len(list(module.parameters())) != 1 or any(True for _ in module.children()) or any(True for _ in module.buffers())
+    if "Norm" not in type(module).__name__ or type(module).__module__.startswith("torch.") or has_more or weight is None:
+        return False
+    if weight.ndim != 1 or weight.is_meta:
+        return False
+    rows = torch.linspace(-1, 2, 3 * weight.numel(), device=weight.device, dtype=weight.dtype).reshape(3, -1)
+    try:
+        found = module(rows)
+    except (TypeError, RuntimeError):  # it takes something else: a gate, a time, another shape
+        return False
+    expected = nn.functional.rms_norm(rows, weight.shape, weight, _eps_of(module))
+    half = weight.dtype in (torch.float16, torch.bfloat16)
+    return isinstance(found, torch.Tensor) and found.shape == rows.shape and torch.allclose(found, expected, rtol=2e-2 if half else 1e-4)
+
+
+def _eps_of(module: nn.Module) -> float | None:
+    names = ("eps", "variance_epsilon", "epsilon")
+    return next((value for name in names if isinstance(value := getattr(module, name, None), (float, int))), None)
 
 
 def _name_of(module: nn.Module) -> tuple[str, str]:
@@ -61,11 +87,12 @@ def old_norm(module: nn.Module) -> OldNorm:
     """What there is to take over from a norm or a convolution."""
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     like = next((tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()), torch.empty(0))
-    eps = getattr(module, "eps", None)
+    eps = _eps_of(module)
     eps = float(torch.finfo(like.dtype).eps if eps is None else eps)
-    is_row = isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or _name_of(module) in _ROWS | _CHANNELS_FIRST
+    is_written = is_written_rms_norm(module)
+    is_row = is_written or isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or _name_of(module) in _ROWS | _CHANNELS_FIRST
     axis: Literal[-1, 1] = -1 if is_row and _name_of(module) not in _CHANNELS_FIRST else 1
     centred = not is_row or isinstance(module, nn.LayerNorm)
     names = ("normalized_shape", "num_features", "out_channels")
-    width = next(getattr(module, name) for name in names if hasattr(module, name))
+    width: Any = like.shape if is_written else next(getattr(module, name) for name in names if hasattr(module, name))
     return OldNorm(int(width[0] if is_row else width), eps, weight, bias, like.device, like.dtype, axis, centred, module)

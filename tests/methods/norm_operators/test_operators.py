@@ -168,6 +168,9 @@ def test_inputs_beside_x_reach_a_norm_or_are_refused() -> None:
         pass
     with pytest.raises(DataError, match="without a time"):
         swapped_row("tdln")(random(2, WIDTH))
+    model = swapped_row("tdln")
+    with pytest.raises(DataError, match="3 times, 2 samples"), norm_inputs(model, time=random(3)):
+        model(random(2, WIDTH))
 
 
 @pytest.mark.parametrize("to", ["tdln", "prepbn", "fixed_std"])

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from pl_normkit.errors import ConfigError, NothingMatchedError
@@ -54,6 +55,44 @@ def test_eps_is_carried_over_and_no_parameters_stay_none() -> None:
     assert (model[0].eps, list(model.parameters())) == (0.25, [])
     swap_norms(model, "dyt")
     assert [name for name, _ in model.named_parameters()] == ["0.alpha"]
+
+
+@pytest.mark.parametrize("to", ["rmsnorm", "dyt", "scalenorm", "prepbn"])
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_torchs_fast_path_does_not_take_the_new_norms_for_layer_norms(to: str, is_alone: bool) -> None:
+    """Without gradients in eval mode torch's encoder layer computes layer norms from the parameters of its norms."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
+    model = layer if is_alone else nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    before = output(model.eval(), x)
+    changes = swap_norms(model, to)
+    for net in (model, copy.deepcopy(model)):
+        torch.testing.assert_close(output(net, x), net(x).detach())
+    changes.undo()
+    assert torch.equal(output(model, x), before)
+
+
+@pytest.mark.parametrize(("name", "count"), [("LlamaRMSNorm", 1), ("T5LayerNorm", 1), ("GemmaRMSNorm", 0)])
+def test_rms_norms_of_transformers_are_known_by_what_they_compute(name: str, count: int) -> None:
+    """Gemma's stores gamma - 1: its parameter is no gamma."""
+    places = {
+        "LlamaRMSNorm": transformers.models.llama.modeling_llama,
+        "T5LayerNorm": transformers.models.t5.modeling_t5,
+        "GemmaRMSNorm": transformers.models.gemma.modeling_gemma,
+    }
+    model = nn.Sequential(nn.Linear(6, 6), getattr(places[name], name)(6, eps=0.25))
+    with torch.no_grad():
+        model[1].weight.add_(torch.arange(6) / 5)
+    x, gamma = torch.randn(3, 6), model[1].weight
+    before = model(x).detach()
+    if not count:
+        with pytest.raises(NothingMatchedError):
+            swap_norms(model, "rmsnorm")
+        return
+    swap_norms(model, "rmsnorm")
+    assert type(model[1]) is nn.RMSNorm
+    assert model[1].weight is gamma
+    torch.testing.assert_close(model(x).detach(), before)
 
 
 class Own(nn.LayerNorm):

@@ -39,6 +39,8 @@ class TimeDependentNorm(RowNorm):
     def scaled(self, rows: Tensor) -> Tensor:
         if self.time is None:
             raise DataError("a time-dependent norm was called without a time", fix="call the model inside norm_inputs(model, time=t)")
+        if self.time.numel() not in (1, rows.shape[0]):
+            raise DataError("a time-dependent norm needs one time a sample", evidence=f"{self.time.numel()} times, {rows.shape[0]} samples")
         time = self.time.reshape(-1, *[1] * (rows.ndim - 1)).to(self.slope.dtype)
         s = torch.sigmoid((1 + self.slope) * time + self.offset)
         normalize = functional.layer_norm if self.centred else functional.rms_norm
