@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import resource
 import statistics
 import subprocess
 import sys
@@ -54,9 +53,16 @@ def grown_mib(which: str, size: tuple[int, int], device: str) -> float:
             before = torch.cuda.memory_allocated()
             run(*inputs)
             return (torch.cuda.max_memory_allocated() - before) / 2**20
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of what came before
+        before = resident_mib("VmRSS")
         run(*inputs)
-        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) / 2**10
+        return resident_mib("VmHWM") - before
+
+
+def resident_mib(field: str) -> float:
+    """Memory of this process now (VmRSS) or at its peak (VmHWM)."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[field].split()[0]) / 2**10
 
 
 def seconds(fast: bool, size: tuple[int, int], device: str, *, train: bool, repeats: int) -> float:

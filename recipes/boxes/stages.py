@@ -83,7 +83,7 @@ def run_stages(
         torch.save({"state_dict": classifier.state_dict(), "class_names": classifier.class_names}, folder / "classifier.ckpt")
         console.print(f"classifier: {folder / 'classifier.ckpt'}", soft_wrap=True, highlight=False)
     writer = LabelWriter(data.box_source, folder / "labels", stages.refine, stages.threshold)
-    every = {"limit_predict_batches": 1.0, "fast_dev_run": False}  # a segmenter that is only tried needs all labels too
+    every: dict[str, Any] = {"limit_predict_batches": None, "fast_dev_run": False}  # a segmenter that is only tried needs all labels too
     trainer = build_trainer(**quiet, **every, callbacks=[writer])
     trainer.predict(classifier, data.box_dataloader(classifier.side, classifier.batch_size), return_predictions=False)
     if writer.scores is not None:

@@ -119,6 +119,8 @@ class UpsamplingModule(RecipeModule):
 
     def on_validation_epoch_end(self) -> None:
         self._log_scores("val")
+        if self.trainer.sanity_checking:  # no score of the training
+            self.table, self.wrong = ScoreTable(), ScoreTable()
 
     def on_test_epoch_end(self) -> None:
         self._log_scores("test")

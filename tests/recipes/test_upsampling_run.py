@@ -47,7 +47,7 @@ def _column(version: Path, name: str) -> list[float]:
 
 
 def test_the_default_run_is_audited_and_ends_with_one_table(here, capsys):
-    small = ["--data.train_count=4", "--data.val_count=2", "--data.image_size=64", "--data.crop_size=32", "--trainer.max_steps=1"]
+    small = ["--data.train_count=4", "--data.val_count=2", "--data.image_size=64", "--data.crop_size=32", "--trainer.max_steps=2"]
     assert run([*small, "--trainer.enable_progress_bar=false"]) == 0
 
     shown = capsys.readouterr().out
@@ -61,6 +61,12 @@ def test_the_default_run_is_audited_and_ends_with_one_table(here, capsys):
         assert sheet.width > 6 * 64
     score = [float(value) for value in rows["FDKN"].groups()]  # one stereo picture and two rooms
     assert _column(version, "val_rmse") == pytest.approx([(score[0] + 2 * score[1]) / 3], abs=1e-3)
+
+
+def test_a_fit_without_a_validation_has_no_table(here, pairs, capsys):
+    """What the sanity check has seen is no score."""
+    assert run(["fit", *_on_folder(pairs, "--trainer.max_steps=1", "--trainer.check_val_every_n_epoch=9")]) == 0
+    assert "RMSE" not in capsys.readouterr().out
 
 
 def test_fit_resume_test_and_predict_on_a_folder(here, pairs, capsys):
