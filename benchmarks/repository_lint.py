@@ -18,11 +18,28 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results" / "repository_lint.csv"
 RUN = [sys.executable, "-c", "import sys; from pl_normkit.cli import main; sys.exit(main(sys.argv[1:]))", "lint", "--format", "json"]
-MODELS = (
-    "resnet18 resnet50 resnext50_32x4d wide_resnet50_2 densenet121 efficientnet_b0 efficientnet_b3 mobilenetv3_large_100 convnext_tiny "
-    "convnextv2_atto regnety_016 vgg16_bn vit_tiny_patch16_224 vit_small_patch16_224 deit3_small_patch16_224 swin_tiny_patch4_window7_224 "
-    "mixer_s16_224 resmlp_12_224 nfnet_f0 ghostnet_100"
-).split()
+MODELS = [
+    "resnet18",
+    "resnet50",
+    "resnext50_32x4d",
+    "wide_resnet50_2",
+    "densenet121",
+    "efficientnet_b0",
+    "efficientnet_b3",
+    "mobilenetv3_large_100",
+    "convnext_tiny",
+    "convnextv2_atto",
+    "regnety_016",
+    "vgg16_bn",
+    "vit_tiny_patch16_224",
+    "vit_small_patch16_224",
+    "deit3_small_patch16_224",
+    "swin_tiny_patch4_window7_224",
+    "mixer_s16_224",
+    "resmlp_12_224",
+    "nfnet_f0",
+    "ghostnet_100",
+]
 
 
 def seconds(folder: Path, commands: Sequence[Sequence[str]]) -> float:
