@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-__all__ = ["cosine_factor", "decay_groups", "planned_steps"]
+__all__ = ["cosine_factor", "decay_groups"]
 
 import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import lightning as L
 from torch import nn
 
-from pl_normkit.errors import ConfigError, NormkitWarning, TraceError
+from pl_normkit.errors import NormkitWarning, TraceError
 from pl_normkit.methods.weight_decay import param_groups
 
 
@@ -25,14 +24,6 @@ def cosine_factor(step: int, total_steps: int, warmup_steps: int = 0) -> float:
         return (step + 1) / (warmup_steps + 1)
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
     return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-
-
-def planned_steps(trainer: L.Trainer) -> int:
-    """How many optimizer steps the run will take. Raises ConfigError where it has no end."""
-    total = trainer.estimated_stepping_batches
-    if math.isinf(total):
-        raise ConfigError("the cosine schedule needs to know the number of steps", fix="set --trainer.max_epochs or --trainer.max_steps")
-    return int(total)
 
 
 def decay_groups(

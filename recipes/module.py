@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["RecipeModule", "require_model_option"]
+__all__ = ["RecipeModule", "require_model_option", "step_schedule"]
 
+import math
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +13,9 @@ import lightning as L
 from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from pl_normkit.errors import ConfigError, DataError
 
@@ -44,6 +49,35 @@ class RecipeModule(L.LightningModule):
             )
         return [averaging(decay=self.ema_decay)]
 
+    @abstractmethod
+    def evaluate(self, batch: Any, stage: str) -> None:
+        """Log the loss of a batch as `{stage}_loss`, and add the batch to the metrics; `stage` is "val" or "test"."""
+
+    @abstractmethod
+    def log_scores(self, stage: str) -> None:
+        """Log the metrics of all batches that `evaluate` saw, and start them anew."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.evaluate(batch, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.evaluate(batch, "test")
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_scores("val")
+
+    def on_test_epoch_end(self) -> None:
+        self.log_scores("test")
+
+    def count_steps(self) -> int:
+        """Optimizer steps of the whole fit. Raises ConfigError where the options do not end it."""
+        total = self.trainer.estimated_stepping_batches
+        if math.isinf(total):
+            raise ConfigError(
+                "the learning rate's schedule needs to know the number of steps", fix="set --trainer.max_epochs or --trainer.max_steps"
+            )
+        return int(total)
+
     def score_tables(self) -> Mapping[str, Mapping[str, float]]:
         """Scores of the last evaluation that have a row for each class, or other part: title -> row -> score, NaN for none."""
         return {}
@@ -73,6 +107,11 @@ class RecipeModule(L.LightningModule):
     def explain_strange_keys(self, keys: Sequence[str]) -> str:
         """What to do about a checkpoint whose tensors `keys` this network does not have."""
         return "give the --model options and the callbacks (--with) that the checkpoint was trained with"
+
+
+def step_schedule(optimizer: Optimizer, schedule: LRScheduler) -> OptimizerLRScheduler:
+    """What `configure_optimizers` returns for a schedule that goes on at every step, logged as "lr"."""
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"}}
 
 
 def require_model_option(holds: bool, option: str, value: object, fix: str) -> None:

@@ -113,13 +113,7 @@ class DiffusionModule(RecipeModule):
         noise: Tensor = self(images.to(next(self.network.parameters()).dtype), times)
         return noise.float()
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, "val")
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, "test")
-
-    def _evaluate(self, batch: Batch, stage: str) -> None:
+    def evaluate(self, batch: Batch, stage: str) -> None:
         """The loss at times that are spread evenly, and one sample for each real image."""
         images, _, numbers = batch
         noise = torch.stack([_draw(self.shape, _LOSS, number) for number in numbers.tolist()])
@@ -129,13 +123,7 @@ class DiffusionModule(RecipeModule):
         if scorer is not None:
             self.frechet.update(*(scorer.features(found).to(self.device) for found in (images, self.sample(numbers.tolist()))))
 
-    def on_validation_epoch_end(self) -> None:
-        self._log_distance("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._log_distance("test")
-
-    def _log_distance(self, stage: str) -> None:
+    def log_scores(self, stage: str) -> None:
         distance = float(self.frechet.compute())
         self.frechet.reset()
         self.log(f"{stage}_frechet", distance, prog_bar=True, sync_dist=True)  # the sums are synced: alike on every rank

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from pl_normkit.recipes.cosine import cosine_factor, decay_groups, planned_steps
+from pl_normkit.recipes.cosine import cosine_factor, decay_groups
 from pl_normkit.recipes.language.network import build_network
-from pl_normkit.recipes.module import RecipeModule, require_model_option
+from pl_normkit.recipes.module import RecipeModule, require_model_option, step_schedule
 
 Batch = tuple[Tensor, Tensor]
 
@@ -86,25 +86,13 @@ class LanguageModule(RecipeModule):
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, "val")
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, "test")
-
-    def _evaluate(self, batch: Batch, stage: str) -> None:
+    def evaluate(self, batch: Batch, stage: str) -> None:
         loss = self._loss(batch)
         per_byte = getattr(self.trainer.datamodule, "tokens_per_byte", 1.0)  # type: ignore[attr-defined]
         values = {f"{stage}_loss": loss, f"{stage}_bpb": loss * per_byte / math.log(2)}
         self.log_dict(values, batch_size=len(batch[0]), sync_dist=True, prog_bar=True)
 
-    def on_validation_epoch_end(self) -> None:
-        self._keep_scores("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._keep_scores("test")
-
-    def _keep_scores(self, stage: str) -> None:
+    def log_scores(self, stage: str) -> None:
         if not self.trainer.sanity_checking:
             logged = self.trainer.callback_metrics
             self.scores = {name: float(logged[f"{stage}_{name}"]) for name in ("bpb", "loss")}
@@ -128,9 +116,9 @@ class LanguageModule(RecipeModule):
         return [self.generate(number) for number in batch[0].tolist()]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        total = planned_steps(self.trainer)
+        total = self.count_steps()
         groups = decay_groups(self.network, self.weight_decay, self.example_input_array)
         optimizer = torch.optim.AdamW(groups, self.lr, betas=(0.9, 0.95))
         warmup = round(self.warmup * total)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine_factor(step, total, warmup))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"}}
+        return step_schedule(optimizer, schedule)

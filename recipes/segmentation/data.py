@@ -55,14 +55,14 @@ class SegmentationData(RecipeData[SampleSource]):
         self,
         class_names: list[str],
         *,
-        ignore_index: int,
-        crop_size: int,
-        batch_size: int,
-        eval_batch_size: int,
-        num_workers: int,
-        scale: tuple[float, float],
-        flip: float,
-        jitter: float,
+        ignore_index: int = 255,
+        crop_size: int = 256,
+        batch_size: int = 8,
+        eval_batch_size: int = 1,
+        num_workers: int = 2,
+        scale: tuple[float, float] = (0.5, 2.0),
+        flip: float = 0.5,
+        jitter: float = 0.2,
         transforms: list[nn.Module] | None = None,
     ) -> None:
         super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, num_workers=num_workers, flip=flip, jitter=jitter)
@@ -106,7 +106,7 @@ class FilesData(SegmentationData):
         root: the folder of the data set.
         predict_dir: folder of images for `predict`; None predicts the test (or validation) images.
         check_masks: decode every mask before the first step; else only the headers are read then, and a wrong value stops the run later.
-        ignore_index, crop_size, batch_size, eval_batch_size, num_workers, scale, flip, jitter, transforms: see SegmentationData.
+        options: see SegmentationData.
     """
 
     def __init__(
@@ -116,30 +116,11 @@ class FilesData(SegmentationData):
         root: str,
         predict_dir: str | None = None,
         check_masks: bool = True,
-        ignore_index: int = 255,
-        crop_size: int = 256,
-        batch_size: int = 8,
-        eval_batch_size: int = 1,
-        num_workers: int = 2,
-        scale: tuple[float, float] = (0.5, 2.0),
-        flip: float = 0.5,
-        jitter: float = 0.2,
-        transforms: list[nn.Module] | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            class_names,
-            ignore_index=ignore_index,
-            crop_size=crop_size,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
-            scale=scale,
-            flip=flip,
-            jitter=jitter,
-            transforms=transforms,
-        )
+        super().__init__(class_names, **options)
         self.root = Path(root)
-        self.code = code or MaskCode(class_names, ignore_index)
+        self.code = code or MaskCode(class_names, self.ignore_index)
         self.predict_dir = Path(predict_dir) if predict_dir is not None else None
         self.check_masks = check_masks
 
@@ -214,7 +195,7 @@ class TextureMosaic(SegmentationData):
         image_size: side of a mosaic in pixels.
         regions: Voronoi cells in a mosaic.
         train_count, val_count: number of mosaics; tests use `val_count` other mosaics.
-        crop_size, batch_size, eval_batch_size, num_workers, scale, flip, jitter, transforms: see SegmentationData.
+        crop_size, batch_size, eval_batch_size, num_workers, scale: see SegmentationData, and for all other options.
 
     Raises DataError without scikit-image.
     """
@@ -231,9 +212,7 @@ class TextureMosaic(SegmentationData):
         eval_batch_size: int = 16,
         num_workers: int = 0,
         scale: tuple[float, float] = (0.8, 1.25),
-        flip: float = 0.5,
-        jitter: float = 0.2,
-        transforms: list[nn.Module] | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(
             [texture.name for texture in TEXTURES],
@@ -243,9 +222,7 @@ class TextureMosaic(SegmentationData):
             eval_batch_size=eval_batch_size,
             num_workers=num_workers,
             scale=scale,
-            flip=flip,
-            jitter=jitter,
-            transforms=transforms,
+            **options,
         )
         for option, value in (("image_size", image_size), ("regions", regions), ("train_count", train_count), ("val_count", val_count)):
             require_option(value > 0, option, value, "take at least 1")

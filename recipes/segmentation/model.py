@@ -14,8 +14,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from pl_normkit.errors import ConfigError, ModelSpecError, nearest
-from pl_normkit.recipes.module import RecipeModule
+from pl_normkit.errors import ModelSpecError, nearest
+from pl_normkit.recipes.module import RecipeModule, require_model_option, step_schedule
 from pl_normkit.recipes.segmentation.losses import LossName, SegmentationLoss
 from pl_normkit.recipes.segmentation.samples import STRIDE
 from pl_normkit.recipes.segmentation.tiling import predict_tiled
@@ -76,10 +76,9 @@ class ClassIoU(MulticlassJaccardIndex):
 
 
 def _check_tiles(size: int | None, overlap: float) -> None:
-    if size is not None and (size <= 0 or size % STRIDE):
-        raise ConfigError("tiles of this size cannot be used", where="--model.tile_size", evidence=str(size), fix=f"a multiple of {STRIDE}")
-    if not 0 <= overlap < 1:
-        raise ConfigError("tiles cannot overlap so", where="--model.tile_overlap", evidence=str(overlap), fix="take a share such as 0.25")
+    fits = size is None or (size > 0 and size % STRIDE == 0)
+    require_model_option(fits, "tile_size", size, f"take a multiple of {STRIDE}")
+    require_model_option(0 <= overlap < 1, "tile_overlap", overlap, "take a share such as 0.25")
 
 
 class SegmentationModule(RecipeModule):
@@ -133,9 +132,7 @@ class SegmentationModule(RecipeModule):
         self.weight_decay = weight_decay
         self.poly_power = poly_power
         self.warmup_steps = warmup_steps
-        if not 0 <= ema_decay < 1:
-            fix = "take a decay below 1, such as 0.999; 0 switches it off"
-            raise ConfigError("the weights cannot be averaged so", where="--model.ema_decay", evidence=repr(ema_decay), fix=fix)
+        require_model_option(0 <= ema_decay < 1, "ema_decay", ema_decay, "take a decay below 1, such as 0.999; 0 switches it off")
         self.ema_decay = ema_decay
         _check_tiles(tile_size, tile_overlap)
         self.tile_size = tile_size
@@ -161,25 +158,13 @@ class SegmentationModule(RecipeModule):
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, "val")
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, "test")
-
-    def _evaluate(self, batch: Batch, stage: str) -> None:
+    def evaluate(self, batch: Batch, stage: str) -> None:
         images, masks = batch
         logits = self.predict_logits(images)
         self.log(f"{stage}_loss", self.loss(logits, masks), batch_size=len(images), sync_dist=True)
         self.iou.update(logits.argmax(1), masks)
 
-    def on_validation_epoch_end(self) -> None:
-        self._log_iou("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._log_iou("test")
-
-    def _log_iou(self, stage: str) -> None:
+    def log_scores(self, stage: str) -> None:
         iou = self.iou.compute()
         self.iou.reset()
         self.class_iou = dict(zip(self.class_names, iou.tolist(), strict=True))
@@ -201,14 +186,10 @@ class SegmentationModule(RecipeModule):
         return predict_tiled(self, images, self.tile_size, round(self.tile_size * self.tile_overlap))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        total = self.trainer.estimated_stepping_batches
-        if math.isinf(total):
-            raise ConfigError("the poly schedule needs to know the number of steps", fix="set --trainer.max_epochs or --trainer.max_steps")
+        total = self.count_steps()
         optimizer = self._build_optimizer()
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: poly_factor(step, int(total), self.poly_power, self.warmup_steps)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"}}
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: poly_factor(step, total, self.poly_power, self.warmup_steps))
+        return step_schedule(optimizer, schedule)
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
         if self.optimizer == "sgd":

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pl_normkit.errors import ConfigError, DataError
 from pl_normkit.methods.guided_upsampling import DeformableKernelNetwork
-from pl_normkit.recipes.module import RecipeModule
+from pl_normkit.recipes.module import RecipeModule, require_model_option, step_schedule
 from pl_normkit.recipes.upsampling.baselines import baselines
 from pl_normkit.recipes.upsampling.samples import Batch, Task
 from pl_normkit.recipes.upsampling.scores import BORDER, ScoreTable, rmse, wrong_share
@@ -50,10 +50,7 @@ class UpsamplingModule(RecipeModule):
         ema_decay: float = 0.0,
     ) -> None:
         super().__init__()
-        if not 0 <= ema_decay < 1:
-            raise ConfigError(
-                "the weights cannot be averaged so", where="--model.ema_decay", evidence=repr(ema_decay), fix="take 0.999 or 0"
-            )
+        require_model_option(0 <= ema_decay < 1, "ema_decay", ema_decay, "take a decay below 1, such as 0.999; 0 switches it off")
         if decay_steps < 1 or not 0 < decay <= 1:
             evidence = f"decay {decay}, decay_steps {decay_steps}"
             raise ConfigError("the learning rate cannot fall so", where="--model.decay", evidence=evidence, fix="take 0.2 and 10000")
@@ -82,12 +79,6 @@ class UpsamplingModule(RecipeModule):
         self.log("train_loss", loss, prog_bar=True, batch_size=len(batch.names))
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._score(batch)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._score(batch)
-
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Maps (N, C, H, W) in units of the data; of label maps the classes (N, 1, H, W)."""
         found: Tensor = self(batch.guidance, batch.start) * batch.span + batch.shift
@@ -99,7 +90,7 @@ class UpsamplingModule(RecipeModule):
     def on_test_epoch_start(self) -> None:
         self.table, self.wrong = ScoreTable(), ScoreTable()
 
-    def _score(self, batch: Batch) -> None:
+    def evaluate(self, batch: Batch, stage: str) -> None:
         found = self(batch.guidance, batch.start) * batch.span + batch.shift
         for index, (name, group) in enumerate(zip(batch.names, batch.groups, strict=True)):
             truth = batch.truth[index]
@@ -118,14 +109,11 @@ class UpsamplingModule(RecipeModule):
         return {method: run(batch.guidance[index], scaled) * span + shift for method, run in baselines().items()}
 
     def on_validation_epoch_end(self) -> None:
-        self._log_scores("val")
+        super().on_validation_epoch_end()
         if self.trainer.sanity_checking:  # no score of the training
             self.table, self.wrong = ScoreTable(), ScoreTable()
 
-    def on_test_epoch_end(self) -> None:
-        self._log_scores("test")
-
-    def _log_scores(self, stage: str) -> None:
+    def log_scores(self, stage: str) -> None:
         """The mean over images, whatever their group; of the network, and of bicubic interpolation beside it."""
         for method, name in ((self.method, f"{stage}_rmse"), ("bicubic", f"{stage}_rmse_bicubic")):
             scores = [score for found in self.table.values[method].values() for score in found]
@@ -134,7 +122,7 @@ class UpsamplingModule(RecipeModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = torch.optim.Adam(self.parameters(), self.lr)
         schedule = torch.optim.lr_scheduler.StepLR(optimizer, self.decay_steps, self.decay)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"}}
+        return step_schedule(optimizer, schedule)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

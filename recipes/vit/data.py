@@ -48,17 +48,17 @@ class ClassificationData(RecipeData[ImageSource]):
     def __init__(
         self,
         *,
-        image_size: int,
-        mean: Sequence[float] | None,
-        std: Sequence[float] | None,
-        batch_size: int,
-        eval_batch_size: int,
-        num_workers: int,
-        scale: tuple[float, float],
-        flip: float,
-        jitter: float,
-        erase: float,
-        cutmix: float,
+        image_size: int = 224,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        batch_size: int = 64,
+        eval_batch_size: int = 64,
+        num_workers: int = 2,
+        scale: tuple[float, float] = (0.2, 1.0),
+        flip: float = 0.5,
+        jitter: float = 0.3,
+        erase: float = 0.25,
+        cutmix: float = 0.5,
     ) -> None:
         super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, num_workers=num_workers, flip=flip, jitter=jitter)
         require_option(image_size > 0, "image_size", image_size, "take at least 1")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 __all__ = ["Digits", "TensorSource"]
 
+from typing import Any
+
 from torch import Tensor
 
 from pl_normkit.recipes.digits import DIGIT_NAMES, split_digits
@@ -34,8 +36,7 @@ class Digits(ClassificationData):
     Args:
         seed: decides who is in which part.
         image_size: the images are resized to it.
-        mean, std: fitted to the training images by default.
-        batch_size, eval_batch_size, num_workers, scale, flip, jitter, erase, cutmix: see ClassificationData.
+        batch_size, eval_batch_size, num_workers, scale, flip, jitter, erase, cutmix: see ClassificationData, and for all other options.
 
     Raises DataError without scikit-learn.
     """
@@ -44,8 +45,6 @@ class Digits(ClassificationData):
         self,
         seed: int = 0,
         image_size: int = 16,
-        mean: list[float] | None = None,
-        std: list[float] | None = None,
         batch_size: int = 32,
         eval_batch_size: int = 360,
         num_workers: int = 0,
@@ -54,11 +53,10 @@ class Digits(ClassificationData):
         jitter: float = 0.0,
         erase: float = 0.1,
         cutmix: float = 0.2,
+        **options: Any,
     ) -> None:
         super().__init__(
             image_size=image_size,
-            mean=mean,
-            std=std,
             batch_size=batch_size,
             eval_batch_size=eval_batch_size,
             num_workers=num_workers,
@@ -67,6 +65,7 @@ class Digits(ClassificationData):
             jitter=jitter,
             erase=erase,
             cutmix=cutmix,
+            **options,
         )
         self.seed = seed
 

@@ -7,6 +7,7 @@ __all__ = ["FolderData"]
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import track
@@ -63,7 +64,7 @@ class FolderData(ClassificationData):
         seed: of that draw.
         predict_dir: folder of images for `predict`, at any depth; None predicts the test (or validation) images.
         mean, std: ImageNet's by default.
-        image_size, batch_size, eval_batch_size, num_workers, scale, flip, jitter, erase, cutmix: see ClassificationData.
+        options: see ClassificationData.
 
     Raises DataError for everything that is wrong with the folder; every header is read before the first step.
     """
@@ -74,17 +75,9 @@ class FolderData(ClassificationData):
         val_share: float = 0.2,
         seed: int = 0,
         predict_dir: str | None = None,
-        image_size: int = 224,
         mean: list[float] | None = list(IMAGENET_MEAN),  # noqa: B006 - only read
         std: list[float] | None = list(IMAGENET_STD),  # noqa: B006
-        batch_size: int = 64,
-        eval_batch_size: int = 64,
-        num_workers: int = 2,
-        scale: tuple[float, float] = (0.2, 1.0),
-        flip: float = 0.5,
-        jitter: float = 0.3,
-        erase: float = 0.25,
-        cutmix: float = 0.5,
+        **options: Any,
     ) -> None:
         require_option(0 < val_share < 1, "val_share", val_share, "take a share between 0 and 1")
         self.root = Path(root)
@@ -92,19 +85,7 @@ class FolderData(ClassificationData):
         self.seed = seed
         self.predict_dir = Path(predict_dir) if predict_dir is not None else None
         self._class_names: list[str] | None = None
-        super().__init__(
-            image_size=image_size,
-            mean=mean,
-            std=std,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
-            scale=scale,
-            flip=flip,
-            jitter=jitter,
-            erase=erase,
-            cutmix=cutmix,
-        )
+        super().__init__(mean=mean, std=std, **options)
 
     @property
     def class_names(self) -> list[str]:

@@ -15,8 +15,8 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
 from pl_normkit.methods.gaussian_bias import add_gaussian_bias
-from pl_normkit.recipes.cosine import cosine_factor, planned_steps
-from pl_normkit.recipes.module import RecipeModule, require_model_option
+from pl_normkit.recipes.cosine import cosine_factor
+from pl_normkit.recipes.module import RecipeModule, require_model_option, step_schedule
 from pl_normkit.recipes.vit.groups import layer_decay_groups
 from pl_normkit.recipes.vit.network import build_network
 
@@ -122,26 +122,14 @@ class ClassifierModule(RecipeModule):
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, "val")
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, "test")
-
-    def _evaluate(self, batch: Batch, stage: str) -> None:
+    def evaluate(self, batch: Batch, stage: str) -> None:
         images, labels = batch
         logits = self(images)
         self.log(f"{stage}_loss", F.cross_entropy(logits, labels), batch_size=len(images), sync_dist=True)
         for metric in (self.top1, self.macro, self.of_class):
             metric.update(logits, labels)
 
-    def on_validation_epoch_end(self) -> None:
-        self._log_accuracy("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._log_accuracy("test")
-
-    def _log_accuracy(self, stage: str) -> None:
+    def log_scores(self, stage: str) -> None:
         values = {"acc": self.top1.compute(), "acc_macro": self.macro.compute()}
         self.top1.reset()
         self.macro.reset()
@@ -161,12 +149,12 @@ class ClassifierModule(RecipeModule):
         return shares
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        total = planned_steps(self.trainer)
+        total = self.count_steps()
         groups = layer_decay_groups(self.network, self.lr, self.weight_decay, self.layer_decay, self.example_input_array)
         optimizer = torch.optim.AdamW(groups, self.lr)
         warmup = self._warmup_steps(total)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine_factor(step, total, warmup))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"}}
+        return step_schedule(optimizer, schedule)
 
     def _warmup_steps(self, total: int) -> int:
         """Steps of the warm-up; at most a third of a run that is shorter than planned."""

@@ -83,8 +83,7 @@ class TorchvisionData(ClassificationData):
         download: let torchvision download it into `root` where it is missing.
         val_share: share of the training images for validation.
         seed: of that draw.
-        mean, std: fitted to the training images by default.
-        image_size, batch_size, eval_batch_size, num_workers, scale, flip, jitter, erase, cutmix: see ClassificationData.
+        image_size, batch_size, eval_batch_size, scale, flip, jitter: see ClassificationData, and for all other options.
 
     Raises DataError for an unknown name or data that is not there.
     """
@@ -97,16 +96,12 @@ class TorchvisionData(ClassificationData):
         val_share: float = 0.1,
         seed: int = 0,
         image_size: int = 32,
-        mean: list[float] | None = None,
-        std: list[float] | None = None,
         batch_size: int = 128,
         eval_batch_size: int = 256,
-        num_workers: int = 2,
         scale: tuple[float, float] = (0.6, 1.0),
         flip: float = 0.0,
         jitter: float = 0.2,
-        erase: float = 0.25,
-        cutmix: float = 0.5,
+        **options: Any,
     ) -> None:
         if dataset not in TORCHVISION_SETS:
             raise DataError(
@@ -123,16 +118,12 @@ class TorchvisionData(ClassificationData):
         self._loaded: dict[str, Any] = {}
         super().__init__(
             image_size=image_size,
-            mean=mean,
-            std=std,
             batch_size=batch_size,
             eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
             scale=scale,
             flip=flip,
             jitter=jitter,
-            erase=erase,
-            cutmix=cutmix,
+            **options,
         )
 
     @property
