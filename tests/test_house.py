@@ -209,6 +209,21 @@ def test_files_stay_short() -> None:
     assert {name: length for name, length in lengths.items() if length >= 450} == {}
 
 
+def test_files_of_tests_stay_short() -> None:
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in (ROOT / "tests").rglob("*.py")}
+    assert {name: length for name, length in lengths.items() if length > 450} == {}
+
+
+@pytest.mark.parametrize("room", sorted(path.parent.name for path in (ROOT / "pl_normkit/methods").glob("*/__init__.py")))
+def test_a_room_opens_with_a_line_for_each_file(room: str) -> None:
+    folder = ROOT / "pl_normkit/methods" / room
+    opening = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
+    files = {path.name for path in folder.glob("*.py")} - {"__init__.py"} | {
+        f"{path.parent.name}/" for path in folder.glob("*/__init__.py")
+    }
+    assert sorted(name for name in files if f"\n    {name} " not in f"{opening} ") == []
+
+
 def test_an_import_loads_torch_at_most(tmp_path: Path) -> None:
     code = f"import sys, pl_normkit; print([name for name in {HEAVY!r} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)

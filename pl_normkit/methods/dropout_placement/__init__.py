@@ -3,10 +3,10 @@
 Source: "How to Use Dropout Correctly on Residual Networks with Batch Normalization", arXiv 2302.06112. Its abstract
 states the two placements; the graph criteria here are derived from them.
 
-find.py     the slots of a branch and the heads, and what each dropout's place is worth
-measure.py  what dropout does to the variance that a norm sees, and the strength of one before a pool
-fix.py      moves dropouts
-rules.py    NK101 to NK106
+    rules.py    NK101 to NK105
+    find.py     the slots of a branch and the heads, and what each dropout's place is worth
+    measure.py  what dropout does to the variance that a norm sees, and the strength of one before a pool
+    fix.py      moves dropouts
 """
 
 from __future__ import annotations

@@ -3,12 +3,14 @@
 Paper: "Analysis of NaN Divergence in Training Monocular Depth Estimation Model", arXiv 2311.03938 (causes: published; criteria
 and fixes: derived here, see docs/nan_safety.md).
 
-losses/      the loss linter: arguments at which a loss is not finite, and their stable forms
-rules/       NK401 to NK411: what was found is explained, what only the graph suggests is said as such
-modules.py, ops.py, fix.py   stable losses and functions, and the remedy that puts them in place
-guard/       `StepGuard`: bad optimizer steps do not happen, are counted and undone
-diagnosis/   the first operation of a step that was not finite, its line and its replay file
-commands.py  `pl-normkit lint --loss` and `pl-normkit replay`
+    losses/      the loss linter: arguments at which a loss is not finite, and their stable forms
+    rules/       NK401 to NK411: what was found is explained, what only the graph suggests is said as such
+    modules.py   stable losses
+    ops.py       stable functions
+    fix.py       puts stable losses where unsafe ones stand
+    guard/       `StepGuard`: bad optimizer steps do not happen, are counted and undone
+    diagnosis/   the first operation of a step that was not finite, its line and its replay file
+    commands.py  `pl-normkit lint --loss` and `pl-normkit replay`
 """
 
 from __future__ import annotations

@@ -2,6 +2,18 @@
 
 Source: "Configuring Data Augmentations to Reduce Variance Shift in Positional Embedding of Vision Transformers", arXiv 2405.14115. What is
 marked published comes from public reviews of it, the full text was not at hand; formulas, thresholds and corrections are derived here.
+
+    rules.py          NK701 to NK705: augmentation and resampling
+    scaling_rules.py  NK706: images normalised twice, not at all, or in the wrong order
+    find.py           where a model adds its positions to patch tokens
+    measure.py        the probe
+    pairing.py        which training batches are compared with which evaluation batches
+    moments.py        streaming sums of tokens and images
+    pipelines/        reads the transforms of timm, torchvision and albumentations
+    suggestion.py     a configuration that leaves the balance alone
+    fix.py            a resampled embedding gets its variance back
+    modules.py        mixup and erasing that keep the variance
+    commands.py       `lint --loaders`
 """
 
 from __future__ import annotations

@@ -2,6 +2,19 @@
 
 Source: "Stochastic Subsampling With Average Pooling", arXiv 2409.16630. From public summaries of it come the subset, the sqrt
 scale and the mask shared over channels; the definition of every form here is derived from them, the full text was not at hand.
+
+    rules.py       NK106
+    measure.py     whether a scale keeps the second moment
+    fix.py         which pools a model has, and the swap
+    modules.py     torch's pools with `keep` and `scale`
+    functional.py  the same as functions
+    geometry.py    which cells each output averages
+    subset.py      random subsets from a seed: what the kernels repeat bit for bit
+    reference.py   the eager definition, which also runs on a CPU
+    kept_rows.py   small windows of channels-last maps on a CPU
+    ops.py         torch operators, their shapes and gradients
+    kernels.py     Triton kernels
+    launch.py      their block sizes and launches
 """
 
 from __future__ import annotations

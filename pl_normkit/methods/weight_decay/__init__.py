@@ -13,7 +13,8 @@ hand; that the default leaves norms, biases, positions and tokens out is common 
     optimizers.py      `OptimizerSplitter`: groups of live optimizers
     layout.py          which parameter sits where in an optimizer, for checkpoints
     measure.py         norms of the scales by role over a run
-    rules.py           NK201 to NK208
+    rules.py           what the graph and the groups tell: NK201 to NK203, NK206 to NK208
+    optimizer_rules.py NK204 and NK205: what an optimizer tells without a graph
     optimizer_text.py  an optimizer from words
     commands.py        `lint --optimizer`, `report`
 """
