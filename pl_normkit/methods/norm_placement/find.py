@@ -183,15 +183,25 @@ def _heads(branch: Branch) -> int:
 
 
 def _layer_numbers(adds: list[ResidualAdd]) -> dict[Node, int]:
-    """Additions of one numbered block are one layer; so are an attention and what follows it (T5 numbers the parts of a layer)."""
+    """Additions of one numbered block are one layer; so are an attention and what follows it (T5 numbers the parts of a layer).
+
+    A second attention follows it where one numbered block holds both.
+    """
     numbers: dict[Node, int] = {}
-    number, last_block, after_attention = 0, None, False
+    number, last_block, after_attention = 0, "", False
     for add in adds:
         weight = next(node for branch in add.branches for node in branch.of_kind(Kind.WEIGHT))
         block = block_of(weight.module)
         attends = any(branch.of_kind(Kind.ATTENTION, Kind.SOFTMAX) for branch in add.branches)
-        if block != last_block and not (after_attention and not attends):
+        is_second = after_attention and (not attends or _enclosing(block) == _enclosing(last_block) != "")
+        if block != last_block and not is_second:
             number += 1
         numbers[add.node] = number
         last_block, after_attention = block, attends
     return numbers
+
+
+def _enclosing(block: str) -> str:
+    """The numbered block that a numbered block is part of, "" without one."""
+    outer = block_of(block.rpartition(".")[0].rpartition(".")[0])
+    return outer if outer[-1:].isdigit() else ""

@@ -103,6 +103,8 @@ def _lns(layout: Layout, sites: list[Site], exits: Mapping[str, str], options: M
         if at == "norm":
             plan.pieces.append({"piece": "gain", "at": _entry(layout, site, "lns"), "side": "after", "value": value})
         else:
+            if site.output_norm is not None:
+                raise refuse("lns", site, f"{site.output_norm.module} behind it would undo the gain")
             path, side = _output(layout, site, "lns")
             plan.pieces.append({"piece": "gain", "at": path, "side": side, "value": value})
     plan.pieces = [piece for index, piece in enumerate(plan.pieces) if piece not in plan.pieces[:index]]

@@ -19,15 +19,22 @@ def t5() -> tuple[nn.Module, Any]:
     return tf.T5EncoderModel(config), {"input_ids": torch.arange(16).reshape(2, 8)}
 
 
+def whole_t5() -> tuple[nn.Module, Any]:
+    config = tf.T5Config(d_model=16, d_ff=32, num_layers=1, num_decoder_layers=2, num_heads=4, d_kv=4, vocab_size=50)
+    tokens = torch.arange(16).reshape(2, 8)
+    return tf.T5ForConditionalGeneration(config), {"input_ids": tokens, "decoder_input_ids": tokens, "use_cache": False}
+
+
 @pytest.mark.parametrize(
     ("make", "layers", "heads"),
     [
         (t5, [1, 1, 2, 2], [4, 0, 4, 0]),
+        (whole_t5, [1, 1, 2, 2, 2, 3, 3, 3], [4, 0, 4, 4, 0, 4, 4, 0]),
         (bert, [1, 1, 2, 2, 3, 3], [4, 0, 4, 0, 4, 0]),
         (swin, [1, 1, 2, 2, 3, 3], [1, 0, 1, 0, 2, 0]),
         (lambda: (nn.TransformerEncoderLayer(16, 4, 32), torch.randn(6, 2, 16)), [1, 1], [4, 0]),
     ],
-    ids=["t5", "bert", "swin", "one layer"],
+    ids=["t5", "whole t5", "bert", "swin", "one layer"],
 )
 def test_layers_and_heads(make: Callable[[], tuple[nn.Module, Any]], layers: list[int], heads: list[int]) -> None:
     layout = read_layout(*make())

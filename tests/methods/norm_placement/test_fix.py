@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -339,6 +340,7 @@ REFUSED: list[tuple[str, Callable[[], Made], dict[str, Any], str]] = [
     ("post", lambda: hf_vit(dropout=0.1), {}, "what is added to the stream is the output of no module that is called once"),
     ("post", convnext, {}, "no norm stands at the entry of the branch"),
     ("lns", convnext, {}, "scales the branch already"),
+    ("lns", lambda: (timm.create_model("resnet10t"), torch.randn(2, 3, 32, 32)), {}, "behind it would undo the gain"),
     ("head_scale", torch_encoder, {}, "the output projection of its attention is no module that is called, once"),
     ("normformer", torch_encoder, {}, "its last weight layer is no module that is called, once"),
 ]
