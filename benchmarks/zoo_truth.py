@@ -37,7 +37,12 @@ def _decoder_layers(config: Any) -> int:
 def two_towers(config: Any) -> int:
     """A transformer for text and one for images (or audio), two additions in each layer."""
     other = config.vision_config if hasattr(config, "vision_config") else config.audio_config
-    return 2 * (config.text_config.num_hidden_layers + other.num_hidden_layers)
+    return 2 * (config.text_config.num_hidden_layers + other.num_hidden_layers) + _pooling_head(other)
+
+
+def _pooling_head(config: Any) -> int:
+    """SigLIP's vision models end in attention of a learned query, and a feed-forward around which there is a shortcut."""
+    return int(config.model_type == "siglip_vision_model" and getattr(config, "vision_use_head", True))
 
 
 def text_alone(config: Any) -> int:
@@ -81,7 +86,7 @@ TRANSFORMERS: dict[Formula, str] = {
     per_layer(4): "wav2vec2-conformer wav2vec2-bert lasr_encoder parakeet_encoder lilt",
     encoder_decoder(): """
         bart mbart pegasus blenderbot blenderbot-small m2m_100 marian plbart led bigbird_pegasus t5 mt5 umt5 longt5 switch_transformers
-        prophetnet nllb-moe fsmt t5gemma whisper speech_to_text moonshine mvp time_series_transformer informer trocr dia pegasus_x
+        prophetnet nllb-moe fsmt t5gemma whisper speech_to_text moonshine mvp time_series_transformer informer trocr dia
         florence_lang""",
     two_towers: "clip siglip siglip2 chinese_clip altclip metaclip_2 aimv2 clipseg owlvit owlv2 xclip_plain groupvit_plain tipsv2",
     text_alone: """
@@ -97,13 +102,19 @@ TRANSFORMERS: dict[Formula, str] = {
 def with_scans(config: Any) -> int:
     """Two in each layer, and the skip D x around the scan in those of Mamba."""
     kinds = getattr(config, "layers_block_type", None) or config.layer_types
-    return 2 * config.num_hidden_layers + sum(kind == "mamba" for kind in kinds[: config.num_hidden_layers])
+    attending = ("attention", "full_attention", "sliding_attention")
+    return 2 * config.num_hidden_layers + sum(kind not in attending for kind in kinds[: config.num_hidden_layers])
 
 
 SPECIAL: dict[str, Formula] = {
     **dict.fromkeys(("jamba", "bamba", "granitemoehybrid"), with_scans),
     # the positional convolution, then layers of two; data2vec has five of those convolutions in a row, none with a shortcut of its own
     **dict.fromkeys(("wav2vec2", "hubert", "unispeech", "unispeech-sat", "wavlm", "data2vec-audio"), lambda c: 2 * c.num_hidden_layers + 1),
+    "siglip_vision_model": lambda c: 2 * c.num_hidden_layers + _pooling_head(c),
+    "siglip2_vision_model": lambda c: 2 * c.num_hidden_layers + 1,
+    "siglip2": lambda c: 2 * (c.text_config.num_hidden_layers + c.vision_config.num_hidden_layers) + 1,
+    # tokens and global tokens in the encoder, two each; the global ones begin as constants
+    "pegasus_x": lambda c: 4 * c.encoder_layers - 1 + 3 * c.decoder_layers,
     "segformer": lambda c: 2 * sum(c.depths),
     "pvt": lambda c: 2 * sum(c.depths),
     "pvt_v2": lambda c: 2 * sum(c.depths),
@@ -121,7 +132,6 @@ SPECIAL: dict[str, Formula] = {
     "zamba": lambda c: 2 * c.num_hidden_layers,
     "bert-generation": lambda c: 2 * c.num_hidden_layers,
     "sam_vision_model": lambda c: 2 * c.num_hidden_layers,
-    "falcon_h1": lambda c: 2 * c.num_hidden_layers,
     "vitdet": lambda c: 2 * c.num_hidden_layers,
     "hiera": lambda c: 2 * sum(c.depths),
     # ResNet-50 (ResNet-18) without its head; the first decoder layer starts from zeros: to those it adds no more than its feed-forward
@@ -208,7 +218,10 @@ ROLES: list[tuple[str, tuple[str, ...]]] = [
     (r"(position_embeddings?|embed_positions|wpe|pos_embed(ding)?s?)\.weight$", ("position", "embedding")),
     (r"(word_embeddings|embed_tokens|wte|token_type_embeddings|tok_embeddings|shared)\.weight$", ("embedding",)),
     (r"(sinks)$", ("relative_position", "token", "bias")),
-    (r"(layer_?norm\w*|rms_?norm|norm_\w+|LayerNorm|_norm|\bnorm\d*|\bln_\w+|normalization|bn\d?|batch_?norm\w*)\.weight$", _gamma("gain")),
+    (
+        r"(layer_?norm\w*|rms_?norm|\w*norm_\w+|LayerNorm|_norm|\bnorm\d*|\bln_\w+|normalization|bn\d?|batch_?norm\w*)\.weight$",
+        _gamma("gain"),
+    ),
     (r"(layer_?norm\w*|LayerNorm|_norm|\bnorm\d*|\bln_\w+|normalization|bn\d?|batch_?norm\w*)\.bias$", ("beta", "bias")),
     (r"experts\.(gate_up_proj|down_proj|up_proj|gate_proj)$", ("weight",)),
     (r"(proj|fc\d?|dense|query|key|value|qkv|out|lin\d?|[qkvo]|wi|wo|w[123])\.weight$", ("weight",)),

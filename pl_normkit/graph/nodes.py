@@ -46,9 +46,9 @@ _OPERATIONS = {
         relu relu6 gelu silu hardswish hardtanh elu selu celu leaky_relu prelu rrelu mish softplus softsign sigmoid hardsigmoid
         tanh log_sigmoid glu threshold clamp clamp_min clamp_max hardshrink softshrink erf""",
     Kind.VIEW: """
-        view _unsafe_view reshape flatten unflatten transpose permute movedim swapaxes t contiguous clone expand expand_as squeeze
-        unsqueeze slice select getitem to _to_copy alias detach chunk split split_with_sizes tensor_split unbind narrow roll flip
-        type_as float half bfloat16 constant_pad_nd pad""",
+        view view_as _unsafe_view reshape reshape_as flatten unflatten transpose permute movedim swapaxes t contiguous clone expand
+        expand_as squeeze unsqueeze slice select getitem to _to_copy alias detach chunk split split_with_sizes tensor_split unbind
+        narrow roll flip type_as float half bfloat16 constant_pad_nd pad""",
     Kind.POOL: """
         avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d max_pool1d max_pool2d
         max_pool3d max_pool2d_with_indices adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d mean amax stochastic_pool""",

@@ -190,6 +190,12 @@ def _highway(m: Written, x: Tensor) -> Tensor:
     return m.out(gate * m.k(x).relu() + (1 - gate) * x)
 
 
+def _rotated(m: Written, x: Tensor) -> Tensor:
+    q = m.q(x)
+    turned = torch.stack([-q[..., 1::2], q[..., ::2]], dim=-1).reshape_as(q)
+    return m.out(q * 0.5 + turned * 0.8)
+
+
 TIED = torch.ones(2, 6, dtype=torch.long)
 LOOK_ALIKES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], int]] = {
     "attention with an additive mask, twice": (_masked_attention, (TOKENS, torch.zeros(2, 6, 6)), 2),
@@ -213,6 +219,7 @@ LOOK_ALIKES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], int]] = {
     "linear attention, its first state zero": (_linear_attention, (TOKENS,), 0),
     "rows of a triangle, in place": (_rows_in_place, (TOKENS,), 0),
     "highway": (_highway, (TOKENS,), 0),
+    "rotary embedding, in the shape of another value": (_rotated, (TOKENS,), 0),
     "gate as wide as the features": (lambda m, x: torch.lerp(m.branch(x), x, m.second(x).sigmoid()), (X,), 0),
 }
 
