@@ -12,7 +12,7 @@ from pl_normkit.callbacks._fit import after, fit_of, how_to_load, say_changes
 from pl_normkit.callbacks._lightning import say
 from pl_normkit.callbacks._report_of_run import check_options, check_output, conclude
 from pl_normkit.callbacks._watched_evaluation import EvaluationHooks, WatchedEvaluation
-from pl_normkit.callbacks._watched_run import WatchedRun
+from pl_normkit.callbacks._watched_run import StepHooks, WatchedRun
 from pl_normkit.report import Report
 from pl_normkit.restoring import KEY, fix_records, restore_records
 from pl_normkit.selection import Selection
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
 
 
-class ModelAudit(EvaluationHooks):
+class ModelAudit(StepHooks, EvaluationHooks):
     """Lints the networks of a run, its loss, optimizers and loaders; one report, before the first optimizer step.
 
     Every network is read that the first training step calls, or whose parameters an optimizer holds, as the other callbacks of this
@@ -125,18 +125,6 @@ class ModelAudit(EvaluationHooks):
         if self._records and not self._has_said:
             self._has_said = True
             say(f"The weights of this checkpoint belong to an edited network. {how_to_load(self)}")
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._watched is not None:
-            self._watched.start_batch(batch)
-
-    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Any) -> None:
-        if self._watched is not None:
-            self._watched.before_backward(loss)
-
-    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._watched is not None:
-            self._watched.after_backward()
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         if self._watched is not None and self._watched.before_optimizer_step():
