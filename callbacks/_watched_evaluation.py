@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["WatchedEvaluation"]
+__all__ = ["EvaluationHooks", "WatchedEvaluation"]
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pl_normkit.callbacks._fit import Fit
+from pl_normkit.callbacks._lightning import Callback
 from pl_normkit.callbacks._watched_run import can_record
 from pl_normkit.first_step import EvaluationRecorder
 from pl_normkit.report import Report
@@ -15,7 +16,7 @@ from pl_normkit.run_audit import RunAudit
 from pl_normkit.selection import Selection
 
 if TYPE_CHECKING:
-    pass
+    import lightning.pytorch as pl
 
 
 class WatchedEvaluation:
@@ -53,3 +54,21 @@ class WatchedEvaluation:
         new = [finding for finding in self._found.findings if finding not in report.findings]
         findings = sorted([*report.findings, *new], key=lambda finding: (-finding.severity.rank, finding.code))
         return replace(report, findings=findings, notes=list(dict.fromkeys([*report.notes, *self._found.notes])))
+
+
+class EvaluationHooks(Callback):
+    """The hooks of validation; what is found in the sanity check waits for the report of the first step."""
+
+    report: Report | None = None
+    _evaluation: WatchedEvaluation | None = None
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if self._evaluation is not None:
+            self._evaluation.start()
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if self._evaluation is not None and self._evaluation.stop() and self.report is not None:
+            self._tell(trainer, self.report)
+
+    def _tell(self, trainer: pl.Trainer, report: Report) -> None:
+        raise NotImplementedError

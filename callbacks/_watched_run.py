@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["WatchedRun", "can_record"]
+__all__ = ["StepHooks", "WatchedRun", "can_record"]
 
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
 from pl_normkit.callbacks._fit import Fit
-from pl_normkit.callbacks._lightning import has_compiled_part, is_compiled, is_sharded
+from pl_normkit.callbacks._lightning import Callback, has_compiled_part, is_compiled, is_sharded
 from pl_normkit.callbacks._network_calls import NetworkCalls, networks_in
 from pl_normkit.callbacks._report_of_run import loaders_of
 from pl_normkit.callbacks.gamma_decay import GammaDecay
@@ -25,6 +25,9 @@ from pl_normkit.rules import load_rules
 from pl_normkit.run_audit import RunAudit
 from pl_normkit.selection import Selection
 from pl_normkit.subject import Needs
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -206,6 +209,24 @@ class WatchedRun:
         held = {id(p) for optimizer in self._fit.trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
         networks = [network for network in networks_in(self._fit.pl_module) if any(id(p) in held for p in network.parameters())]
         return all(map(self.audit.has_read, networks))
+
+
+class StepHooks(Callback):
+    """The hooks of a training step that only look."""
+
+    _watched: WatchedRun | None = None
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._watched is not None:
+            self._watched.start_batch(batch)
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Any) -> None:
+        if self._watched is not None:
+            self._watched.before_backward(loss)
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._watched is not None:
+            self._watched.after_backward()
 
 
 def _rules_on_roles() -> list[str]:

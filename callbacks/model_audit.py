@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pl_normkit.callbacks._audit_hooks import AuditHooks
 from pl_normkit.callbacks._fit import after, fit_of, how_to_load, say_changes
 from pl_normkit.callbacks._lightning import say
-from pl_normkit.callbacks._report_of_run import check_options, check_output
-from pl_normkit.callbacks._watched_evaluation import WatchedEvaluation
-from pl_normkit.callbacks._watched_run import WatchedRun
+from pl_normkit.callbacks._report_of_run import check_options, check_output, conclude
+from pl_normkit.callbacks._watched_evaluation import EvaluationHooks, WatchedEvaluation
+from pl_normkit.callbacks._watched_run import StepHooks, WatchedRun
+from pl_normkit.report import Report
 from pl_normkit.restoring import KEY, fix_records, restore_records
 from pl_normkit.selection import Selection
 from pl_normkit.surgery import Changes
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
 
 
-class ModelAudit(AuditHooks):
+class ModelAudit(StepHooks, EvaluationHooks):
     """Lints the networks of a run, its loss, optimizers and loaders; one report, before the first optimizer step.
 
     Every network is read that the first training step calls, or whose parameters an optimizer holds, as the other callbacks of this
@@ -66,7 +66,9 @@ class ModelAudit(AuditHooks):
         self.selection.rules()
         self.fix, self.measure, self.stress = fix, measure, stress
         self.fail_on, self.output = check_options(fix, fail_on), check_output(output)
+        self.report: Report | None = None
         self.changes, self._has_said = Changes(), False
+        self._watched: WatchedRun | None = None
         self._records: list[dict[str, Any]] = []
         self._stop_waiting: Callable[[], None] | None = None
 
@@ -100,10 +102,17 @@ class ModelAudit(AuditHooks):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: Any) -> None:
         if self._stop_waiting is not None:
             self._stop_waiting()
-        self._stop_waiting = None
-        self.stop_watching()
+        if self._evaluation is not None:
+            self._evaluation.stop()
+        self._evaluation = self._stop_waiting = None
+        self._stop_watching()
 
     on_exception = teardown  # type: ignore[assignment]
+
+    def _stop_watching(self) -> None:
+        if self._watched is not None:
+            self._watched.stop()
+        self._watched = None
 
     @property
     def state_key(self) -> str:
@@ -116,3 +125,22 @@ class ModelAudit(AuditHooks):
         if self._records and not self._has_said:
             self._has_said = True
             say(f"The weights of this checkpoint belong to an edited network. {how_to_load(self)}")
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        if self._watched is not None and self._watched.before_optimizer_step():
+            self._tell(trainer, self._watched.audit.report)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self._watched is not None and self._watched.end_batch():
+            self._tell(trainer, self._watched.audit.report)
+            if self._watched.is_over:
+                self._stop_watching()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._watched is not None and self._watched.end_epoch():
+            self._tell(trainer, self._watched.audit.report)
+        self._watched = None
+
+    def _tell(self, trainer: pl.Trainer, report: Report) -> None:
+        shown, self.report = self.report, report if self._evaluation is None else self._evaluation.added_to(report)
+        conclude(trainer, self.report, shown, self.output, self.fail_on)

@@ -119,15 +119,17 @@ def _other_operand(graph: GraphView, node: Node, known: Shape, result: Shape) ->
 
 
 def _value_of(graph: GraphView, node: Node, depth: int = 2) -> Tensor | None:
-    """What `node` computed, where a node behind it keeps it, as it is or divided by a constant."""
+    """What `node` computed, where a node behind it keeps it, as it is or scaled by a constant."""
     for user, position in graph.users[node]:
         value = saved_tensor(user, ("self", "other", "")[min(position, 2)])
         if value is not None:
             return value
-        factor = saved_tensor(user, "other") if base(user) == "Div" and depth else None
-        quotient = _value_of(graph, user, depth - 1) if factor is not None else None
-        if quotient is not None and factor is not None:
-            return quotient * factor
+        factor = saved_tensor(user, "other") if base(user) in ("Div", "Mul") and depth else None
+        if factor is None or (base(user) == "Mul" and (factor.numel() != 1 or not bool(factor))):
+            continue
+        scaled = _value_of(graph, user, depth - 1)
+        if scaled is not None:
+            return scaled * factor if base(user) == "Div" else scaled / factor
     return None
 
 

@@ -81,7 +81,7 @@ class ForwardWatch(TorchFunctionMode):
         self._mark_inputs(inputs)
         self._used: set[int] = set()
         self._outputs: list[Any] = []
-        self._inner_outputs: list[list[Tensor]] = []
+        self._inner_outputs: list[tuple[str, list[Tensor]]] = []
         self._is_on = False
         self._handles: list[Any] = []
 
@@ -139,7 +139,7 @@ class ForwardWatch(TorchFunctionMode):
                     return
                 self._outputs.append(output)
             elif self._is_on and not isinstance(output, Tensor):
-                self._inner_outputs.append(list(tensors_in(output)))
+                self._inner_outputs.append((self._paths[module], list(tensors_in(output))))
             if isinstance(module, nn.RNNBase) and module.bidirectional:
                 for tensor in list(tensors_in(output))[:1]:
                     self._reverse[tensor] = (1 if module.batch_first else 0) if tensor.dim() == 3 else 0
@@ -261,10 +261,10 @@ class ForwardWatch(TorchFunctionMode):
     def _offered(self, reached: frozenset[str]) -> frozenset[str]:
         """Parameters behind one of several outputs of an inner module whose other outputs are used: the pooler of a language model."""
         found: frozenset[str] = frozenset()
-        for tensors in self._inner_outputs:
-            behind = [GraphView.of([tensor], self._names).parameters for tensor in tensors]
-            if any(names & reached for names in behind):
-                found = found.union(*behind)
+        for path, tensors in self._inner_outputs:
+            own = {name for name in GraphView.of(tensors, self._names).parameters if name.startswith(f"{path}.")}
+            if own & reached:
+                found |= own
         return found
 
     def facts(self) -> ForwardFacts:

@@ -6,7 +6,7 @@ __all__ = ["has_trained_twin", "not_updated", "without_gradient"]
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -143,11 +143,28 @@ def _are_elsewhere(lost: object, groups: Sequence[Mapping[str, object]], root: n
 def _are_replaced(lost: object, groups: Sequence[Mapping[str, object]], own: set[int], root: nn.Module) -> bool:
     """Whether the optimizers hold the model's parameters in their order, with other tensors where the lost ones should stand."""
     held = [p for group in groups for p in group["params"]]  # type: ignore[attr-defined]
-    now = [p for p in root.parameters() if p.requires_grad]
     ids = {id(p) for p in lost}  # type: ignore[attr-defined]
-    if len(held) != len(now) or not any(id(p) in own for p in held):
+    before = _gaps(held, lambda p: id(p) not in own)
+    now = _gaps([p for p in root.parameters() if p.requires_grad], lambda p: id(p) in ids)
+    if len(before) == 1 or len(before) != len(now):
         return False
-    return all(old is new or (id(new) in ids and id(old) not in own and old.dim() == new.dim()) for old, new in zip(held, now, strict=True))
+    return all(_ranks(old) == _ranks(new) for old, new in zip(before, now, strict=True))
+
+
+def _gaps(parameters: Sequence[Tensor], is_apart: Callable[[Tensor], bool]) -> list[list[Tensor]]:
+    """The parameters that are apart, between those that are not."""
+    found: list[list[Tensor]] = [[]]
+    for parameter in parameters:
+        if is_apart(parameter):
+            found[-1].append(parameter)
+        else:
+            found.append([])
+    return found
+
+
+def _ranks(parameters: Sequence[Tensor]) -> list[int]:
+    """Biases aside: a layer may have come with one or without."""
+    return [p.dim() for p in parameters if p.dim() > 1]
 
 
 def _observation(model: nn.Module, names: Sequence[str], message: str, advice: str, cause: str) -> Observation:

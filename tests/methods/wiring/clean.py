@@ -704,3 +704,10 @@ def part_left_out_of_a_joint_optimizer() -> Setup:
     net, other = mlp(), mlp()
     optimizer = SGD([*net[2].parameters(), *other.parameters()], lr=0.1)
     return Setup(net, torch.randn(16, 32), cross_entropy(classes(16)), [optimizer])
+
+
+@clean
+def part_left_out_behind_another_network() -> Setup:
+    net, other = mlp(), mlp()
+    optimizer = SGD([*other.parameters(), *net[2].parameters()], lr=0.1)
+    return Setup(net, torch.randn(16, 32), cross_entropy(classes(16)), [optimizer])

@@ -586,3 +586,33 @@ def patches_of_raw_pixels() -> Setup:
             return self.last(self.patch(patches).mean(1))
 
     return Setup(Net(), torch.randint(0, 256, (8, 3, 16, 16)).float(), cross_entropy(classes(8)))
+
+
+@names("parameter-not-updated")
+def convolution_with_a_bias_in_the_place_of_one_without() -> Setup:
+    net = cnn()
+    optimizer = SGD(net.parameters(), lr=0.1)
+    net[0] = nn.Conv2d(3, 8, 3, padding=1)
+    return Setup(net, torch.randn(8, 3, 16, 16), cross_entropy(classes(8)), [optimizer])
+
+
+@names("parameter-without-gradient")
+def both_results_of_attention_thrown_away() -> Setup:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.last = nn.GRU(16, 32, batch_first=True), nn.Linear(32, 10)
+            self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            states, _ = self.rnn(x)
+            self.attention(states, states, states)
+            return self.last(states[:, -1])
+
+    return Setup(Net(), torch.randn(8, 12, 16), cross_entropy(classes(8)))
+
+
+@names("loss-broadcasts")
+def quantile_loss_of_column_and_row() -> Setup:
+    target = torch.randn(16)
+    return Setup(mlp(out=1), torch.randn(16, 32), lambda output: torch.max(0.9 * (target - output), -0.1 * (target - output)).mean())
