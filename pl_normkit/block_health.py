@@ -60,7 +60,7 @@ def curves_of(measured: Mapping[str, BlockHealth], when: str) -> dict[str, dict[
     >>> curves_of({"stem": BlockHealth(0.5), "head": BlockHealth(2.0)}, "by block")
     {'Gradient norm by block': {'stem': 0.5, 'head': 2.0}}
     """
-    numbers = {
+    numbers: dict[str, dict[str, float | None]] = {
         f"Gradient norm {when}": {block: health.gradient_norm for block, health in measured.items()},
         f"Update-to-weight ratio {when}": {block: health.update_ratio for block, health in measured.items()},
         f"Share of dead units {when}": {block: health.dead_share for block, health in measured.items()},
