@@ -1,7 +1,7 @@
 """Learn y = cos(2 pi t) x, which a network that cannot see the time solves with a loss of .5 at best: by norm and by injection.
 
-    python benchmarks/timestep_toy.py             # benchmarks/results/timestep_toy.csv, about a minute and a half on one idle core
-    python benchmarks/timestep_toy.py --seeds 1   # half a minute, without intervals
+    python benchmarks/timestep_toy.py             # benchmarks/results/timestep_toy.csv, about three minutes of one (busy) core
+    python benchmarks/timestep_toy.py --seeds 1   # a minute, without intervals
 
 Each number is the mean loss of the last 100 of 500 steps, averaged over seeds, with Student's 95 % interval. Padding is circular, so that
 nothing leaks; the time comes in as (sin 2 pi t, cos 2 pi t) through one linear layer.

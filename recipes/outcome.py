@@ -28,7 +28,8 @@ def _reports(trainer: L.Trainer) -> list[Report]:
 def _curves(trainer: L.Trainer) -> dict[str, dict[str, float]]:
     """What callbacks measured along the network, as `GradientHealth` does."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return {title: curve for callback in callbacks for title, curve in getattr(callback, "curves", {}).items()}
+    kept = [getattr(callback, "curves", None) for callback in callbacks]
+    return {title: curve for curves in kept if isinstance(curves, Mapping) for title, curve in curves.items()}  # FitHistory's is a method
 
 
 def print_findings(trainer: L.Trainer, console: Console) -> None:
