@@ -192,6 +192,7 @@ NO_TREE_EDITS = {
     "pl_normkit.methods.weight_decay.optimizers": "groups and the lists of a scheduler",
     "pl_normkit.methods.positional_variance.fix": "the record of an edit that surgery runs",
     "pl_normkit.methods.fusion_scale.fold": "the mark of an edit that surgery runs",
+    "pl_normkit.methods.norm_operators.rows": "mask and time of norms during the calls in a block",
     "pl_normkit.methods.norm_placement.pieces": "the mark of an edit that surgery runs",
     "pl_normkit.methods.nan_safety.diagnosis.replay": "logging is silent while a step runs again, and is put back",
     "pl_normkit.methods.nan_safety.diagnosis.rerun": "logging is silent while a step runs again, and is put back",

@@ -90,7 +90,9 @@ def norm_inputs(model: nn.Module, *, mask: Tensor | None = None, time: Tensor | 
 
     Raises NothingMatchedError where no norm of the model takes what is given.
 
-    >>> from pl_normkit import swap_norms
+    >>> import torch
+    >>> from torch import nn
+    >>> from pl_normkit import norm_inputs, swap_norms
     >>> model = nn.Sequential(nn.LayerNorm(2))
     >>> changes = swap_norms(model, to="powernorm")
     >>> with norm_inputs(model, mask=torch.tensor([True, False])):

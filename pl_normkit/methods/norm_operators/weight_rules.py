@@ -277,7 +277,7 @@ def decayed_gain(subject: Subject) -> Iterator[Observation]:
     None: give them a group without decay.
 
     Source
-    High-Performance Large-Scale Image Recognition Without Normalization, arXiv 2102.06171, the authors' code.
+    Published: High-Performance Large-Scale Image Recognition Without Normalization, arXiv 2102.06171, the authors' code.
     """
     assert subject.model is not None
     decay = {

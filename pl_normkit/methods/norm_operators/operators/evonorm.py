@@ -44,18 +44,17 @@ def _places(model: nn.Module, graph: ModelGraph | None) -> Iterator[Place]:
             yield Place(path, reason, (followed[path],) if not reason else ())
 
 
-def _make(old: OldNorm, options: Mapping[str, Any]) -> nn.Module:
+def _make(old: OldNorm, options: Mapping[str, Any]) -> Any:
     if options["kind"] not in _KINDS:
         raise ConfigError(f"there is no EvoNorm {options['kind']!r}", fix=f"one of {', '.join(_KINDS)}")
     layers = import_library("timm.layers", "timm")
     common = {"device": old.device, "dtype": old.dtype}
     if options["kind"] == "s0":
-        new: nn.Module = layers.EvoNorm2dS0(old.width, groups=math.gcd(options["groups"], old.width), **common)
+        new: Any = layers.EvoNorm2dS0(old.width, groups=math.gcd(options["groups"], old.width), **common)
     else:
         new = layers.EvoNorm2dB0(old.width, **common)
     if old.weight is not None:
-        new.register_parameter("weight", old.weight)
-        new.register_parameter("bias", old.bias)
+        new.weight, new.bias = old.weight, old.bias
     return new
 
 

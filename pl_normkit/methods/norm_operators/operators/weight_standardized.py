@@ -50,11 +50,11 @@ def _leads_to_norm(node: Node, norms: set[Node]) -> bool:
     return bool(node.users) and all(user in norms or (user.kind is Kind.VIEW and _leads_to_norm(user, norms)) for user in node.users)
 
 
-def _make(old: OldNorm, options: Mapping[str, Any]) -> nn.Module:
+def _make(old: OldNorm, options: Mapping[str, Any]) -> Any:
     conv = old.module
     assert isinstance(conv, nn.Conv2d)
     layers = import_library("timm.layers", "timm")
-    new: nn.Module = layers.StdConv2d(
+    new: Any = layers.StdConv2d(
         conv.in_channels,
         conv.out_channels,
         conv.kernel_size,
@@ -66,8 +66,7 @@ def _make(old: OldNorm, options: Mapping[str, Any]) -> nn.Module:
         eps=options["eps"],
         device="meta",
     )
-    new.register_parameter("weight", old.weight)
-    new.register_parameter("bias", old.bias)
+    new.weight, new.bias = old.weight, old.bias
     return new
 
 
