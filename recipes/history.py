@@ -78,7 +78,7 @@ class FitHistory(Callback):
         if path != self._best_path and self.validations:
             self._best_path, self.best = path, self.validations[-1]
 
-    def curves(self) -> dict[str, list[tuple[float, float]]]:
+    def learning_curves(self) -> dict[str, list[tuple[float, float]]]:
         """(step, value) pairs of each metric of training and validation; names with a "/" are parts of others and left out."""
         found: dict[str, list[tuple[float, float]]] = {}
         for step, logged in self._steps.items():

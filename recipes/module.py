@@ -95,7 +95,7 @@ class RecipeModule(L.LightningModule):
                 fix="give the data the classes the checkpoint was trained with",
             )
         own = self.state_dict()
-        strange = [key for key, value in checkpoint["state_dict"].items() if key not in own or own[key].shape != value.shape]
+        strange = [key for key, value in checkpoint.get("state_dict", {}).items() if key not in own or own[key].shape != value.shape]
         if strange:
             raise ConfigError(
                 "the checkpoint belongs to another network",

@@ -43,7 +43,7 @@ def result_of(trainer: L.Trainer) -> RunResult:
     return RunResult(
         scores=[Score(metric, found.metrics[metric], state) for state, found in states.items() if metric in found.metrics],
         checkpoint=checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else "",
-        curves={} if history is None else _ordered(history.curves(), metric),
+        curves={} if history is None else _ordered(history.learning_curves(), metric),
         tables=_tables(states, metric),
         configuration=_configuration(trainer),
     )

@@ -97,4 +97,4 @@ def test_of_a_long_fit_evenly_spread_steps_are_kept() -> None:
     for step in range(1, 3000):
         trainer = SimpleNamespace(global_step=step, is_global_zero=True, callback_metrics={"train_loss": torch.tensor(0.0)}, optimizers=[])
         history.on_train_batch_end(trainer, None, None, None, 0)  # type: ignore[arg-type]
-    assert [step for step, _ in history.curves()["train_loss"]] == list(range(8, 3000, 8))
+    assert [step for step, _ in history.learning_curves()["train_loss"]] == list(range(8, 3000, 8))
