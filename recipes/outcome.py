@@ -29,7 +29,7 @@ def _curves(trainer: L.Trainer) -> dict[str, dict[str, float]]:
     """What callbacks measured along the network, as `GradientHealth` does."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     kept = [getattr(callback, "curves", None) for callback in callbacks]
-    return {title: curve for curves in kept if isinstance(curves, Mapping) for title, curve in curves.items()}  # FitHistory's is a method
+    return {title: curve for curves in kept if isinstance(curves, Mapping) for title, curve in curves.items()}
 
 
 def print_findings(trainer: L.Trainer, console: Console) -> None:
