@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pl_normkit.callbacks import GammaDecay
 from pl_normkit.methods.weight_decay import read_model
 from pl_normkit.methods.weight_decay.roles import GAMMAS
-from tests.callbacks.test_gamma_decay import Residual, fit
+from tests.callbacks.decaying import Residual, fit
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance.treespec.*", "ignore:.*does not have many workers.*")
 

@@ -15,20 +15,9 @@ from torch import Tensor
 from pl_normkit.callbacks import GammaDecay
 from pl_normkit.errors import ConfigError
 from pl_normkit.methods.weight_decay import read_model
-from tests.callbacks.test_gamma_decay import (
-    DECAYED,
-    EXPECTED,
-    SCHEDULERS,
-    SPARED,
-    Module,
-    adamw,
-    decays_of,
-    equality,
-    fit,
-    loader,
-    trainer_with,
-    two_optimizers,
-)
+from tests.callbacks.decaying import DECAYED, EXPECTED, SPARED, Module, adamw, decays_of, fit, loader, trainer_with
+from tests.callbacks.test_gamma_decay import two_optimizers
+from tests.callbacks.test_gamma_decay_in_runs import SCHEDULERS, equality
 
 
 class SaveEpoch(pl.Callback):

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pl_normkit.callbacks import GradientHealth, ModelAudit, NaNGuard
 from pl_normkit.errors import NonFiniteError
-from tests.callbacks.test_nan_guard import Batches, Module, equal, fit, make, state_of
+from tests.callbacks.guarded import Batches, Module, equal, fit, make, state_of
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers.*",

@@ -12,7 +12,10 @@ from pl_normkit import audit_loss
 from pl_normkit.findings import Finding, Severity
 from pl_normkit.methods.nan_safety.losses.loss_call import read_loss_call
 from pl_normkit.methods.nan_safety.losses.search import search
-from tests.methods.nan_safety.losses.loss_list import CASES, Case
+from tests.methods.nan_safety.losses import dense_loss_list, loss_list
+from tests.methods.nan_safety.losses.loss_cases import Case
+
+CASES = loss_list.CASES | dense_loss_list.CASES
 
 
 def is_harmed(case: Case, arguments: tuple[Tensor, ...]) -> bool:
