@@ -99,14 +99,16 @@ def front_door() -> str:
     """The block that shows type checkers what `pl_normkit` exports: the core's names, and all that rooms export."""
     core = [(home, f"import {name} as {name}") for home, names in pl_normkit._CORE.items() for name in names]
     rooms = [(room.name, "import *") for room in pkgutil.iter_modules(pl_normkit.methods.__path__, "pl_normkit.methods.")]
-    return "\n".join(f"    from {home} {names}" for home, names in sorted(core + rooms)) + "\n"
+    return "\n".join(f"    from {home} {names}" for home, names in sorted(core + rooms))
 
 
 def between(text: str, start: str, end: str, new: str) -> str:
-    """`text` with what stands between the lines `start` and `end` replaced."""
-    before, _, rest = text.partition(start)
-    _, _, after = rest.partition(end)
-    return f"{before}{start}\n{new}\n{end}{after}" if after else text
+    """`text` with what stands between the lines `start` and `end` replaced. Raises ValueError where they are missing."""
+    before, found, rest = text.partition(f"{start}\n")
+    _, closed, after = rest.partition(f"{end}\n")
+    if not (found and closed):
+        raise ValueError(f"the lines {start.strip()!r} and {end.strip()!r} are missing")
+    return f"{before}{start}\n{new}\n{end}\n{after}"
 
 
 def documents() -> dict[Path, str]:

@@ -18,8 +18,44 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # written by `make docs`
+if TYPE_CHECKING:
+    # from here to the next comment: one line a room, written by `make docs`
+    from pl_normkit.auditing import audit as audit
+    from pl_normkit.auditing import fix_findings as fix_findings
+    from pl_normkit.errors import NormkitError as NormkitError
+    from pl_normkit.errors import NormkitWarning as NormkitWarning
+    from pl_normkit.findings import Evidence as Evidence
+    from pl_normkit.findings import Finding as Finding
+    from pl_normkit.findings import FixSafety as FixSafety
+    from pl_normkit.findings import Note as Note
+    from pl_normkit.findings import NoteKind as NoteKind
+    from pl_normkit.findings import Place as Place
+    from pl_normkit.findings import Severity as Severity
+    from pl_normkit.loss_audit import audit_loss as audit_loss
+    from pl_normkit.methods.atrous_rates import *
+    from pl_normkit.methods.box_supervision import *
+    from pl_normkit.methods.depth_profile import *
+    from pl_normkit.methods.dropout_placement import *
+    from pl_normkit.methods.fusion_scale import *
+    from pl_normkit.methods.gaussian_bias import *
+    from pl_normkit.methods.group_count import *
+    from pl_normkit.methods.guided_upsampling import *
+    from pl_normkit.methods.nan_safety import *
+    from pl_normkit.methods.norm_operators import *
+    from pl_normkit.methods.norm_placement import *
+    from pl_normkit.methods.positional_variance import *
+    from pl_normkit.methods.stochastic_pooling import *
+    from pl_normkit.methods.timestep_embedding import *
+    from pl_normkit.methods.weight_decay import *
+    from pl_normkit.methods.wiring import *
+    from pl_normkit.receptive_field import ReceptiveField as ReceptiveField
+    from pl_normkit.receptive_field import effective_receptive_field as effective_receptive_field
+    from pl_normkit.report import Report as Report
+    from pl_normkit.restoring import restore_edits as restore_edits
+    from pl_normkit.run_audit import RunAudit as RunAudit
+    from pl_normkit.subject import Loaders as Loaders
     from pl_normkit.surgery import Changes as Changes
+    # end of rooms
 
 _CORE = {
     "pl_normkit.auditing": ("audit", "fix_findings"),

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+import pl_normkit
+
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"pl_normkit": ROOT / "pl_normkit", "pl_normkit.callbacks": ROOT / "callbacks", "pl_normkit.recipes": ROOT / "recipes"}
 HEAVY = ("lightning", "pytorch_lightning", "timm", "torchvision", "segmentation_models_pytorch", "transformers", "torchmetrics", "rich")
@@ -223,6 +225,16 @@ def test_a_room_opens_with_a_line_for_each_file(room: str) -> None:
         f"{path.parent.name}/" for path in folder.glob("*/__init__.py")
     }
     assert sorted(name for name in files if f"\n    {name} " not in f"{opening} ") == []
+
+
+def test_every_name_of_the_front_door_has_one_home_and_is_seen_by_type_checkers() -> None:
+    rooms = sorted((ROOT / "pl_normkit/methods").glob("*/__init__.py"))
+    exported = [name for names in pl_normkit._CORE.values() for name in names]
+    exported += [name for room in rooms for name in pl_normkit._exports(room)]
+    assert sorted(exported) == sorted(pl_normkit._homes())
+    block = (ROOT / "pl_normkit/__init__.py").read_text()
+    seen = {room.parent.name for room in rooms if f"    from pl_normkit.methods.{room.parent.name} import *\n" in block}
+    assert seen == {room.parent.name for room in rooms}
 
 
 def test_an_import_loads_torch_at_most(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ scale and the mask shared over channels; the definition of every form here is de
 from __future__ import annotations
 
 __all__ = [
-    "Role",
+    "PoolRole",
     "SecondMoments",
     "StochasticAdaptiveAvgPool1d",
     "StochasticAdaptiveAvgPool2d",
@@ -33,7 +33,7 @@ __all__ = [
     "stochastic_pooling",
 ]
 
-from pl_normkit.methods.stochastic_pooling.fix import Role, pool_roles, stochastic_pooling
+from pl_normkit.methods.stochastic_pooling.fix import PoolRole, pool_roles, stochastic_pooling
 from pl_normkit.methods.stochastic_pooling.functional import stochastic_adaptive_avg_pool, stochastic_avg_pool
 from pl_normkit.methods.stochastic_pooling.measure import SecondMoments, measure_second_moments
 from pl_normkit.methods.stochastic_pooling.modules import (

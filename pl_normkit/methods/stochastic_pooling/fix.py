@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["DEFAULT_ROLES", "Role", "is_default_pool", "pool_roles", "stochastic_pooling"]
+__all__ = ["DEFAULT_ROLES", "PoolRole", "is_default_pool", "pool_roles", "stochastic_pooling"]
 
 import re
 from enum import StrEnum
@@ -36,7 +36,7 @@ _PYRAMID = re.compile(r"aspp|psp|ppm|pyramid")
 _TRANSITION = re.compile(r"transition")
 
 
-class Role(StrEnum):
+class PoolRole(StrEnum):
     """What an average pool does in its network."""
 
     HEAD = "head"
@@ -46,10 +46,10 @@ class Role(StrEnum):
     OTHER = "other"
 
 
-DEFAULT_ROLES = frozenset((Role.HEAD, Role.TRANSITION, Role.PYRAMID))
+DEFAULT_ROLES = frozenset((PoolRole.HEAD, PoolRole.TRANSITION, PoolRole.PYRAMID))
 
 
-def pool_roles(model: nn.Module) -> dict[str, Role]:
+def pool_roles(model: nn.Module) -> dict[str, PoolRole]:
     """The role of every average-pool module, by path.
 
     Read from the names and classes around the pool: the squeeze of channel attention (a gate stands beside it), a branch of
@@ -65,17 +65,17 @@ def _is_average_pool(module: nn.Module) -> bool:
     return isinstance(module, AVERAGE_POOLS)
 
 
-def _role(model: nn.Module, path: str, module: nn.Module) -> Role:
+def _role(model: nn.Module, path: str, module: nn.Module) -> PoolRole:
     holders = [model.get_submodule(".".join(path.split(".")[:depth])) for depth in range(path.count(".") + 1)]
     words = [_words(type(holder).__name__) for holder in holders[1:]] + path.lower().split(".")
     if any(_ATTENTION.search(word) for word in words) or (holders and _holds_gate(holders[-1])):
-        return Role.SQUEEZE
+        return PoolRole.SQUEEZE
     if any(_PYRAMID.search(word) for word in words):
-        return Role.PYRAMID
+        return PoolRole.PYRAMID
     if isinstance(module, nn.AdaptiveAvgPool1d | nn.AdaptiveAvgPool2d):
         sizes = module.output_size if isinstance(module.output_size, tuple | list) else (module.output_size,)
-        return Role.HEAD if all(size == 1 for size in sizes) else Role.OTHER
-    return Role.TRANSITION if any(_TRANSITION.search(word) for word in words) else Role.OTHER
+        return PoolRole.HEAD if all(size == 1 for size in sizes) else PoolRole.OTHER
+    return PoolRole.TRANSITION if any(_TRANSITION.search(word) for word in words) else PoolRole.OTHER
 
 
 def _words(name: str) -> str:
