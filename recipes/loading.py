@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-__all__ = ["Part", "RecipeData", "require_option"]
+__all__ = ["Part", "RecipeData", "checking", "require_option"]
 
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import Any, Generic, Literal, TypeVar
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from typing import Any, Generic, Literal, TypeVar, cast
 
 import lightning as L
 import torch
+from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
@@ -17,6 +19,19 @@ from pl_normkit.errors import DataError
 
 Part = Literal["train", "val", "test"]
 Source = TypeVar("Source")
+File = TypeVar("File")
+
+
+@contextmanager
+def checking(files: Sequence[File], part: Part) -> Iterator[Iterable[File]]:
+    """`files` under a progress bar.
+
+    Where a file is refused, the bar's threads end with the block. Left to the garbage collector they end anywhere, and rich then waits
+    for a lock that its own thread holds.
+    """
+    bar = cast(Generator[File, None, None], track(files, description=f"checking {part} files", transient=True))
+    with closing(bar):
+        yield bar
 
 
 class RecipeData(L.LightningDataModule, Generic[Source]):

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from pl_normkit.errors import DataError
 from pl_normkit.recipes.boxes.annotations import BOX_SUFFIXES, Boxes, box_file, read_boxes
 from pl_normkit.recipes.boxes.samples import VOID, BoxSource
 from pl_normkit.recipes.image_files import image_size, name_images, read_image, require_folder
-from pl_normkit.recipes.loading import Part
+from pl_normkit.recipes.loading import Part, checking
 from pl_normkit.recipes.segmentation.files import FileSource, Pair
 from pl_normkit.recipes.segmentation.images import MaskCode, mask_size, read_mask
 from pl_normkit.recipes.segmentation.samples import Sample
@@ -75,7 +74,8 @@ class FileBoxSource(BoxSource):
                 evidence=f"no file of its name with {', '.join(BOX_SUFFIXES)}; {len(lacking)} of {len(files)} images lack theirs",
                 fix='add the boxes ({"boxes": [], "labels": []} where there is no object), or take the image away',
             )
-        count = sum(self._check(file) for file in track(files, description=f"checking {part} files", transient=True))
+        with checking(files, part) as found:
+            count = sum(self._check(file) for file in found)
         if part == "train" and not count:
             raise DataError("no training image has a box", where=str(files[0].image.parent), fix="draw boxes around the objects")
 

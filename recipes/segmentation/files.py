@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from pl_normkit.errors import DataError
 from pl_normkit.recipes.image_files import image_size, name_images, read_image
-from pl_normkit.recipes.loading import Part
+from pl_normkit.recipes.loading import Part, checking
 from pl_normkit.recipes.segmentation.images import MaskCode, mask_size, read_mask
 from pl_normkit.recipes.segmentation.samples import Sample, SampleSource
 
@@ -76,10 +75,11 @@ def check_files(pairs: Sequence[Pair], code: MaskCode, part: Part, *, decode_mas
     and for training masks that show fewer than two classes altogether.
     """
     seen: set[int] = set()
-    for pair in track(pairs, description=f"checking {part} files", transient=True):
-        _check_pair_sizes(pair, code)
-        if decode_masks and pair.mask is not None:
-            seen.update(torch.unique(read_mask(pair.mask, code)).tolist())
+    with checking(pairs, part) as found:
+        for pair in found:
+            _check_pair_sizes(pair, code)
+            if decode_masks and pair.mask is not None:
+                seen.update(torch.unique(read_mask(pair.mask, code)).tolist())
     if decode_masks and part == "train" and len(seen - {code.ignore_index}) < 2:
         raise DataError(
             "the training masks show fewer than two classes",

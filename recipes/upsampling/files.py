@@ -10,12 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from pl_normkit.errors import DataError
 from pl_normkit.recipes.image_files import image_size, name_images, read_image, require_folder
-from pl_normkit.recipes.loading import Part
+from pl_normkit.recipes.loading import Part, checking
 from pl_normkit.recipes.upsampling.maps import MAP_SUFFIXES, load_array, map_file, one_hot, read_map
 from pl_normkit.recipes.upsampling.samples import MapSource, Sample
 
@@ -75,8 +74,9 @@ class PairSource(MapSource):
 
     def __init__(self, pairs: Sequence[MapPair], part: Part, unknown: float | None, classes: int) -> None:
         self.pairs, self.unknown, self.classes = pairs, unknown, classes
-        for pair in track(pairs, description=f"checking {part} files", transient=True):
-            self.check(pair, image_size(pair.image), self._read_map(pair))
+        with checking(pairs, part) as found:
+            for pair in found:
+                self.check(pair, image_size(pair.image), self._read_map(pair))
 
     def check(self, pair: MapPair, size: tuple[int, int], values: Tensor) -> None:
         """Raise DataError unless image and map fit."""

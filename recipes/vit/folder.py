@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from pl_normkit.errors import DataError, nearest
 from pl_normkit.recipes.image_files import find_images, image_size, read_image, require_folder
-from pl_normkit.recipes.loading import Part, require_option
+from pl_normkit.recipes.loading import Part, checking, require_option
 from pl_normkit.recipes.vit.data import ClassificationData
 from pl_normkit.recipes.vit.samples import ImageSource
 
@@ -104,8 +103,9 @@ class FolderData(ClassificationData):
     def build_sources(self, parts: tuple[Part, ...]) -> dict[Part, ImageSource]:
         files = self._find_parts(parts) if self._has_parts() else self._draw_parts(parts)
         for part, found in files.items():
-            for file in track(found, description=f"checking {part} files", transient=True):
-                image_size(file.path)
+            with checking(found, part) as unchecked:
+                for file in unchecked:
+                    image_size(file.path)
         return {part: FileSource(found, self.root) for part, found in files.items()}
 
     def _find_parts(self, parts: tuple[Part, ...]) -> dict[Part, list[Labelled]]:
