@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from pl_normkit.first_step import backward_graph
 from pl_normkit.first_step.autograd_nodes import GraphView
 from pl_normkit.first_step.broadcasts import broadcasts
+from pl_normkit.first_step.divergences import misread_divergences
 from pl_normkit.first_step.facts import ForwardFacts, StepFacts
 from pl_normkit.first_step.watch import ForwardWatch
 from pl_normkit.graph import call_arguments
@@ -83,7 +84,7 @@ def _before_backward(model: nn.Module, loss: Tensor, parameters: Mapping[str, Te
     graph = GraphView.of([loss], {id(parameter): name for name, parameter in parameters.items()})
     return StepFacts(
         explained=backward_graph.explained_by_zeros(graph, parameters),
-        stacked=backward_graph.stacked_activations(graph),
+        stacked=backward_graph.stacked_activations(graph) + misread_divergences(graph),
         broadcasts=broadcasts(graph),
         silenced=backward_graph.silenced(graph, parameters),
         dead_shares=backward_graph.dead_shares(graph),

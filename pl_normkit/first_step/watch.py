@@ -65,6 +65,7 @@ class ForwardWatch(TorchFunctionMode):
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._model, self._each = model, each
         self._stack: list[str] = []
+        self._called: set[str] = set()
         self._read: set[str] = set()
         self._written: set[str] = set()
         self._data_of: MutableMapping[Tensor, str] = WeakTensorKeyDictionary()
@@ -128,6 +129,7 @@ class ForwardWatch(TorchFunctionMode):
             if not self._stack:
                 self.__enter__()  # type: ignore[no-untyped-call]
             self._stack.append(self._paths[module])
+            self._called.add(self._paths[module])
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if module in self._paths:
@@ -273,6 +275,7 @@ class ForwardWatch(TorchFunctionMode):
         used = frozenset().union(*(self._marks.get(tensor, frozenset()) for tensor in ends)) | self._used
         reached = frozenset(self._read) if self._stack else GraphView.of(ends, self._names).parameters
         return ForwardFacts(
+            called=frozenset(self._called),
             read=frozenset(self._read),
             written=frozenset(self._written),
             reached=reached | self._offered(reached) if self._read - reached else reached,

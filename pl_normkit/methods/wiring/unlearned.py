@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from pl_normkit.findings import Evidence, Place
 from pl_normkit.first_step import StepFacts
 from pl_normkit.methods.wiring.code_names import is_never_read
+from pl_normkit.methods.wiring.code_paths import left_out
 from pl_normkit.rules import Observation, Subject
 
 _TEACHER = re.compile(r"teacher|target|ema|average|momentum|slow|shadow|key")
@@ -39,7 +40,20 @@ def without_gradient(subject: Subject, step: StepFacts) -> Iterator[Observation]
         yield _observation(
             model, unread, "forward never reads these parameters", "call the module in forward, or take it out of the model", "never read"
         )
+    yield from _left_out(model, step, [name for name in missing if name not in unread], roots)
     yield from _cut_off(model, step, missing)
+
+
+def _left_out(model: nn.Module, step: StepFacts, missing: Sequence[str], roots: tuple[nn.Module, ...]) -> Iterator[Observation]:
+    """What the code names, and no step can call."""
+    if step.forward is None:
+        return
+    by_cause = left_out(model, [name for name in missing if not _is_read(step, name)], step.forward.called, roots)
+    for cause, names in by_cause.items():
+        yield _observation(
+            model, names, f"forward never calls these modules: the {cause} leaves them out",
+            "call them in forward, or build no more modules than it calls", cause,
+        )  # fmt: skip
 
 
 def _is_read(step: StepFacts, name: str) -> bool:

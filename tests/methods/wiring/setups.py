@@ -93,3 +93,25 @@ class TwoLayers(nn.Module):
 def two_layers(between: Callable[[TwoLayers, Tensor], Tensor]) -> Setup:
     net = type("Net", (TwoLayers,), {"between": between})()
     return Setup(net, torch.randn(16, 32), cross_entropy(classes(16)))
+
+
+class Blocks(nn.Module):
+    """Three blocks; how they are called is a set-up's to say."""
+
+    blocks: nn.ModuleList
+
+    def __init__(self, **parts: Any) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+        self.used, self.use_norm = 2, False
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+
+def blocks(forward: Callable[..., Tensor], **parts: Any) -> Setup:
+    """A network whose middle is `Blocks` with this forward, and with further modules and methods."""
+    methods = {name: part for name, part in parts.items() if not isinstance(part, nn.Module)}
+    middle = type("Middle", (Blocks,), {"forward": forward, **methods})
+    core = middle(**{name: part for name, part in parts.items() if name not in methods})
+    net = nn.Sequential(nn.Linear(32, 16), core, nn.Linear(16, 10))
+    return Setup(net, torch.randn(16, 32), cross_entropy(classes(16)))

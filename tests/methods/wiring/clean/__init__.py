@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.methods.wiring.clean import gradients, inputs, losses, modes
+from tests.methods.wiring.clean import gradients, inputs, left_out, losses, modes
 from tests.methods.wiring.setups import CLEAN
 
-__all__ = ["CLEAN", "gradients", "inputs", "losses", "modes"]
+__all__ = ["CLEAN", "gradients", "inputs", "left_out", "losses", "modes"]

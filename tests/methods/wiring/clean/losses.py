@@ -100,3 +100,69 @@ def a_mixture_of_densities() -> Setup:
         return -torch.logsumexp(share - 0.5 * ((target - mean) / spread.exp()) ** 2 - spread, -1).mean()
 
     return Setup(Net(), torch.randn(16, 32), loss)
+
+
+def _teacher() -> Tensor:
+    return torch.randn(16, 10)
+
+
+@clean
+def kl_div_with_log_target() -> Setup:
+    target = _teacher().log_softmax(-1)
+    return Setup(
+        mlp(), torch.randn(16, 32), lambda output: F.kl_div(output.log_softmax(-1), target, reduction="batchmean", log_target=True)
+    )
+
+
+@clean
+def kl_div_of_logarithms_by_hand() -> Setup:
+    target = _teacher().softmax(-1)
+    return Setup(mlp(), torch.randn(16, 32), lambda output: F.kl_div((output.softmax(-1) + 1e-8).log(), target, reduction="batchmean"))
+
+
+@clean
+def divergence_by_hand() -> Setup:
+    target = _teacher().softmax(-1)
+
+    def loss(output: Tensor) -> Tensor:
+        return (target * target.log() - target * output.log_softmax(-1)).sum(-1).mean()
+
+    return Setup(mlp(), torch.randn(16, 32), loss)
+
+
+@clean
+def divergence_of_scores_and_their_normalizer() -> Setup:
+    target = _teacher().softmax(-1)
+
+    def loss(output: Tensor) -> Tensor:
+        return ((target * target.log() - target * output).sum(-1) + output.logsumexp(-1)).mean()
+
+    return Setup(mlp(), torch.randn(16, 32), loss)
+
+
+@clean
+def overlap_of_probabilities() -> Setup:
+    target = F.one_hot(classes(16), 10).float()
+    return Setup(mlp(), torch.randn(16, 32), lambda output: 1 - (target * output.softmax(-1)).sum(-1).mean())
+
+
+@clean
+def brier_score() -> Setup:
+    target = F.one_hot(classes(16), 10).float()
+    return Setup(mlp(), torch.randn(16, 32), lambda output: (target - output.softmax(-1)).square().sum(-1).mean())
+
+
+@clean
+def mutual_divergence() -> Setup:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = mlp(), mlp()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.left(x), self.right(x)
+
+    def loss(output: tuple[Tensor, Tensor]) -> Tensor:
+        return F.kl_div(output[0].log_softmax(-1), output[1].softmax(-1), reduction="batchmean")
+
+    return Setup(Pair(), torch.randn(16, 32), loss)

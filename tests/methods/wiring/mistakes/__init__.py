@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.methods.wiring.mistakes import gradients, inputs, losses, modes
+from tests.methods.wiring.mistakes import gradients, inputs, left_out, losses, modes
 from tests.methods.wiring.setups import MISTAKES
 
-__all__ = ["MISTAKES", "gradients", "inputs", "losses", "modes"]
+__all__ = ["MISTAKES", "gradients", "inputs", "left_out", "losses", "modes"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -91,3 +94,70 @@ def policy_of_probabilities_as_scores() -> Setup:
 def quantile_loss_of_column_and_row() -> Setup:
     target = torch.randn(16)
     return Setup(mlp(out=1), torch.randn(16, 32), lambda output: torch.max(0.9 * (target - output), -0.1 * (target - output)).mean())
+
+
+def _divergence(activation: Callable[[Tensor], Tensor], target: Callable[[Tensor], Tensor], **options: Any) -> Setup:
+    scores = torch.randn(16, 10)
+    return Setup(mlp(), torch.randn(16, 32), lambda output: F.kl_div(activation(output), target(scores), **options))
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    return scores.softmax(-1)
+
+
+def _log_softmax(scores: Tensor) -> Tensor:
+    return scores.log_softmax(-1)
+
+
+@names("activation-before-loss")
+def kl_div_of_probabilities() -> Setup:
+    return _divergence(_softmax, _softmax, reduction="batchmean")
+
+
+@names("activation-before-loss")
+def kl_div_of_scores() -> Setup:
+    return _divergence(lambda scores: scores, _softmax, reduction="sum")
+
+
+@names("activation-before-loss")
+def kl_div_with_scores_as_target() -> Setup:
+    return _divergence(_log_softmax, lambda scores: scores, reduction="batchmean")
+
+
+@names("activation-before-loss")
+def kl_div_with_logarithms_as_target() -> Setup:
+    return _divergence(_log_softmax, _log_softmax, reduction="batchmean")
+
+
+@names("activation-before-loss")
+def kl_div_with_log_target_of_probabilities() -> Setup:
+    return _divergence(_log_softmax, _softmax, reduction="batchmean", log_target=True)
+
+
+@names("activation-before-loss")
+def kl_div_of_probabilities_against_logarithms() -> Setup:
+    return _divergence(_softmax, _log_softmax, reduction="batchmean", log_target=True)
+
+
+@names("activation-before-loss")
+def kl_div_of_maps_of_probabilities() -> Setup:
+    target = torch.randn(4, 6, 8, 8).softmax(1)
+    return Setup(
+        nn.Conv2d(3, 6, 1), torch.randn(4, 3, 8, 8), lambda output: F.kl_div(output.softmax(1), target, reduction="none").sum(1).mean()
+    )
+
+
+@names("activation-before-loss")
+def mutual_kl_div_of_probabilities() -> Setup:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = mlp(), mlp()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.left(x), self.right(x)
+
+    def loss(output: tuple[Tensor, Tensor]) -> Tensor:
+        return nn.KLDivLoss(reduction="batchmean")(output[0].softmax(-1), output[1].softmax(-1))
+
+    return Setup(Pair(), torch.randn(16, 32), loss)
