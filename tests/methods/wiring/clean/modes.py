@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pl_normkit import Loaders
 from tests.methods.wiring.clean.gradients import LoRA
-from tests.methods.wiring.setups import Setup, classes, clean, cnn, cross_entropy
+from tests.methods.wiring.setups import Setup, classes, clean, cnn, cross_entropy, mlp
 
 
 @clean
@@ -84,3 +85,53 @@ def loader_without_a_last_batch_of_one() -> Setup:
     data = TensorDataset(torch.randn(33, 32), classes(33))
     loaders = Loaders(DataLoader(data, batch_size=16, drop_last=True), None)
     return Setup(net, torch.randn(16, 32), cross_entropy(classes(16)), loaders=loaders)
+
+
+class Noisy(nn.Module):
+    """Features that something random happens to, as it is meant."""
+
+    def __init__(self, change: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last, self.change = nn.Linear(32, 64), nn.Linear(64, 10), change
+        self.token = nn.Parameter(torch.zeros(64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.change(self, torch.relu(self.first(x))) + 0 * self.token)
+
+
+def _noisy(name: str, change: Callable[[Noisy, Tensor], Tensor]) -> None:
+    def build() -> Setup:
+        return Setup(Noisy(change), torch.randn(16, 32), cross_entropy(classes(16)))
+
+    build.__name__ = f"random_{name}"
+    clean(build)
+
+
+def _with_tokens(net: Noisy, x: Tensor) -> Tensor:
+    mask = (torch.rand(x.shape[0], 1) < 0.4).float()
+    return x * (1 - mask) + net.token * mask
+
+
+_noisy("noise", lambda net, x: x + 0.1 * torch.randn_like(x))
+_noisy("units_by_their_own_chance", lambda net, x: torch.bernoulli(x.detach().sigmoid()) * x)
+_noisy("gates_by_the_data", lambda net, x: x * (torch.rand_like(x) < x.sigmoid()))
+_noisy("scale", lambda net, x: x * (0.5 + torch.rand(x.shape[0], 1)))
+_noisy("mask_that_keeps_all", lambda net, x: x * (torch.rand_like(x) < 1.0))
+_noisy("bernoulli_that_keeps_all", lambda net, x: x * torch.bernoulli(torch.ones_like(x)))
+_noisy("tokens", _with_tokens)
+_noisy("mask_in_training_alone", lambda net, x: x * (torch.rand_like(x) > 0.1) / 0.9 if net.training else x)
+
+
+@clean
+def reconstruction_of_what_a_mask_hides() -> Setup:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.decode = nn.Linear(32, 64), mlp(64, 64, 32)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            hidden = (torch.rand(x.shape[0], 64) < 0.75).float()
+            return self.decode(self.embed(x) * (1 - hidden)), hidden
+
+    x = torch.randn(16, 32)
+    return Setup(Net(), x, lambda output: ((output[0] - x).square().mean(1) * output[1].mean(1)).mean())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -98,3 +100,53 @@ def functional_dropout_in_eval_mode() -> Setup:
     setup = two_layers(lambda self, x: F.dropout(x, 0.2, self.training))
     setup.model.eval()
     return setup
+
+
+class Masked(nn.Module):
+    """Features with a mask on them, also in eval mode."""
+
+    def __init__(self, mask: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last, self.mask = nn.Linear(32, 64), nn.Linear(64, 10), mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.mask(torch.relu(self.first(x))))
+
+
+def _with_zeros(x: Tensor) -> Tensor:
+    x = x.clone()
+    x[torch.rand(x.shape) < 0.2] = 0
+    return x
+
+
+def _masked(name: str, mask: Callable[[Tensor], Tensor]) -> None:
+    def build() -> Setup:
+        return Setup(Masked(mask), torch.randn(16, 32), cross_entropy(classes(16)))
+
+    build.__name__ = f"dropout_by_hand_{name}"
+    names("dropout-active-in-evaluation")(build)
+
+
+_masked("compared", lambda x: x * (torch.rand_like(x) > 0.3).float() / 0.7)
+_masked("bernoulli", lambda x: x * torch.bernoulli(torch.full_like(x, 0.8)) / 0.8)
+_masked("in_place", lambda x: x * x.new_empty(x.shape[0], 1).bernoulli_(0.9).div_(0.9))
+_masked("floor", lambda x: x.div(0.9) * (0.9 + torch.rand(x.shape[0], 1)).floor_())
+_masked("inverted", lambda x: (1 - (torch.rand(x.shape) < 0.1).to(x.dtype)) * x)
+_masked("filled", lambda x: x.masked_fill(torch.rand(x.shape) < 0.2, 0.0))
+_masked("chosen", lambda x: torch.where(torch.rand_like(x) < 0.8, x / 0.8, 0.0))
+_masked("set_to_zero", _with_zeros)
+
+
+@names("dropout-active-in-evaluation")
+def stochastic_depth_by_hand() -> Setup:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.branch, self.last = nn.Linear(32, 16), nn.Linear(16, 16), nn.Linear(16, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            keep = torch.rand(x.shape[0], device=x.device) < 0.8
+            return self.last(x + self.branch(x) * keep[:, None] / 0.8)
+
+    return Setup(Net(), torch.randn(16, 32), cross_entropy(classes(16)))
