@@ -12,6 +12,8 @@ clean twins. The facts they judge are those of one training step (`pl_normkit.fi
     code_paths.py    modules that a forward leaves out in every step
     constant_control.py whether constants alone decide over the use of an attribute
     find.py          biases that the norm behind them removes
+    eval_calls.py    calls a model in eval mode with the leaves of its inputs
+    mixing.py        where the samples of a batch mix first
     measure.py       the eval forward: active dropout, samples that mix, inputs without influence
     modules.py       a batch norm that stays in eval mode
     fix.py           keeps norms in eval mode; takes biases out of training

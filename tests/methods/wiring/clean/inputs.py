@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -176,3 +178,54 @@ def recurrent_cell_over_time() -> Setup:
 
     target = torch.randint(0, 10, (12, 8))
     return Setup(Net(), torch.randn(12, 8, 16), lambda output: F.cross_entropy(output.flatten(0, 1), target.flatten()))
+
+
+class Attending(nn.Module):
+    """Attention by hand as it should be."""
+
+    def __init__(self, mix: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.qkv, self.last, self.mix = nn.Linear(16, 48), nn.Linear(16, 10), mix
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.mix(*self.qkv(x).chunk(3, -1)).mean(1))
+
+
+def _attending(name: str, mix: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+    def build() -> Setup:
+        return Setup(Attending(mix), torch.randn(8, 12, 16), cross_entropy(classes(8)))
+
+    build.__name__ = name
+    clean(build)
+
+
+def _over_time(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.transpose(-2, -1)).softmax(-1) @ v
+
+
+def _heads_over_time(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (part.unflatten(-1, (2, 8)).permute(0, 2, 1, 3) for part in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def _over_both(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    between = [part.transpose(0, 1) for part in (q, k, v)]
+    return _over_time(q, k, v) + _over_time(*between).transpose(0, 1)
+
+
+_attending("attention_by_hand_over_time", _over_time)
+_attending("heads_over_time", _heads_over_time)
+_attending("attention_over_time_and_between_samples", _over_both)
+
+
+@clean
+def transposed_for_a_layer_that_takes_time_first() -> Setup:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.last = nn.GRU(16, 32), nn.Linear(32, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.rnn(x.transpose(0, 1))[0][-1])
+
+    return Setup(Net(), torch.randn(8, 12, 16), cross_entropy(classes(8)))

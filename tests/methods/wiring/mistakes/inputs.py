@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -178,3 +180,62 @@ def patches_of_raw_pixels() -> Setup:
             return self.last(self.patch(patches).mean(1))
 
     return Setup(Net(), torch.randint(0, 256, (8, 3, 16, 16)).float(), cross_entropy(classes(8)))
+
+
+class Attends(nn.Module):
+    """Attention by hand; how the product is taken is a set-up's to say."""
+
+    def __init__(self, mix: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.qkv, self.last, self.mix = nn.Linear(16, 48), nn.Linear(16, 10), mix
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.mix(*self.qkv(x).chunk(3, -1)).mean(1))
+
+
+def _attends(name: str, mix: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+    def build() -> Setup:
+        return Setup(Attends(mix), torch.randn(8, 12, 16), cross_entropy(classes(8)))
+
+    build.__name__ = name
+    names("samples-mixed")(build)
+
+
+def _over_the_batch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (part.transpose(0, 1) for part in (q, k, v))
+    return ((q @ k.transpose(-2, -1)).softmax(-1) @ v).transpose(0, 1)
+
+
+def _heads_over_the_batch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    batch, time, _ = q.shape
+    q, k, v = (part.view(batch, time, 2, 8).permute(1, 2, 0, 3) for part in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).permute(2, 0, 1, 3).flatten(2)
+
+
+def _by_einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.einsum("btd,ctd->tbc", q, k).softmax(-1)
+    return torch.einsum("tbc,ctd->tbd", scores, v).transpose(0, 1)
+
+
+def _viewed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    batch, time, width = q.shape
+    return (q + v).view(time, batch, width).cumsum(0).transpose(0, 1) + 0 * k
+
+
+_attends("attention_by_hand_over_the_batch", _over_the_batch)
+_attends("heads_over_the_batch", _heads_over_the_batch)
+_attends("einsum_over_the_batch", _by_einsum)
+_attends("view_in_the_place_of_a_transpose", _viewed)
+
+
+@names("samples-mixed")
+def batch_first_and_transposed() -> Setup:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.last = nn.GRU(16, 32, batch_first=True), nn.Linear(32, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.rnn(x.transpose(0, 1))[0][-1])
+
+    return Setup(Net(), torch.randn(8, 12, 16), cross_entropy(classes(8)))
