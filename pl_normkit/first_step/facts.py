@@ -186,6 +186,7 @@ class StepFacts:
         not_cleared: parameters whose gradient of the second optimizer step contained the first's.
         in_train_mode: modules with dropout or norms in training mode during an evaluation, by path.
         evaluation_dropouts: dropouts that were active during an evaluation although their module was in eval mode.
+        is_loss_cut: the loss is a tensor made anew (of `loss.item()`, say), so that its backward reaches nothing.
     """
 
     gradients: Mapping[str, float | None] = field(default_factory=dict)
@@ -202,6 +203,7 @@ class StepFacts:
     not_cleared: tuple[str, ...] = ()
     in_train_mode: tuple[str, ...] = ()
     evaluation_dropouts: tuple[Dropout, ...] = ()
+    is_loss_cut: bool = False
 
     def numbers(self) -> dict[str, float]:
         """For a report: how many parameters got no gradient, and the mean share of dead units over the ReLUs."""

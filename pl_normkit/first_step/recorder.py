@@ -40,9 +40,13 @@ def read_step(model: nn.Module, inputs: Any, loss: Tensor, *, run: bool = True) 
     Returns:
         None where the loss has no graph, or one that cannot be walked (its backward has run).
     """
-    if loss.grad_fn is None or loss.numel() != 1:
+    if loss.numel() != 1 or loss.is_inference():
         return None
     parameters = _trainable(model)
+    if _is_cut(loss):
+        return StepFacts(gradients=dict.fromkeys(parameters), is_loss_cut=True)
+    if loss.grad_fn is None:
+        return None
     with preserved(model, buffers=True):
         try:
             gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
@@ -69,6 +73,14 @@ def _forward_facts(model: nn.Module, inputs: Any) -> ForwardFacts | None:
         except Exception:  # the inputs are an example's; what they cannot do is not this step's mistake
             return None
         return watch.facts()
+
+
+def _is_cut(loss: Tensor) -> bool:
+    """Whether the graph of a loss that can run backward ends in a single number that is no parameter."""
+    if loss.grad_fn is None:
+        return loss.requires_grad and not isinstance(loss, nn.Parameter)
+    leaves = [node.variable for node in GraphView.of([loss], {}).nodes if hasattr(node, "variable")]
+    return bool(leaves) and all(leaf.numel() == 1 and not isinstance(leaf, nn.Parameter) for leaf in leaves)
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -160,7 +172,11 @@ class StepRecorder:
     def before_backward(self, loss: Tensor) -> None:
         """The first loss counts, where a step has several."""
         self.after_forward()
-        if not self._is_done and self._pending is None and loss.grad_fn is not None:
+        if self._is_done or self._pending is not None:
+            return
+        if _is_cut(loss):
+            self._pending = StepFacts(is_loss_cut=True)
+        elif loss.grad_fn is not None:
             self._pending = _before_backward(self._model, loss, _trainable(self._model))
 
     def after_backward(self) -> None:

@@ -198,7 +198,7 @@ class ForwardWatch(TorchFunctionMode):
         elif name in ("__getitem__", "select") and operations.reads_last(name, args, kwargs, self._reverse.get(args[0])):
             self._reverse_reads.append(ReverseRead(self._place()))
 
-    def _see_mask(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], sources: list[Tensor], result: Tensor) -> None:
+    def _see_mask(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], sources: Sequence[Tensor], result: Tensor) -> None:
         """Dropout by hand."""
         drop = self._masks.see(name, args, kwargs, sources, result)
         if drop is not None:

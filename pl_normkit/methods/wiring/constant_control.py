@@ -33,8 +33,10 @@ class Uses:
         self._tree, self._attribute, self._constants = tree, attribute, constants
         self._self = tree.args.args[0].arg if tree.args.args else ""
         self._parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
-        self._fixed = self._fixed_names()
-        self._parts = self._part_names()
+        self._fixed: frozenset[str] = frozenset()
+        self._find_fixed()
+        self._parts: frozenset[str] = frozenset()
+        self._find_parts()
         self.found: list[tuple[str, int]] = []
         self.are_constant = all(self._is_decided(node) for node in ast.walk(tree) if self._is_use(node))
         self.found.sort(key=lambda use: use[0] == "")
@@ -54,7 +56,7 @@ class Uses:
             elif isinstance(node, ast.NamedExpr):
                 yield node.target, node.value, node
 
-    def _fixed_names(self) -> frozenset[str]:
+    def _find_fixed(self) -> None:
         """Local names that always take the same values: taken from constants alone, under constant conditions."""
         assigned = list(self._assigned())
         arguments = {argument.arg for argument in ast.walk(self._tree.args) if isinstance(argument, ast.arg)}
@@ -67,19 +69,18 @@ class Uses:
                 for name in _names(target)
             }
             if not moving & self._fixed:
-                return self._fixed
+                return
             self._fixed -= moving
 
     def _is_always_reached(self, node: ast.AST) -> bool:
         return all(self._is_constant(test) for above in self._above(node) for test in self._tests(above, node))
 
-    def _part_names(self) -> frozenset[str]:
+    def _find_parts(self) -> None:
         """Local names that stand for the attribute or for something in it."""
-        self._parts: frozenset[str] = frozenset()
         while True:
             more = {name for target, value, _ in self._assigned() if self._is_part(value) for name in _names(target)}
             if more <= self._parts:
-                return self._parts
+                return
             self._parts |= more
 
     # Expressions.
