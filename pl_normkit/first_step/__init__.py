@@ -4,6 +4,8 @@ facts.py            StepFacts and its parts
 autograd_nodes.py   nodes of the autograd graph: names, what they keep, what lies behind them
 backward_graph.py   what the graph of a loss shows: stacked activations, dead units, zero-initialised layers
 broadcasts.py       what broadcasts in a loss
+divergences.py      what goes into a kl_div
+drop_masks.py       dropout written by hand
 operations.py       what the functions of torch do, by name
 watch.py            sees the operations of one forward pass
 recorder.py         takes the facts of a step: `read_step` for a loss in hand, `StepRecorder` and `EvaluationRecorder` for a loop

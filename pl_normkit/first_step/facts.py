@@ -94,6 +94,7 @@ class ForwardFacts:
     """What one forward pass showed.
 
     Attributes:
+        called: paths of the modules that were called.
         read: parameters that an operation used.
         reached: parameters that the model's outputs, or tensors it left in its attributes, carry gradients to.
         written: parameters that the forward pass itself wrote to.
@@ -106,6 +107,7 @@ class ForwardFacts:
         inputs_used: which of the input's tensors (by position among the leaves) some output depends on.
     """
 
+    called: frozenset[str] = frozenset()
     read: frozenset[str] = frozenset()
     reached: frozenset[str] = frozenset()
     written: frozenset[str] = frozenset()
@@ -120,7 +122,10 @@ class ForwardFacts:
 
 @dataclass(frozen=True)
 class StackedActivation:
-    """`first` feeds `second` with nothing but views between; `loss` is the function that applies `second`, "" where none was seen."""
+    """`first` feeds `second` with nothing but views between; `loss` is the function that applies `second`, "" where none was seen.
+
+    For a `kl_div` (`second`) `first` is what it was given in the place of log-probabilities, or "target of ..." for a wrong target.
+    """
 
     first: str
     second: str
@@ -181,6 +186,7 @@ class StepFacts:
         not_cleared: parameters whose gradient of the second optimizer step contained the first's.
         in_train_mode: modules with dropout or norms in training mode during an evaluation, by path.
         evaluation_dropouts: dropouts that were active during an evaluation although their module was in eval mode.
+        is_loss_cut: the loss is a tensor made anew (of `loss.item()`, say), so that its backward reaches nothing.
     """
 
     gradients: Mapping[str, float | None] = field(default_factory=dict)
@@ -197,6 +203,7 @@ class StepFacts:
     not_cleared: tuple[str, ...] = ()
     in_train_mode: tuple[str, ...] = ()
     evaluation_dropouts: tuple[Dropout, ...] = ()
+    is_loss_cut: bool = False
 
     def numbers(self) -> dict[str, float]:
         """For a report: how many parameters got no gradient, and the mean share of dead units over the ReLUs."""

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from pl_normkit.first_step import backward_graph
 from pl_normkit.first_step.autograd_nodes import GraphView
 from pl_normkit.first_step.broadcasts import broadcasts
+from pl_normkit.first_step.divergences import misread_divergences
 from pl_normkit.first_step.facts import ForwardFacts, StepFacts
 from pl_normkit.first_step.watch import ForwardWatch
 from pl_normkit.graph import call_arguments
@@ -39,9 +40,13 @@ def read_step(model: nn.Module, inputs: Any, loss: Tensor, *, run: bool = True) 
     Returns:
         None where the loss has no graph, or one that cannot be walked (its backward has run).
     """
-    if loss.grad_fn is None or loss.numel() != 1:
+    if loss.numel() != 1 or loss.is_inference():
         return None
     parameters = _trainable(model)
+    if _is_cut(loss):
+        return StepFacts(gradients=dict.fromkeys(parameters), is_loss_cut=True)
+    if loss.grad_fn is None:
+        return None
     with preserved(model, buffers=True):
         try:
             gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
@@ -70,6 +75,14 @@ def _forward_facts(model: nn.Module, inputs: Any) -> ForwardFacts | None:
         return watch.facts()
 
 
+def _is_cut(loss: Tensor) -> bool:
+    """Whether the graph of a loss that can run backward ends in a single number that is no parameter."""
+    if loss.grad_fn is None:
+        return loss.requires_grad and not isinstance(loss, nn.Parameter)
+    leaves = [node.variable for node in GraphView.of([loss], {}).nodes if hasattr(node, "variable")]
+    return bool(leaves) and all(leaf.numel() == 1 and not isinstance(leaf, nn.Parameter) for leaf in leaves)
+
+
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
@@ -83,7 +96,7 @@ def _before_backward(model: nn.Module, loss: Tensor, parameters: Mapping[str, Te
     graph = GraphView.of([loss], {id(parameter): name for name, parameter in parameters.items()})
     return StepFacts(
         explained=backward_graph.explained_by_zeros(graph, parameters),
-        stacked=backward_graph.stacked_activations(graph),
+        stacked=backward_graph.stacked_activations(graph) + misread_divergences(graph),
         broadcasts=broadcasts(graph),
         silenced=backward_graph.silenced(graph, parameters),
         dead_shares=backward_graph.dead_shares(graph),
@@ -159,7 +172,11 @@ class StepRecorder:
     def before_backward(self, loss: Tensor) -> None:
         """The first loss counts, where a step has several."""
         self.after_forward()
-        if not self._is_done and self._pending is None and loss.grad_fn is not None:
+        if self._is_done or self._pending is not None:
+            return
+        if _is_cut(loss):
+            self._pending = StepFacts(is_loss_cut=True)
+        elif loss.grad_fn is not None:
             self._pending = _before_backward(self._model, loss, _trainable(self._model))
 
     def after_backward(self) -> None:

@@ -19,6 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from pl_normkit.findings import Place
 from pl_normkit.first_step import operations
 from pl_normkit.first_step.autograd_nodes import GraphView
+from pl_normkit.first_step.drop_masks import DropMasks
 from pl_normkit.first_step.facts import Cut, Dropout, FirstInput, ForwardFacts, NormCall, ReverseRead
 from pl_normkit.graph.autograd import source_line, tensors_in
 
@@ -65,12 +66,15 @@ class ForwardWatch(TorchFunctionMode):
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._model, self._each = model, each
         self._stack: list[str] = []
+        self._called: set[str] = set()
         self._read: set[str] = set()
         self._written: set[str] = set()
         self._data_of: MutableMapping[Tensor, str] = WeakTensorKeyDictionary()
         self._cuts: list[_Cut] = []
         self._norms: list[NormCall] = []
         self._dropouts: list[Dropout] = []
+        self._masks = DropMasks(lambda tensor: id(tensor) in self._names)
+        self._masked: list[tuple[int, Dropout]] = []
         self._silent_dropouts: dict[str, None] = {}
         self._reverse: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
         self._reverse_reads: list[ReverseRead] = []
@@ -128,6 +132,7 @@ class ForwardWatch(TorchFunctionMode):
             if not self._stack:
                 self.__enter__()  # type: ignore[no-untyped-call]
             self._stack.append(self._paths[module])
+            self._called.add(self._paths[module])
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if module in self._paths:
@@ -163,6 +168,7 @@ class ForwardWatch(TorchFunctionMode):
         if not results:
             self._see_value_read(name, args, sources, output)
             return output
+        self._see_mask(name, args, kwargs, sources, results[0])
         if name not in operations.SHAPE_ONLY:
             self._see(name, args, kwargs, sources, results, wants_gradient)
             if self._each is not None:
@@ -191,6 +197,12 @@ class ForwardWatch(TorchFunctionMode):
                 self._silent_dropouts[self._stack[-1] if self._stack else ""] = None
         elif name in ("__getitem__", "select") and operations.reads_last(name, args, kwargs, self._reverse.get(args[0])):
             self._reverse_reads.append(ReverseRead(self._place()))
+
+    def _see_mask(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], sources: Sequence[Tensor], result: Tensor) -> None:
+        """Dropout by hand."""
+        drop = self._masks.see(name, args, kwargs, sources, result)
+        if drop is not None:
+            self._masked.append((drop[0], Dropout(self._place(), "a mask by hand", drop[1])))
 
     def _see_write(self, name: str, args: Sequence[Any], results: Sequence[Tensor]) -> None:
         """A forward pass that moves a parameter itself: a codebook or a teacher by moving average."""
@@ -237,6 +249,7 @@ class ForwardWatch(TorchFunctionMode):
         self._read |= {self._names[id(tensor)] for tensor in sources if id(tensor) in self._names}
         if name == "__setitem__":
             self._follow(name, sources, (), False)
+            self._see_mask(name, args, {}, sources, sources[0])
 
     def _see_cut(self, name: str, sources: Sequence[Tensor], parameters: frozenset[str], wants: bool) -> None:
         if wants:
@@ -271,15 +284,17 @@ class ForwardWatch(TorchFunctionMode):
         """All that was seen; what the outermost modules returned counts as the output, and before they return nothing is lost yet."""
         ends = [*_reachable(self._outputs, 4), *(tensor for module in self._paths for tensor in tensors_in(_left_in(module)))]
         used = frozenset().union(*(self._marks.get(tensor, frozenset()) for tensor in ends)) | self._used
+        meant = self._masks.origins_in(ends)
         reached = frozenset(self._read) if self._stack else GraphView.of(ends, self._names).parameters
         return ForwardFacts(
+            called=frozenset(self._called),
             read=frozenset(self._read),
             written=frozenset(self._written),
             reached=reached | self._offered(reached) if self._read - reached else reached,
             cuts=tuple(Cut(cut.how, cut.place, cut.parameters | _behind(cut, self._names)) for cut in self._cuts[:200]),
             norms=tuple(self._norms),
             first_inputs=tuple(self._first_inputs),
-            dropouts=tuple(self._dropouts),
+            dropouts=(*self._dropouts, *(dropout for origin, dropout in self._masked if origin not in meant)),
             silent_dropouts=tuple(self._silent_dropouts),
             reverse_reads=tuple(self._reverse_reads),
             inputs_used=used,

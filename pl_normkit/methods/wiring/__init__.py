@@ -9,7 +9,12 @@ clean twins. The facts they judge are those of one training step (`pl_normkit.fi
     preview_rules.py what is contested (NK014 to NK016)
     unlearned.py     parameters that will not learn, and why: the judgements of NK001 and NK003
     code_names.py    which attributes a model's code reads
+    code_paths.py    modules that a forward leaves out in every step
+    constant_control.py whether constants alone decide over the use of an attribute
+    step_cuts.py     cuts of the gradient in a training_step itself
     find.py          biases that the norm behind them removes
+    eval_calls.py    calls a model in eval mode with the leaves of its inputs
+    mixing.py        where the samples of a batch mix first
     measure.py       the eval forward: active dropout, samples that mix, inputs without influence
     modules.py       a batch norm that stays in eval mode
     fix.py           keeps norms in eval mode; takes biases out of training

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["is_never_read"]
+__all__ = ["ANY_NAME", "CONTAINERS", "codes_of", "is_never_read", "is_of_torch", "names_in"]
 
 import types
 from collections.abc import Iterator
@@ -11,10 +11,10 @@ from torch import nn
 
 _BUILDERS = ("init", "reset", "extra_repr", "flops", "no_weight_decay")
 """Methods with these words in their names set modules up; that they name an attribute does not read it."""
-_ANY_NAME = frozenset(
+ANY_NAME = frozenset(
     ("getattr", "children", "named_children", "modules", "named_modules", "_modules", "get_submodule", "__dict__", "__getattr__")
 )
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 def is_never_read(model: nn.Module, parameter: str, roots: tuple[nn.Module, ...] = ()) -> bool:
@@ -29,16 +29,16 @@ def is_never_read(model: nn.Module, parameter: str, roots: tuple[nn.Module, ...]
     names = _names_read(model, roots)
     for depth in range(len(path)):
         holder = model.get_submodule(".".join(path[:depth]))
-        if isinstance(holder, _CONTAINERS):
+        if isinstance(holder, CONTAINERS):
             continue
-        if _is_of_torch(type(holder)):
+        if is_of_torch(type(holder)):
             return False  # torch's own layers read what they register
-        if path[depth] not in names and not _names_of(type(holder)) & _ANY_NAME:
+        if path[depth] not in names and not _names_of(type(holder)) & ANY_NAME:
             return True
     return False
 
 
-def _is_of_torch(kind: type) -> bool:
+def is_of_torch(kind: type) -> bool:
     return kind.__module__.startswith("torch.nn")
 
 
@@ -49,17 +49,17 @@ def _names_read(model: nn.Module, roots: tuple[nn.Module, ...]) -> set[str]:
 
 def _names_of(kind: type) -> set[str]:
     """Every attribute, global and string constant that the methods of a class name, its builders left out."""
-    return {
-        name
-        for base in kind.__mro__
-        if base not in (nn.Module, object)
-        and not _is_of_torch(base)
-        and not base.__module__.startswith(("lightning.", "pytorch_lightning."))
-        for method, value in vars(base).items()
-        if not any(word in method for word in _BUILDERS)
-        for code in _codes(value)
-        for name in _names_in(code)
-    }
+    return {name for _, code in codes_of(kind) for name in names_in(code)}
+
+
+def codes_of(kind: type) -> Iterator[tuple[str, types.CodeType]]:
+    """The code of a class's methods and of those it inherits from other users' classes, by name; its builders left out."""
+    for base in kind.__mro__:
+        if base in (nn.Module, object) or is_of_torch(base) or base.__module__.startswith(("lightning.", "pytorch_lightning.")):
+            continue
+        for method, value in vars(base).items():
+            if not any(word in method for word in _BUILDERS):
+                yield from ((method, code) for code in _codes(value))
 
 
 def _codes(value: object) -> Iterator[types.CodeType]:
@@ -78,10 +78,10 @@ def _codes(value: object) -> Iterator[types.CodeType]:
             value = getattr(value, "__wrapped__", None)
 
 
-def _names_in(code: types.CodeType) -> Iterator[str]:
+def names_in(code: types.CodeType) -> Iterator[str]:
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _names_in(constant)
+            yield from names_in(constant)
         elif isinstance(constant, str):
             yield constant

@@ -2,42 +2,21 @@
 
 from __future__ import annotations
 
-__all__ = ["EvalRun", "Mixing", "measure_eval_run"]
+__all__ = ["EvalRun", "measure_eval_run"]
 
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from pl_normkit.findings import Place
-from pl_normkit.first_step import Dropout, ForwardWatch, Seen
-from pl_normkit.graph import call_arguments
-from pl_normkit.graph.autograd import tensors_in
+from pl_normkit.first_step import Dropout
+from pl_normkit.methods.wiring.eval_calls import Runner, differ
+from pl_normkit.methods.wiring.mixing import Mixing, explained, is_by_sample
 from pl_normkit.preserve import preserved
 
 _ROWS = (5, 7, 3)
-_TOLERANCE = 1e-4
-_RECURRENT = frozenset(("lstm", "gru", "rnn_tanh", "rnn_relu"))
-_ATTENTION = frozenset(("multi_head_attention_forward",))
-_VIEWS = frozenset(("view", "reshape", "flatten", "unflatten", "view_as"))
-_OVER_BATCH = frozenset(("softmax", "log_softmax", "normalize"))
-_ALONG_TIME = frozenset(("cumsum", "cumprod", "cummax", "logcumsumexp"))
-_CELLS = frozenset(("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"))
-
-
-@dataclass(frozen=True)
-class Mixing:
-    """Where samples mix first: the operation, and in words why."""
-
-    place: Place
-    op: str
-    why: str
-    advice: str
 
 
 @dataclass(frozen=True)
@@ -66,7 +45,7 @@ def measure_eval_run(model: nn.Module, inputs: Any, used_in_training: frozenset[
     Returns:
         an empty `EvalRun` where the model cannot be run so.
     """
-    runner = _Runner(model, inputs)
+    runner = Runner(model, inputs)
     with preserved(model, buffers=True), torch.no_grad():
         model.eval()
         try:
@@ -86,40 +65,9 @@ def measure_eval_run(model: nn.Module, inputs: Any, used_in_training: frozenset[
         return EvalRun(mixing=_mixing(runner, whole), ignored=ignored)
 
 
-class _Runner:
-    """Calls the model with the leaves of its inputs, always from the same random state."""
-
-    def __init__(self, model: nn.Module, inputs: Any) -> None:
-        self.model = model
-        self.leaves, self._spec = tree_flatten(call_arguments(inputs))
-        self.leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
-        self.tensor_positions = [position for position, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
-
-    def _arguments(self, leaves: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        args, kwargs = tree_unflatten([leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves], self._spec)
-        return args, kwargs
-
-    def run(self, leaves: list[Any]) -> list[Tensor]:
-        args, kwargs = self._arguments(leaves)
-        with _same_randomness(), preserved(self.model, buffers=True):
-            return list(tensors_in(self.model(*args, **kwargs)))
-
-    def watched(self, leaves: list[Any], each: Callable[[Seen], None] | None = None) -> tuple[ForwardWatch, list[Tensor]]:
-        args, kwargs = self._arguments(leaves)
-        watch = ForwardWatch(self.model, (args, kwargs), each=each)
-        with _same_randomness(), preserved(self.model, buffers=True), watch.watching():
-            return watch, list(tensors_in(self.model(*args, **kwargs)))
-
-
-@contextmanager
-def _same_randomness() -> Iterator[None]:
-    torch.manual_seed(0)  # the caller restores every RNG
-    yield
-
-
 def _is_close(left: list[Tensor], right: list[Tensor]) -> bool:
     """Up to rounding: unwatched, torch's transformer layers take another path through the same computation."""
-    return len(left) == len(right) and not any(_differ(a, b, slice(None)) for a, b in zip(left, right, strict=True) if a.dim())
+    return len(left) == len(right) and not any(differ(a, b, slice(None)) for a, b in zip(left, right, strict=True) if a.dim())
 
 
 def _is_same(left: list[Tensor], right: list[Tensor]) -> bool:
@@ -135,7 +83,7 @@ def _equal(left: Tensor, right: Tensor) -> bool:
 # Inputs without influence.
 
 
-def _has_influence(runner: _Runner, position: int, before: list[Tensor]) -> bool:
+def _has_influence(runner: Runner, position: int, before: list[Tensor]) -> bool:
     """Whether any output changes with the values of one input; one that cannot be changed counts as read."""
     leaf = runner.leaves[position]
     changed = [value for value in _other_values(leaf) if not torch.equal(value, leaf)]
@@ -169,7 +117,7 @@ def _other_values(value: Tensor) -> Iterator[Tensor]:
 # Samples that mix.
 
 
-def _mixing(runner: _Runner, whole: list[Tensor]) -> Mixing | None:
+def _mixing(runner: Runner, whole: list[Tensor]) -> Mixing | None:
     """Where one sample's rows begin to depend on another's, and only where no reading of the shapes makes that right."""
     batch = _batch_size(runner, whole)
     if batch is None:
@@ -182,14 +130,14 @@ def _mixing(runner: _Runner, whole: list[Tensor]) -> Mixing | None:
             others = [row for row in range(rows) if row != changed_row]
             changed = [_with_row(leaf, rows, changed_row) for leaf in leaves]
             after = runner.run(changed)
-            if any(_differ(a, b, others) for a, b in zip(before, after, strict=True) if _is_by_sample(a, rows)):
-                return _explained(runner, leaves, changed, rows, others)
+            if any(differ(a, b, others) for a, b in zip(before, after, strict=True) if is_by_sample(a, rows)):
+                return explained(runner, leaves, changed, rows, others)
     except Exception:  # a model that takes batches of one size alone
         return None
     return None
 
 
-def _batch_size(runner: _Runner, whole: list[Tensor]) -> int | None:
+def _batch_size(runner: Runner, whole: list[Tensor]) -> int | None:
     """The size that the first dimension of every input and of an output share, if it can be nothing but the batch."""
     tensors = [runner.leaves[position] for position in runner.tensor_positions if runner.leaves[position].dim() > 0]
     floats = [tensor for tensor in whole if tensor.is_floating_point() and tensor.dim() > 0]
@@ -204,10 +152,12 @@ def _batch_size(runner: _Runner, whole: list[Tensor]) -> int | None:
     return batch if any(tensor.shape[0] == batch for tensor in floats) else None
 
 
-def _row_count(runner: _Runner, whole: list[Tensor]) -> int:
-    """How many samples to run: few, and a number that no other dimension has."""
+def _row_count(runner: Runner, whole: list[Tensor]) -> int:
+    """How many samples to run: few, and a number that no other dimension has, of parameters neither if that can be."""
     sizes = {size for value in (*runner.leaves, *whole) if isinstance(value, Tensor) for size in value.shape[1:]}
-    return next((rows for rows in _ROWS if rows not in sizes), _ROWS[0])
+    inner = sizes | {size for parameter in runner.model.parameters() for size in parameter.shape}
+    free = [rows for taken in (inner, sizes) for rows in _ROWS if rows not in taken]
+    return next(iter(free), _ROWS[0])
 
 
 def _some_rows(leaf: Any, batch: int, rows: int) -> Any:
@@ -226,85 +176,3 @@ def _with_row(leaf: Any, rows: int, row: int) -> Any:
     if leaf.is_floating_point():
         changed[row] = changed[row] * 1.5
     return changed
-
-
-def _is_by_sample(value: Tensor, rows: int) -> bool:
-    return value.dim() > 0 and value.shape[0] == rows and value.is_floating_point()
-
-
-def _differ(before: Tensor, after: Tensor, rows: list[int] | slice) -> bool:
-    if before.shape != after.shape:
-        return False
-    a, b = before[rows].double(), after[rows].double()
-    scale = float(a.abs().amax()) if a.numel() else 0.0
-    gap = float((a - b).abs().amax()) if a.numel() else 0.0
-    return math.isfinite(gap) and math.isfinite(scale) and gap > _TOLERANCE * scale
-
-
-def _explained(runner: _Runner, leaves: list[Any], changed: list[Any], rows: int, others: list[int]) -> Mixing | None:
-    """Run both once more, operation by operation: the first whose rows differ is where samples mix."""
-    results: list[list[Tensor]] = []
-    cells: list[Seen] = []
-
-    def keep(seen: Seen) -> None:
-        results.append(list(tensors_in(seen.result)))
-        if seen.op in _CELLS:
-            cells.append(seen)
-
-    runner.watched(leaves, keep)
-    position = 0
-    first: list[tuple[Seen, float]] = []
-
-    def compare(seen: Seen) -> None:
-        nonlocal position
-        before = results[position] if position < len(results) else []
-        position += 1
-        for a, b in zip(before, tensors_in(seen.result), strict=False) if not first else ():
-            if _is_by_sample(a, rows) and _differ(a, b, others):
-                first.append((seen, float((a != b).double().mean())))
-                break
-
-    runner.watched(changed, compare)
-    if first and cells and first[0][0].op in ("stack", "cat") and _has_time(runner) and not _is_time_first(runner):
-        advice = "step through dimension 1: x[:, t]"
-        return Mixing(cells[0].place, cells[0].op, f"the loop over {cells[0].op} runs over dimension 0, the batch", advice)
-    return _judged(runner, *first[0], rows) if first else None
-
-
-def _judged(runner: _Runner, seen: Seen, changed_share: float, rows: int) -> Mixing | None:
-    """The operations that nobody lets mix samples on purpose; statistics and products over the batch may be meant."""
-    if seen.op in _RECURRENT | _ATTENTION:
-        module = runner.model.get_submodule(seen.place.module)
-        is_unbatched = isinstance(seen.args[0], Tensor) and seen.args[0].dim() > 1 and seen.args[0].shape[1] == 1
-        if getattr(module, "batch_first", None) is not False or is_unbatched or _is_time_first(runner):
-            return None
-        kind = type(module).__name__
-        return Mixing(seen.place, seen.op, f"{kind} reads dimension 0, the batch, as the sequence", f"build {kind} with batch_first=True")
-    if seen.op in _VIEWS and changed_share < 1.5 / rows:  # one sample's values, spread over the rows; nothing computed with others'
-        advice = "permute the batch back to dimension 0 before the view, or reshape per sample"
-        return Mixing(seen.place, seen.op, f"{seen.op} after a permutation puts parts of different samples into one row", advice)
-    if seen.op == "layer_norm" and len(seen.args[1]) == seen.args[0].dim():
-        return Mixing(
-            seen.place, seen.op, "layer_norm runs over all dimensions, the batch among them", "give it the shape of the features alone"
-        )
-    is_along_time = seen.op in _ALONG_TIME and _has_time(runner) and not _is_time_first(runner)
-    if (seen.op in _OVER_BATCH or is_along_time) and _dim_of(seen) == 0:
-        return Mixing(seen.place, seen.op, f"{seen.op} runs over dimension 0, the batch", "let it run over another dimension: dim=1, say")
-    return None
-
-
-def _dim_of(seen: Seen) -> Any:
-    position = 2 if seen.op == "normalize" else 1
-    return seen.kwargs.get("dim", seen.args[position] if position < len(seen.args) else None)
-
-
-def _has_time(runner: _Runner) -> bool:
-    """Whether a sample has more than one dimension: then dimension 0 of a plain sequence is not time."""
-    return any(leaf.dim() > 2 for leaf in runner.leaves if isinstance(leaf, Tensor))
-
-
-def _is_time_first(runner: _Runner) -> bool:
-    """Whether dimension 1 may be the batch: an output of the input's rank then keeps it."""
-    leaves = [leaf for leaf in runner.leaves if isinstance(leaf, Tensor) and leaf.dim() > 1]
-    outputs = [value for value in runner.run(runner.leaves) if value.is_floating_point() and value.dim() > 1]
-    return any(value.shape[1] == leaf.shape[1] and value.dim() >= leaf.dim() for value in outputs for leaf in leaves)

@@ -49,7 +49,8 @@ def _facts(subject: Subject) -> StepFacts:
 def parameter_without_gradient(subject: Subject) -> Iterator[Observation]:
     """What it does
     Finds trainable parameters that the loss of a step sends no gradient to: no code of the model reads them, the gradient is cut on its
-    way (`detach()`, `.data`, `no_grad`, `argmax()`, `item()`; the finding names the line), or their result is thrown away.
+    way (`detach()`, `.data`, `no_grad`, `argmax()`, `item()`; the finding names the line), their result is thrown away, or forward leaves
+    their module out in every step, by a slice (`for block in self.blocks[:2]`), a loop or a condition that hangs on constants alone.
     Under DistributedDataParallel without `find_unused_parameters` it names every parameter without a gradient.
 
     Silent for what may get its gradient in another step: modules that the code reads under some condition (heads of several tasks,
@@ -249,7 +250,8 @@ def gradients_not_cleared(subject: Subject) -> Iterator[Observation]:
 def activation_before_loss(subject: Subject) -> Iterator[Observation]:
     """What it does
     Finds a softmax, log_softmax or sigmoid whose result goes into a loss that applies one itself (cross_entropy,
-    binary_cross_entropy_with_logits), or a softmax in front of nll_loss, which expects log_softmax.
+    binary_cross_entropy_with_logits), or a softmax in front of nll_loss or kl_div, which expect log_softmax. For kl_div also scores in the
+    place of log-probabilities, and a target that holds scores, or logarithms without `log_target=True`, or the reverse.
 
     Why it hurts
     The second squashing sees numbers between 0 and 1: with 10 classes softmax before cross_entropy cannot bring the loss below 1.46, and
@@ -279,19 +281,37 @@ def activation_before_loss(subject: Subject) -> Iterator[Observation]:
     Derived here from the definitions of the loss functions. Tested in tests/methods/wiring/test_rules.py.
     """
     for seen in _facts(subject).stacked:
+        if seen.first in _TARGETS:
+            message, advice = _TARGETS[seen.first]
+            yield Observation(message, [Place("loss")], advice, cause=seen.first)
+            continue
         repeats = seen.first == seen.second == "log_softmax"
         loss = seen.loss or "the loss"
-        verb = f"{loss}, which expects log_softmax" if seen.second == "nll_loss" else f"{loss}, which applies {_applied(seen)} itself"
+        verb = f"{loss}, which expects log_softmax" if seen.second in _OF_LOGARITHMS else f"{loss}, which applies {_applied(seen)} itself"
         message = f"{seen.first} in front of {verb}"
         yield Observation(
             f"{message}; it changes nothing here" if repeats else message,
             [_place_of(subject, seen.first)],
             f"use log_softmax instead of {seen.first}"
-            if seen.second == "nll_loss"
+            if seen.second in _OF_LOGARITHMS
             else f"drop the {seen.first} and give the loss the scores",
             severity=Severity.NOTE if repeats else None,
             cause=f"{seen.first} {seen.second}",
         )
+
+
+_OF_LOGARITHMS = ("nll_loss", "kl_div")
+_TARGETS = {
+    "target of scores": ("the target of kl_div holds scores, not probabilities", "apply softmax to the target"),
+    "target of logarithms": (
+        "the target of kl_div holds logarithms, not probabilities",
+        "pass log_target=True, or give it the probabilities",
+    ),
+    "target of probabilities": (
+        "the target of kl_div with log_target=True holds probabilities",
+        "leave log_target out, or give it the target's log_softmax",
+    ),
+}
 
 
 def _applied(seen: StackedActivation) -> str:

@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 from pl_normkit.findings import Evidence, Place
 from pl_normkit.first_step import StepFacts
 from pl_normkit.methods.wiring.code_names import is_never_read
+from pl_normkit.methods.wiring.code_paths import left_out
+from pl_normkit.methods.wiring.step_cuts import StepCut, cuts_in_step
 from pl_normkit.rules import Observation, Subject
 
 _TEACHER = re.compile(r"teacher|target|ema|average|momentum|slow|shadow|key")
@@ -24,6 +26,10 @@ def without_gradient(subject: Subject, step: StepFacts) -> Iterator[Observation]
     """NK001: parameters without a gradient, by cause."""
     model = subject.model
     assert model is not None
+    cuts = cuts_in_step(subject.root if subject.root is not None else model)
+    if step.is_loss_cut:
+        yield from _loss_cut(model, step, cuts)
+        return
     missing = _missing(model, step, subject.optimizers)
     if not missing or len(missing) == len(step.gradients):
         return  # a loss of another network
@@ -39,7 +45,56 @@ def without_gradient(subject: Subject, step: StepFacts) -> Iterator[Observation]
         yield _observation(
             model, unread, "forward never reads these parameters", "call the module in forward, or take it out of the model", "never read"
         )
+    yield from _left_out(model, step, [name for name in missing if name not in unread], roots)
     yield from _cut_off(model, step, missing)
+    yield from _cut_outside(model, step, missing, cuts, subject.root if subject.root is not None else model)
+
+
+def _loss_cut(model: nn.Module, step: StepFacts, cuts: Sequence[StepCut]) -> Iterator[Observation]:
+    """A loss that was made anew before its backward."""
+    where = f" at {cuts[-1].source}" if cuts else ", outside the network"
+    names = [name for name, size in step.gradients.items() if size is None]
+    if names:
+        yield _observation(
+            model, names, f"the loss is a new tensor, cut off from the network{where}: its backward reaches no parameter",
+            "run backward on the loss itself, not on one made of loss.item(), loss.data or loss.detach()", "loss cut",
+        )  # fmt: skip
+
+
+def _cut_outside(
+    model: nn.Module, step: StepFacts, missing: Sequence[str], cuts: Sequence[StepCut], root: nn.Module
+) -> Iterator[Observation]:
+    """Whole modules whose results training_step cuts."""
+    forward = step.forward
+    if forward is None or not cuts:
+        return
+    names = {id(p): name for name, p in model.named_parameters()}
+    lost = {name for name in missing if name in forward.read & forward.reached and not has_trained_twin(model, name, step.gradients)}
+    told: set[str] = set()
+    for cut in cuts:
+        own: list[str] = []
+        for path in sorted(cut.modules):
+            inner = [names[id(p)] for p in root.get_submodule(path).parameters() if p.requires_grad and id(p) in names]
+            own += inner if lost.issuperset(inner) else []
+        own = [name for name in dict.fromkeys(own) if name not in told]
+        told.update(own)
+        if own:
+            yield _observation(
+                model, own, f"{cut.how} in training_step cuts the gradient of these parameters at {cut.source}",
+                f"take {cut.how} out of the path to the loss, or freeze the parameters with requires_grad_(False)", f"cut by {cut.how}",
+            )  # fmt: skip
+
+
+def _left_out(model: nn.Module, step: StepFacts, missing: Sequence[str], roots: tuple[nn.Module, ...]) -> Iterator[Observation]:
+    """What the code names, and no step can call."""
+    if step.forward is None:
+        return
+    by_cause = left_out(model, [name for name in missing if not _is_read(step, name)], step.forward.called, roots)
+    for cause, names in by_cause.items():
+        yield _observation(
+            model, names, f"forward never calls these modules: the {cause} leaves them out",
+            "call them in forward, or build no more modules than it calls", cause,
+        )  # fmt: skip
 
 
 def _is_read(step: StepFacts, name: str) -> bool:

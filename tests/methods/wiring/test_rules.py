@@ -18,9 +18,8 @@ from pl_normkit.graph.autograd import tensors_in
 from pl_normkit.report import Report
 from pl_normkit.rules import Subject
 from pl_normkit.selection import Selection
-from tests.methods.wiring import mistakes
 from tests.methods.wiring.clean import CLEAN
-from tests.methods.wiring.mistakes import MISTAKES
+from tests.methods.wiring.mistakes import MISTAKES, gradients
 from tests.methods.wiring.setups import classes
 
 
@@ -86,12 +85,12 @@ def test_the_last_step_of_a_reverse_direction(batch_first: bool, bidirectional: 
 @pytest.mark.parametrize(
     ("name", "words", "file"),
     [
-        ("data_of_the_features", [".data cuts", "mistakes.py:"], ""),
-        ("encoder_under_no_grad", ["torch.no_grad() cuts", "mistakes.py:"], ""),
+        ("data_of_the_features", [".data cuts", "gradients.py:"], ""),
+        ("encoder_under_no_grad", ["torch.no_grad() cuts", "gradients.py:"], ""),
         ("smooth_l1_of_maps", ["(4, 1, 16, 16) and (4, 16, 16) to (4, 4, 16, 16)"], ""),
         ("lengths_never_read", ["lengths"], ""),
-        ("view_after_permute", ["reshape"], "mistakes.py:"),
-        ("attention_dropout_always", ["dropout"], "mistakes.py:"),
+        ("view_after_permute", ["reshape"], "inputs.py:"),
+        ("attention_dropout_always", ["dropout"], "modes.py:"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Using a target size")
@@ -104,7 +103,7 @@ def test_a_message_names_the_cause_and_the_line(name: str, words: list[str], fil
 def test_the_line_is_that_of_the_cut() -> None:
     (finding,) = MISTAKES["data_of_the_features"][1]().report().findings
     line = int(finding.message.rpartition(":")[2])
-    assert ".data" in Path(mistakes.__file__).read_text().splitlines()[line - 1]
+    assert ".data" in Path(gradients.__file__).read_text().splitlines()[line - 1]
 
 
 def test_ddp_is_told_every_name_before_it_fails() -> None:

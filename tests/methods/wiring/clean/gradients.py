@@ -1,26 +1,15 @@
-"""Set-ups that look like a mistake and are none: nothing may be said of them."""
+"""Networks and steps in which some parameters get no gradient, or a zero one, on purpose."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
-from torch.utils.data import DataLoader, TensorDataset
 
-from pl_normkit import Loaders
-from tests.methods.wiring.setups import Setup, classes, cnn, cross_entropy, mlp
-
-CLEAN: dict[str, Callable[[], Setup]] = {}
-
-
-def clean(build: Callable[[], Setup]) -> Callable[[], Setup]:
-    CLEAN[build.__name__] = build
-    return build
+from tests.methods.wiring.setups import Setup, classes, clean, cross_entropy, mlp
 
 
 @clean
@@ -73,20 +62,6 @@ def stochastic_depth_that_multiplied_by_zero() -> Setup:
     return Setup(Net(), torch.randn(16, 32), cross_entropy(classes(16)))
 
 
-@clean
-def frozen_encoder_in_eval_mode() -> Setup:
-    net = cnn()
-    net[:3].requires_grad_(False).eval()
-    return Setup(net, torch.randn(8, 3, 16, 16), cross_entropy(classes(8)))
-
-
-@clean
-def norms_alone_in_eval_mode() -> Setup:
-    net = cnn()
-    net[1].eval()
-    return Setup(net, torch.randn(8, 3, 16, 16), cross_entropy(classes(8)))
-
-
 class Gan(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -128,13 +103,6 @@ class LoRA(nn.Module):
 @clean
 def low_rank_adapters() -> Setup:
     net = nn.Sequential(LoRA(nn.Linear(32, 64)), nn.ReLU(), LoRA(nn.Linear(64, 10)))
-    return Setup(net, torch.randn(16, 32), cross_entropy(classes(16)))
-
-
-@clean
-def adapters_before_a_frozen_norm() -> Setup:
-    net = nn.Sequential(LoRA(nn.Linear(32, 64)), nn.BatchNorm1d(64), nn.ReLU(), LoRA(nn.Linear(64, 10)))
-    net[1].requires_grad_(False)
     return Setup(net, torch.randn(16, 32), cross_entropy(classes(16)))
 
 
@@ -214,28 +182,6 @@ def expert_with_zero_gates() -> Setup:
     return Setup(Net(), torch.randn(16, 32), cross_entropy(classes(16)))
 
 
-class Student(nn.Module):
-    def __init__(self, frozen: bool) -> None:
-        super().__init__()
-        self.student = cnn(out=16)
-        self.teacher = copy.deepcopy(self.student).requires_grad_(not frozen)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            wanted = self.teacher(x)
-        return self.student(x + 0.1 * torch.ones_like(x)), wanted
-
-
-@clean
-def frozen_teacher_in_training_mode() -> Setup:
-    return Setup(Student(frozen=True), torch.randn(8, 3, 16, 16), lambda output: F.mse_loss(*output))
-
-
-@clean
-def teacher_under_no_grad_alone() -> Setup:
-    return Setup(Student(frozen=False), torch.randn(8, 3, 16, 16), lambda output: F.mse_loss(*output))
-
-
 @clean
 def codebook_moved_by_the_forward_pass() -> Setup:
     class Net(nn.Module):
@@ -300,228 +246,6 @@ def narrow_layer_dead_in_this_batch() -> Setup:
 
 
 @clean
-def pairwise_ranking() -> Setup:
-    target = torch.randn(16)
-
-    def loss(output: Tensor) -> Tensor:
-        score = output.squeeze(1)
-        return F.softplus(-(score[:, None] - score[None, :]) * (target[:, None] - target[None, :]).sign()).mean()
-
-    return Setup(nn.Linear(32, 1), torch.randn(16, 32), loss)
-
-
-@clean
-def quantiles_broadcast_on_purpose() -> Setup:
-    levels, target = torch.tensor([0.1, 0.5, 0.9]), torch.randn(16, 1)
-
-    def loss(output: Tensor) -> Tensor:
-        error = target - output
-        return torch.maximum(levels * error, (levels - 1) * error).mean()
-
-    return Setup(nn.Linear(32, 1), torch.randn(16, 32), loss)
-
-
-@clean
-def contrastive_similarities() -> Setup:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.image, self.text, self.scale = mlp(out=16), mlp(8, 32, 16), nn.Parameter(torch.tensor(2.0))
-
-        def forward(self, image: Tensor, text: Tensor) -> Tensor:
-            return self.scale.exp() * F.normalize(self.image(image)) @ F.normalize(self.text(text)).T
-
-    target = torch.arange(8)
-    return Setup(Net(), (torch.randn(8, 32), torch.randn(8, 8)), lambda s: (F.cross_entropy(s, target) + F.cross_entropy(s.T, target)) / 2)
-
-
-@clean
-def focal_loss_by_hand() -> Setup:
-    target = torch.rand(16, 1).round()
-
-    def loss(output: Tensor) -> Tensor:
-        p = torch.sigmoid(output)
-        share = p * target + (1 - p) * (1 - target)
-        return ((1 - share) ** 2 * F.binary_cross_entropy_with_logits(output, target, reduction="none")).mean()
-
-    return Setup(nn.Linear(32, 1), torch.randn(16, 32), loss)
-
-
-@clean
-def softmax_attention_before_cross_entropy() -> Setup:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attention, self.last = nn.MultiheadAttention(32, 4, batch_first=True), nn.Linear(32, 10)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.last(self.attention(x, x, x)[0].mean(1))
-
-    return Setup(Net(), torch.randn(8, 6, 32), cross_entropy(classes(8)))
-
-
-@clean
-def distillation() -> Setup:
-    teacher = torch.randn(16, 10)
-    target = classes(16)
-
-    def loss(output: Tensor) -> Tensor:
-        soft = F.kl_div(F.log_softmax(output / 2, -1), F.softmax(teacher / 2, -1), reduction="batchmean")
-        return soft + F.cross_entropy(output, target)
-
-    return Setup(mlp(), torch.randn(16, 32), loss)
-
-
-@clean
-def time_first_on_purpose() -> Setup:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.rnn, self.last = nn.LSTM(16, 32), nn.Linear(32, 10)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.last(self.rnn(x)[0])
-
-    target = torch.randint(0, 10, (12, 8))
-    return Setup(Net(), torch.randn(12, 8, 16), lambda output: F.cross_entropy(output.flatten(0, 1), target.flatten()))
-
-
-@clean
-def graph_over_the_rows() -> Setup:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.last = nn.Linear(32, 64), nn.Linear(64, 10)
-            self.register_buffer("adjacency", (torch.rand(16, 16) > 0.7).float())
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.last(self.get_buffer("adjacency") @ torch.relu(self.first(x)))
-
-    return Setup(Net(), torch.randn(16, 32), cross_entropy(classes(16)))
-
-
-@clean
-def statistics_of_the_batch_as_a_feature() -> Setup:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.last = nn.Linear(32, 64), nn.Linear(65, 1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = torch.relu(self.first(x))
-            spread = x.std(0).mean().expand(x.shape[0], 1)
-            return self.last(torch.cat([x, spread], 1))
-
-    return Setup(Net(), torch.randn(16, 32), lambda output: F.softplus(output).mean())
-
-
-@clean
-def latent_that_is_sampled() -> Setup:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.encoder, self.decoder = nn.Linear(32, 16), nn.Linear(8, 32)
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            mean, log_variance = self.encoder(x).chunk(2, -1)
-            return self.decoder(mean + torch.randn_like(mean) * (0.5 * log_variance).exp()), mean, log_variance
-
-    x = torch.randn(16, 32)
-
-    def loss(output: Any) -> Tensor:
-        rebuilt, mean, log_variance = output
-        return F.mse_loss(rebuilt, x) + 0.0 * (mean.square() + log_variance.exp() - log_variance - 1).mean()
-
-    return Setup(Net(), x, loss)
-
-
-@clean
-def mask_behind_a_zero_head() -> Setup:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.table, self.last = nn.Embedding(100, 32), nn.Linear(32, 10)
-            nn.init.zeros_(self.last.weight)
-
-        def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-            return self.last((self.table(ids) * mask.unsqueeze(-1)).sum(1))
-
-    mask = (torch.arange(12)[None] < torch.randint(3, 12, (8, 1))).float()
-    return Setup(Net(), {"ids": torch.randint(0, 100, (8, 12)), "mask": mask}, cross_entropy(classes(8)))
-
-
-@clean
-def packed_sequences() -> Setup:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.rnn, self.last = nn.LSTM(16, 32, batch_first=True, bidirectional=True), nn.Linear(64, 10)
-
-        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-            packed = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
-            _, (hidden, _) = self.rnn(packed)
-            return self.last(torch.cat((hidden[-2], hidden[-1]), 1))
-
-    return Setup(Net(), {"x": torch.randn(8, 12, 16), "lengths": torch.randint(3, 13, (8,))}, cross_entropy(classes(8)))
-
-
-@clean
-def all_ones_mask_that_python_reads() -> Setup:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.table, self.last = nn.Embedding(100, 32), nn.Linear(32, 10)
-
-        def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-            x = self.table(ids)
-            return self.last(x.mean(1) if mask.all() else (x * mask[..., None]).sum(1))
-
-    return Setup(Net(), (torch.randint(0, 100, (8, 12)), torch.ones(8, 12)), cross_entropy(classes(8)))
-
-
-@clean
-def raw_pixels_normalized_inside() -> Setup:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = cnn()
-
-        def forward(self, image: Tensor) -> Tensor:
-            return self.net(image.float() / 255 - 0.5)
-
-    return Setup(Net(), torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8), cross_entropy(classes(8)))
-
-
-@clean
-def batch_norm_as_the_first_layer() -> Setup:
-    net = nn.Sequential(nn.BatchNorm1d(32), mlp())
-    return Setup(net, torch.randn(16, 32) * 50 + 3000, cross_entropy(classes(16)))
-
-
-@clean
-def time_steps_of_a_diffusion() -> Setup:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.time, self.net = mlp(16, 32, 32), mlp(out=32)
-
-        def forward(self, x: Tensor, t: Tensor) -> Tensor:
-            angles = t[:, None].float() * torch.exp(-torch.arange(8) / 2)
-            return self.net(x + self.time(torch.cat([angles.sin(), angles.cos()], -1)))
-
-    noise = torch.randn(16, 32)
-    return Setup(Net(), (noise, torch.randint(0, 1000, (16,))), lambda output: F.mse_loss(output, noise))
-
-
-@clean
-def loader_without_a_last_batch_of_one() -> Setup:
-    net = nn.Sequential(nn.Linear(32, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 10))
-    data = TensorDataset(torch.randn(33, 32), classes(33))
-    loaders = Loaders(DataLoader(data, batch_size=16, drop_last=True), None)
-    return Setup(net, torch.randn(16, 32), cross_entropy(classes(16)), loaders=loaders)
-
-
-@clean
 def weight_norm_and_parametrizations() -> Setup:
     net = nn.Sequential(
         nn.utils.parametrizations.weight_norm(nn.Linear(32, 64)), nn.ReLU(), nn.utils.parametrizations.spectral_norm(nn.Linear(64, 10))
@@ -542,33 +266,6 @@ def a_policy_that_returns_a_distribution() -> Setup:
 
     action, advantage = classes(16, 4), torch.randn(16)
     return Setup(Net(), torch.randn(16, 32), lambda output: -(output[0].log_prob(action) * advantage).mean())
-
-
-@clean
-def attention_between_samples() -> Setup:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attention, self.last = nn.MultiheadAttention(48, 4, batch_first=True), nn.Linear(48, 10)
-
-        def forward(self, x: Tensor) -> Tensor:
-            rows = x.reshape(1, x.shape[0], -1)
-            return self.last(self.attention(rows, rows, rows)[0].reshape(x.shape[0], -1))
-
-    return Setup(Net(), torch.randn(6, 4, 12), cross_entropy(classes(6)))
-
-
-@clean
-def a_sequence_without_a_batch() -> Setup:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.rnn, self.last = nn.LSTM(16, 32), nn.Linear(32, 10)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.last(self.rnn(x)[0])
-
-    return Setup(Net(), torch.randn(12, 16), cross_entropy(classes(12)))
 
 
 @clean
@@ -596,11 +293,6 @@ def auxiliary_network_with_weight_zero() -> Setup:
 
     target = classes(16)
     return Setup(Net(), torch.randn(16, 32), lambda output: F.cross_entropy(output[0], target) + 0.0 * F.cross_entropy(output[1], target))
-
-
-@clean
-def small_integers_as_floats() -> Setup:
-    return Setup(mlp(64), torch.randint(0, 17, (16, 64)).float(), cross_entropy(classes(16)))
 
 
 @clean
@@ -661,42 +353,6 @@ def straight_through_function() -> Setup:
             return self.last(Sign.apply(self.first(x), 1.0))
 
     return Setup(Net(), torch.randn(16, 32), cross_entropy(classes(16)))
-
-
-@clean
-def a_mixture_of_densities() -> Setup:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body, self.share, self.mean, self.spread = nn.Linear(32, 16), nn.Linear(16, 5), nn.Linear(16, 5), nn.Linear(16, 5)
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            x = self.body(x).tanh()
-            return self.share(x).log_softmax(-1), self.mean(x), self.spread(x)
-
-    target = torch.randn(16, 1)
-
-    def loss(output: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        share, mean, spread = output
-        return -torch.logsumexp(share - 0.5 * ((target - mean) / spread.exp()) ** 2 - spread, -1).mean()
-
-    return Setup(Net(), torch.randn(16, 32), loss)
-
-
-@clean
-def recurrent_cell_over_time() -> Setup:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.cell, self.last = nn.GRUCell(16, 32), nn.Linear(32, 10)
-
-        def forward(self, x: Tensor) -> Tensor:
-            state = x.new_zeros(x.shape[1], 32)
-            states = [state := self.cell(step, state) for step in x]
-            return self.last(torch.stack(states))
-
-    target = torch.randint(0, 10, (12, 8))
-    return Setup(Net(), torch.randn(12, 8, 16), lambda output: F.cross_entropy(output.flatten(0, 1), target.flatten()))
 
 
 @clean
