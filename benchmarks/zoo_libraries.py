@@ -70,7 +70,7 @@ DEPTH = re.compile(
     r"(n_layers?|num_layers|.*num_hidden_layers|num_(encoder|decoder|block|hidden|transformer)_?layers|(.*_)?(encoder|decoder)_layers"
     r"|(encoder_|decoder_)?(depth|num_blocks)|n_blocks)"
 )
-AXIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+AXIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [8, 12, 12]}
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "autoformer": {"prediction_length": 4},
     "informer": {"prediction_length": 4},
@@ -93,11 +93,12 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     },
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "openai_privacy_filter": {"num_local_experts": 8, "experts_implementation": "grouped_mm"},
-    **dict.fromkeys(("glm4v", "glm46v"), {"text_config": {"rope_parameters": {**AXIAL, "mrope_section": [8, 12, 12]}}}),
-    "glm4v_moe": {"text_config": {"head_dim": 128, "rope_parameters": {**AXIAL, "mrope_section": [8, 12, 12]}}},
+    "glm4v": {"text_config": {"rope_parameters": AXIAL}},
+    "glm46v": {"text_config": {"rope_parameters": AXIAL}},
+    "glm4v_moe": {"text_config": {"head_dim": 128, "rope_parameters": AXIAL}},
 }
 """What a configuration needs beside its defaults."""
-ON_CPU = frozenset("fsmt longformer led glm4v_vision qwen3_vl_vision".split())
+ON_CPU = frozenset(("fsmt", "longformer", "led", "glm4v_vision", "qwen3_vl_vision"))
 """Architectures that ask their inputs for values, so that they are run: the meta device has none."""
 
 
@@ -229,8 +230,8 @@ INPUTS: dict[str, Callable[[Any], Inputs]] = {
     # the base model takes what its prenets make of speech or text
     "speecht5": lambda c: {"input_values": zeros(20, c.hidden_size), "decoder_input_values": zeros(20, c.hidden_size)},
     "siglip2": lambda c: {"input_ids": ids(), **patches(c.vision_config)},
-    "siglip2_vision_model": lambda c: patches(c),
-    **dict.fromkeys(("glm4v_vision", "qwen3_vl_vision"), lambda c: packed(c)),
+    "siglip2_vision_model": patches,
+    **dict.fromkeys(("glm4v_vision", "qwen3_vl_vision"), packed),
     "patchtst": lambda c: {"past_values": zeros(c.context_length, c.num_input_channels)},
     "patchtsmixer": lambda c: {"past_values": zeros(c.context_length, c.num_input_channels)},
 }
