@@ -70,6 +70,7 @@ DEPTH = re.compile(
     r"(n_layers?|num_layers|.*num_hidden_layers|num_(encoder|decoder|block|hidden|transformer)_?layers|(.*_)?(encoder|decoder)_layers"
     r"|(encoder_|decoder_)?(depth|num_blocks)|n_blocks)"
 )
+AXIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [8, 12, 12]}
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "autoformer": {"prediction_length": 4},
     "informer": {"prediction_length": 4},
@@ -83,8 +84,22 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 8, "topk_group": 1, "n_group": 1},
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "reformer": {"axial_pos_shape": [4, 4], "attn_layers": ["local", "lsh"], "is_decoder": False},
+    "dbrx": {"attn_config": {"kv_n_heads": 8, "rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "lfm2_moe": {
+        "num_hidden_layers": 2,
+        "num_dense_layers": 1,
+        "layer_types": ["conv", "full_attention"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    },
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "openai_privacy_filter": {"num_local_experts": 8, "experts_implementation": "grouped_mm"},
+    "glm4v": {"text_config": {"rope_parameters": AXIAL}},
+    "glm46v": {"text_config": {"rope_parameters": AXIAL}},
+    "glm4v_moe": {"text_config": {"head_dim": 128, "rope_parameters": AXIAL}},
 }
 """What a configuration needs beside its defaults."""
+ON_CPU = frozenset(("fsmt", "longformer", "led", "glm4v_vision", "qwen3_vl_vision"))
+"""Architectures that ask their inputs for values, so that they are run: the meta device has none."""
 
 
 def transformers_cases() -> Iterator[Case]:
@@ -105,8 +120,9 @@ def build_transformer(kind: str, name: str) -> nn.Module:
     shrink(config, set())
     if hasattr(config, "use_cache"):
         config.use_cache = False
-    with torch.device("meta"):
-        return getattr(transformers, name)(config).to("meta")  # type: ignore[no-any-return]
+    device = "cpu" if kind in ON_CPU else "meta"
+    with torch.device(device):
+        return getattr(transformers, name)(config).to(device)  # type: ignore[no-any-return]
 
 
 def shrink(config: Any, seen: set[int]) -> None:
@@ -138,11 +154,11 @@ def _all_kinds(values: Any) -> Any:
 
 
 def zeros(*shape: int) -> torch.Tensor:
-    return torch.zeros(BATCH, *shape, device="meta")
+    return torch.zeros(BATCH, *shape)
 
 
 def ids(length: int = TOKENS) -> torch.Tensor:
-    return torch.zeros(BATCH, length, dtype=torch.long, device="meta")
+    return torch.zeros(BATCH, length, dtype=torch.long)
 
 
 def transformer_inputs(model: Any) -> Inputs:
@@ -173,6 +189,21 @@ def series(config: Any) -> Inputs:
     }
 
 
+def patches(config: Any) -> Inputs:
+    """Images of different shapes as flat patches, 4 by 4 of them."""
+    return {
+        "pixel_values": zeros(16, config.num_channels * config.patch_size**2),
+        "pixel_attention_mask": torch.ones(BATCH, 16, dtype=torch.long),
+        "spatial_shapes": torch.full((BATCH, 2), 4),
+    }
+
+
+def packed(config: Any) -> Inputs:
+    """One image of 4 by 4 patches in a sequence without a batch."""
+    size = config.in_channels * config.temporal_patch_size * config.patch_size**2
+    return {"hidden_states": torch.zeros(16, size), "grid_thw": torch.tensor([[1, 4, 4]])}
+
+
 BY_NAME: dict[str, Callable[[Any], Inputs]] = {
     "input_values": lambda _: {"input_values": zeros(4000)},
     "input_features": lambda config: {"input_features": zeros(64, getattr(config, "num_mel_bins", None) or 80)},
@@ -188,9 +219,19 @@ INPUTS: dict[str, Callable[[Any], Inputs]] = {
         "returns_to_go": zeros(5, 1),
         "timesteps": ids(5),
     },
-    "dia": lambda c: {"input_ids": ids(), "decoder_input_ids": torch.zeros(BATCH, 5, 9, dtype=torch.long, device="meta")},
+    "dia": lambda c: {"input_ids": ids(), "decoder_input_ids": torch.zeros(BATCH, 5, 9, dtype=torch.long)},
     "idefics3_vision": lambda c: {"pixel_values": zeros(3, c.image_size, c.image_size)},
     "smolvlm_vision": lambda c: {"pixel_values": zeros(3, c.image_size, c.image_size)},
+    "switch_transformers": lambda _: {
+        name: ids() for name in ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask")
+    },
+    "canine": lambda _: {"input_ids": ids(32)},  # more positions than types of tokens
+    "perceiver": lambda c: {"inputs": zeros(20, c.d_model)},
+    # the base model takes what its prenets make of speech or text
+    "speecht5": lambda c: {"input_values": zeros(20, c.hidden_size), "decoder_input_values": zeros(20, c.hidden_size)},
+    "siglip2": lambda c: {"input_ids": ids(), **patches(c.vision_config)},
+    "siglip2_vision_model": patches,
+    **dict.fromkeys(("glm4v_vision", "qwen3_vl_vision"), packed),
     "patchtst": lambda c: {"past_values": zeros(c.context_length, c.num_input_channels)},
     "patchtsmixer": lambda c: {"past_values": zeros(c.context_length, c.num_input_channels)},
 }
@@ -201,19 +242,17 @@ INPUTS: dict[str, Callable[[Any], Inputs]] = {
 
 def diffusers_cases() -> Iterator[Case]:
     for name, (arguments, inputs) in DIFFUSERS.items():
-        yield Case(
-            "diffusers", name, lambda name=name, arguments=arguments: _on_meta("diffusers", name, arguments), lambda _, i=inputs: i()
-        )
+        yield Case("diffusers", name, lambda name=name, arguments=arguments: _build("diffusers", name, arguments), lambda _, i=inputs: i())
 
 
-def _on_meta(module: str, name: str, arguments: Mapping[str, Any]) -> nn.Module:
+def _build(module: str, name: str, arguments: Mapping[str, Any], device: str = "meta") -> nn.Module:
     kind = getattr(importlib.import_module(module), name)
-    with torch.device("meta"):
+    with torch.device(device):
         return kind(**arguments)  # type: ignore[no-any-return]
 
 
 def times() -> torch.Tensor:
-    return torch.zeros(BATCH, dtype=torch.long, device="meta")
+    return torch.zeros(BATCH, dtype=torch.long)
 
 
 UNET = {"sample_size": 16, "block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8}
@@ -322,9 +361,9 @@ DIFFUSERS: dict[str, tuple[dict[str, Any], Callable[[], Inputs]]] = {
             "hidden_states": zeros(9, 16),
             "encoder_hidden_states": zeros(5, 24),
             "pooled_projections": zeros(16),
-            "timestep": torch.zeros(BATCH, device="meta"),
-            "img_ids": torch.zeros(9, 3, device="meta"),
-            "txt_ids": torch.zeros(5, 3, device="meta"),
+            "timestep": torch.zeros(BATCH),
+            "img_ids": torch.zeros(9, 3),
+            "txt_ids": torch.zeros(5, 3),
         },
     ),
     "SanaTransformer2DModel": (
@@ -369,12 +408,18 @@ def monai_cases() -> Iterator[Case]:
         yield Case(
             "monai",
             key,
-            lambda name=name, arguments=arguments: _on_meta("monai.networks.nets", name, arguments),
+            lambda name=name, arguments=arguments: _build("monai.networks.nets", name, arguments, _device_of(name)),
             lambda _, s=shape: zeros(*s),
         )
 
 
+def _device_of(name: str) -> str:
+    """SwinUNETR computes its rates of stochastic depth while it is built."""
+    return "cpu" if name == "SwinUNETR" else "meta"
+
+
 PLAIN = {"spatial_dims": 2, "in_channels": 1, "out_channels": 3}
+RESAMPLED = {"downsample_parameters": ((2, 4, 1, 1),) * 2, "upsample_parameters": ((2, 4, 1, 1, 0),) * 2}
 MONAI: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "UNet": ({**PLAIN, "channels": (8, 16, 32), "strides": (2, 2), "num_res_units": 2}, (1, 32, 32)),
     "UNet/plain": ({**PLAIN, "channels": (8, 16, 32), "strides": (2, 2), "num_res_units": 0}, (1, 32, 32)),
@@ -417,7 +462,7 @@ MONAI: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
         {
             "in_channels": 1,
             "img_size": 32,
-            "patch_size": 8,
+            "patch_size": 4,
             "hidden_size": 48,
             "mlp_dim": 64,
             "num_layers": 2,
@@ -457,7 +502,7 @@ MONAI: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "FullyConnectedNet": ({"in_channels": 8, "out_channels": 2, "hidden_channels": (16, 16), "dropout": 0.1}, (8,)),
     "MedNeXtS": ({"spatial_dims": 2, "in_channels": 1, "out_channels": 2}, (1, 64, 64)),
     "VoxelMorphUNet": (
-        {"spatial_dims": 2, "in_channels": 2, "unet_out_channels": 8, "channels": (8, 16, 16), "final_conv_channels": (8,)},
+        {"spatial_dims": 2, "in_channels": 2, "unet_out_channels": 8, "channels": (8, 16, 16, 8), "final_conv_channels": (8,)},
         (2, 32, 32),
     ),
     "AutoencoderKL": (
@@ -473,7 +518,7 @@ MONAI: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
         (1, 32, 32),
     ),
     "VQVAE": (
-        {**PLAIN, "out_channels": 1, "channels": (8, 16), "num_res_layers": 1, "num_res_channels": (8, 16)},
+        {**PLAIN, "out_channels": 1, "channels": (8, 16), "num_res_layers": 1, "num_res_channels": (8, 16), **RESAMPLED},
         (1, 32, 32),
     ),
     "PatchDiscriminator": ({"spatial_dims": 2, "channels": 8, "in_channels": 1}, (1, 64, 64)),
@@ -488,13 +533,13 @@ def torchaudio_cases() -> Iterator[Case]:
         yield Case(
             "torchaudio",
             name,
-            lambda name=name, arguments=arguments: _on_meta("torchaudio.models", name, arguments),
+            lambda name=name, arguments=arguments: _build("torchaudio.models", name, arguments, "cpu"),
             lambda _, i=inputs: i(),
         )
 
 
 def lengths(value: int) -> torch.Tensor:
-    return torch.full((BATCH,), value, device="meta")
+    return torch.full((BATCH,), value)
 
 
 def _waves(**options: Any) -> dict[str, Any]:
@@ -514,7 +559,6 @@ def _waves(**options: Any) -> dict[str, Any]:
         "encoder_dropout": 0.1,
         "encoder_layer_norm_first": False,
         "encoder_layer_drop": 0.0,
-        "aux_num_out": None,
         **options,
     }
 
@@ -535,7 +579,7 @@ TORCHAUDIO: dict[str, tuple[dict[str, Any], Callable[[], Inputs]]] = {
         {"upsample_scales": [2, 2], "n_classes": 8, "hop_length": 4, "n_freq": 10, "n_rnn": 16, "n_fc": 16},
         lambda: (zeros(1, 24), zeros(1, 10, 10)),
     ),
-    "wav2vec2_model": (_waves(), lambda: zeros(800)),
+    "wav2vec2_model": (_waves(aux_num_out=None), lambda: zeros(800)),
     "hubert_pretrain_model": (
         _waves(
             mask_prob=0.8,
@@ -625,7 +669,9 @@ def read_case(case: Case, codes: list[str]) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = case.build()
-            subject = Subject(model=model.train(), example_inputs=case.inputs(model), measure=False)
+            with torch.device(next(model.parameters()).device):
+                inputs = case.inputs(model)
+            subject = Subject(model=model.train(), example_inputs=inputs, measure=False)
             found, graph = read_findings(subject, codes)
         row |= found
         if graph is not None:

@@ -25,12 +25,14 @@ def encoder_decoder(encoder: int = 2, decoder: int = 3) -> Formula:
 
 
 def _encoder_layers(config: Any) -> int:
+    config = getattr(config, "encoder", None) or getattr(config, "encoder_config", config)
     names = ("encoder_layers", "num_encoder_layers", "encoder_num_hidden_layers", "num_layers", "num_hidden_layers")
     return int(next(value for name in names if (value := getattr(config, name, None)) is not None))
 
 
 def _decoder_layers(config: Any) -> int:
-    names = ("decoder_layers", "num_decoder_layers", "decoder_num_hidden_layers", "num_layers")
+    config = getattr(config, "decoder", None) or getattr(config, "decoder_config", config)
+    names = ("decoder_layers", "num_decoder_layers", "decoder_num_hidden_layers", "num_layers", "num_hidden_layers")
     return int(next(value for name in names if (value := getattr(config, name, None)) is not None))
 
 
@@ -125,7 +127,8 @@ SPECIAL: dict[str, Formula] = {
     "mobilenet_v2": lambda c: 10,  # repeats 1, 2, 3, 4, 3, 3, 1, all but the first of a stage
     "levit": lambda c: 2 * sum(c.depths) + 2,  # of each down-sampling its feed-forward
     "canine": lambda c: 2 * (c.num_hidden_layers + 2),  # a local layer before, one after
-    "perceiver": lambda c: 2 * (c.num_blocks * c.num_self_attends_per_block + 1),  # one cross-attention layer before
+    # one cross-attention layer before, whose first addition is to the latents: a parameter, no stream (as in the class blocks of CaiT)
+    "perceiver": lambda c: 2 * (c.num_blocks * c.num_self_attends_per_block + 1) - 1,
     "mobilebert": lambda c: (2 + c.num_feedforward_networks) * c.num_hidden_layers,  # attention, stacked and last feed-forward, bottleneck
     "blip": lambda c: 2 * c.vision_config.num_hidden_layers + 2 * c.text_config.num_hidden_layers,
     "cohere2_vision": lambda c: c.text_config.num_hidden_layers,  # attention and feed-forward in parallel
@@ -210,6 +213,9 @@ def _gamma(*more: str) -> tuple[str, ...]:
 
 
 ROLES: list[tuple[str, tuple[str, ...]]] = [
+    (r"self_attn\.relative_pos_embeddings\.weight$", ("weight",)),  # ProphetNet's is a linear layer that gives scores
+    (r"embed_positions\.pe_k\.weight$", ("relative_position",)),  # SpeechT5 multiplies it with queries
+    (r"bottleneck\.input\.LayerNorm\.weight$", ("gain", "layer_scale")),  # MobileBERT's norm is none: it scales and shifts
     (r"relative_position_bias_table$|relative_attention_bias\.weight$|rel_pos_[hwd]$|rel_embeddings\.weight$", ("relative_position",)),
     (r"(layer_?scale\w*(\.lambda1|\.gamma)?|lambda_?1|lambda_?2|gamma_[12])$", ("layer_scale",)),
     (r"(cls|class|register|mask|distillation|dist|bos|pad)_?tokens?$|class_embedding$|query_tokens$|latents$", ("token",)),
@@ -222,7 +228,7 @@ ROLES: list[tuple[str, tuple[str, ...]]] = [
         r"(layer_?norm\w*|rms_?norm|\w*norm_\w+|LayerNorm|_norm|\bnorm\d*|\bln_\w+|normalization|bn\d?|batch_?norm\w*)\.weight$",
         _gamma("gain"),
     ),
-    (r"(layer_?norm\w*|LayerNorm|_norm|\bnorm\d*|\bln_\w+|normalization|bn\d?|batch_?norm\w*)\.bias$", ("beta", "bias")),
+    (r"(layer_?norm\w*|LayerNorm|\w*norm_\w+|_norm|\bnorm\d*|\bln_\w+|normalization|bn\d?|batch_?norm\w*)\.bias$", ("beta", "bias")),
     (r"experts\.(gate_up_proj|down_proj|up_proj|gate_proj)$", ("weight",)),
     (r"(proj|fc\d?|dense|query|key|value|qkv|out|lin\d?|[qkvo]|wi|wo|w[123])\.weight$", ("weight",)),
     (r"(proj|fc\d?|dense|query|key|value|qkv|out|lin\d?)\.bias$", ("bias",)),

@@ -11,7 +11,10 @@ from pl_normkit.graph.structure import Head
 
 
 def find_heads(nodes: Sequence[Node]) -> list[Head]:
-    """The heads behind every global average pooling, in execution order of the poolings."""
+    """The heads behind every global average pooling, in execution order of the poolings.
+
+    A maximum alone makes none: what is read off a head (the noise that averaging keeps, NK104 and NK106) holds of averages.
+    """
     return [head for node in nodes if node.is_global_pool for head in _heads_after(node)]
 
 

@@ -120,13 +120,13 @@ def as_residual(found: Sum) -> ResidualAdd | None:
       (a position that is added again to make queries and keys).
     - all ways run at the same resolutions. One that comes back from another joins levels: a fusion.
     - shortcut and branches read the same part of the split, not neighbouring slices (cascades, recurrences).
-    - the sum is no attention score.
+    - the sum is no attention score, and no sum of contexts that are each weighed by another part of one value (FocalNet).
 
     The split is the last value that all paths to the operands pass. Where values from elsewhere enter a branch there is none, or one
     too far back; then it is the value nearest to the sum, on the way back along the shortcut, from which all branches lead.
     """
     ends = [operand for operand in found.operands if operand not in found.subtracted and operand.numel == found.node.numel]
-    if not ends or _is_score(found) or _is_recurrence(found):
+    if not ends or _is_score(found) or _is_recurrence(found) or _is_weighed(found):
         return None
     readings = (_residual_of(found, shortcut, branches) for shortcut, branches in _readings(found, ends))
     return next((add for add in readings if add is not None), None)
@@ -313,7 +313,7 @@ def joins_features(found: Sum) -> bool:
     if _feeds_attention(found.node) or _is_recurrence(found) or _adds_again(found):
         return False
     makers = [_maker(operand) for operand in found.operands]
-    if all(map(_is_lookup, makers)) or _is_gated(found):
+    if all(map(_is_lookup, makers)) or _is_gated(found) or _is_weighed(found):
         return False
     if any(maker.kind is Kind.MATMUL for maker in makers) and not any(maker.kind in _LAYERS for maker in makers):
         return False
@@ -346,6 +346,24 @@ def _is_gated(found: Sum) -> bool:
     )
 
 
+def _is_weighed(found: Sum) -> bool:
+    """Whether each operand is scaled by a part of its own of one value (contexts that a layer weighs): none is handed on."""
+    weighers = []
+    for operand in found.operands:
+        node = operand
+        while (node.kind in PASSING or node.kind is Kind.ADD) and len(node.inputs) == 1 and node.op not in _PARTS:
+            node = node.inputs[0]
+        weighers.append({_part(part) for part in map(_before_views, node.inputs) if part.op in _PARTS} if node.kind is Kind.MUL else set())
+    sources = [{part[0] for part in parts} for parts in weighers]
+    return bool(set.intersection(*sources)) and len(set.union(*weighers)) >= len(weighers)
+
+
+def _before_views(node: Node) -> Node:
+    while node.kind is Kind.VIEW and len(node.inputs) == 1 and node.op not in _PARTS:
+        node = node.inputs[0]
+    return node
+
+
 def _adds_again(found: Sum) -> bool:
     """Whether an operand is added to what became of it while that lives on beside the sum (positions added anew in each layer)."""
     for operand in found.operands:
@@ -368,7 +386,8 @@ def _is_router(softmax: Node) -> bool:
     while len(node.inputs) == 1 and node.kind is not Kind.WEIGHT and node.shape == node.inputs[0].shape:
         node = node.inputs[0]
     features = len(node.shape) - 1 if node.op in ("linear", "addmm", "einsum", "matmul") else 1
-    is_layer = node.kind is Kind.WEIGHT and len(node.inputs) == 1 and node.shape == softmax.shape
+    asks = node.arguments[:1] in (("other",), ("mat2",))  # a learned query times keys
+    is_layer = node.kind is Kind.WEIGHT and len(node.inputs) == 1 and node.shape == softmax.shape and not asks
     return is_layer and int(softmax.argument("dim", 1, -1)) % len(softmax.shape) == features
 
 

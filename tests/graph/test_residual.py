@@ -190,6 +190,14 @@ def _highway(m: Written, x: Tensor) -> Tensor:
     return m.out(gate * m.k(x).relu() + (1 - gate) * x)
 
 
+def _weighed_contexts(m: Written, x: Tensor) -> Tensor:
+    x = F.max_pool2d(x, 4)  # fewer positions than channels: each gate is smaller than what it weighs
+    weights, near = m.second(x), m.project(x).relu()
+    far = m.branch(near)
+    everywhere = far.mean((2, 3), keepdim=True)
+    return m.up(near * weights[:, :1] + far * weights[:, 1:2] + everywhere * weights[:, 2:3])
+
+
 def _rotated(m: Written, x: Tensor) -> Tensor:
     q = m.q(x)
     turned = torch.stack([-q[..., 1::2], q[..., ::2]], dim=-1).reshape_as(q)
@@ -219,6 +227,7 @@ LOOK_ALIKES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], int]] = {
     "linear attention, its first state zero": (_linear_attention, (TOKENS,), 0),
     "rows of a triangle, in place": (_rows_in_place, (TOKENS,), 0),
     "highway": (_highway, (TOKENS,), 0),
+    "contexts, each weighed": (_weighed_contexts, (X,), 0),
     "rotary embedding, in the shape of another value": (_rotated, (TOKENS,), 0),
     "gate as wide as the features": (lambda m, x: torch.lerp(m.branch(x), x, m.second(x).sigmoid()), (X,), 0),
 }
@@ -238,8 +247,13 @@ def test_they_are_no_fusions_either(forward: Callable[..., Any]) -> None:
     assert fusions(forward, TOKENS) == 0
 
 
-def test_embeddings_of_one_token_are_no_fusion() -> None:
-    assert fusions(_embedded, TIED) == 0
+@pytest.mark.parametrize(("forward", "x"), [(_embedded, TIED), (_weighed_contexts, X)])
+def test_embeddings_of_one_token_and_weighed_contexts_are_no_fusion(forward: Callable[..., Any], x: Tensor) -> None:
+    assert fusions(forward, x) == 0
+
+
+def test_a_shortcut_that_alone_is_weighed_is_one() -> None:
+    assert adds(lambda m, x: m.up(x * m.second(x)[:, :1] + m.branch(x)), X) == (1, 0)
 
 
 def _coupled(m: Written, x: Tensor) -> Tensor:
@@ -270,7 +284,11 @@ def _router(m: Written, x: Tensor) -> Tensor:
     return torch.einsum("ble,bled->bld", chances, torch.einsum("bld,ed->bled", x, m.k.weight))
 
 
-@pytest.mark.parametrize(("forward", "expected"), [(_softmax_of_einsum, 1), (_router, 0)])
+def _learned_queries(m: Written, x: Tensor) -> Tensor:
+    return (m.experts @ m.k(x).transpose(1, 2)).softmax(-1) @ m.v(x)
+
+
+@pytest.mark.parametrize(("forward", "expected"), [(_softmax_of_einsum, 1), (_learned_queries, 1), (_router, 0)])
 def test_a_softmax_that_weighs_experts_is_no_attention(forward: Callable[..., Any], expected: int) -> None:
     assert len(ModelGraph.from_model(Written(forward), TOKENS).attentions) == expected
 

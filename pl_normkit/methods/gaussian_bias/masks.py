@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map_only
 
 _BLOCKING = -1e4  # additive masks block with -inf or with a number that softmax turns into 0
 
@@ -32,8 +33,7 @@ def _constant(node: fx.Node) -> Tensor | None:
         if step.op != "call_function" or not isinstance(step.target, torch._ops.OpOverload) or _is_random(step.target):
             return None
         args, kwargs = fx.map_arg((step.args, step.kwargs), lambda arg: known[arg])
-        if "device" in kwargs:
-            kwargs = {**kwargs, "device": torch.device("cpu")}
+        args, kwargs = tree_map_only(torch.device, lambda _: torch.device("cpu"), (args, kwargs))  # the meta device has no values
         known[step] = step.target(*args, **kwargs)
     return known[node] if isinstance(known[node], Tensor) else None
 

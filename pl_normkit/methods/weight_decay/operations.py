@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
+from torch import Tensor
+
 from pl_normkit.graph import Branch, Kind, ModelGraph, Node, Norm, Read, ResidualAdd, Step
 from pl_normkit.graph.nodes import kind_of
 from pl_normkit.methods.weight_decay.roles import Role
@@ -379,12 +381,31 @@ def _spans_positions(shape: Sequence[int], whole: Sequence[int]) -> bool:
 
 
 def _in_product(read: Read, last: Step, node: Node, context: Context) -> Role:
-    """A table multiplied with queries is added to their scores with the keys; without those the parameter is the query itself."""
+    """A table multiplied with queries is added to their scores with the keys; without those the parameter is the query itself.
+
+    One multiplied with what indices or shapes alone give is looked up by them (one-hot vectors, weights of an interpolation).
+    """
     if last.op == "baddbmm" and last.argument == "self":
         return Role.RELATIVE_POSITION if context.reaches_attention_logits(node) else Role.BIAS
     if not context.reaches_attention_logits(node):
-        return Role.WEIGHT
+        return Role.EMBEDDING if _is_of_indices(node) else Role.WEIGHT
     return Role.RELATIVE_POSITION if context.joins_attention_logits(node) else Role.TOKEN
+
+
+def _is_of_indices(node: Node) -> bool:
+    """Whether whole numbers that the model was called with are all that an operation reads beside its parameter."""
+    sources = dict.fromkeys(node.inputs)
+    for source in (pending := list(sources)):
+        if source.reads or (not source.inputs and not _holds_whole_numbers(source)):
+            return False
+        pending += [before for before in source.inputs if before not in sources]
+        sources.update(dict.fromkeys(source.inputs))
+    return bool(sources)
+
+
+def _holds_whole_numbers(source: Node) -> bool:
+    value = source.target.meta.get("val")
+    return isinstance(value, Tensor) and not value.is_floating_point() and not value.is_complex()
 
 
 def _as_factor(_: Read, last: Step, node: Node, context: Context) -> Role:

@@ -136,11 +136,12 @@ def test_masks_that_nn_multihead_attention_replaces(mask: Any, fires: bool) -> N
     assert [finding.cause for finding in found] == ["is_causal"] * fires
 
 
-@pytest.mark.parametrize("kind", ["ViT", "Dinov2"])
-def test_an_all_true_mask_of_transformers_is_no_position(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "device"), [("ViT", "cpu"), ("Dinov2", "cpu"), ("Idefics3Vision", "meta")])
+def test_an_all_true_mask_of_transformers_is_no_position(kind: str, device: str) -> None:
     settings = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 64}
-    model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**settings, patch_size=16))
-    (found,) = findings(model, torch.zeros(2, 3, 64, 64), "NK601")
+    config = getattr(transformers, f"{kind}Config")(**settings, patch_size=16)
+    model = getattr(transformers, f"{kind}Transformer" if "Vision" in kind else f"{kind}Model")(config).to(device)
+    (found,) = findings(model, torch.zeros(2, 3, 64, 64, device=device), "NK601")
     assert (found.code, len(found.places)) == ("NK601", 2)
 
 

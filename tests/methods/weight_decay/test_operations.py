@@ -273,6 +273,34 @@ def _latents_that_ask_and_are_added_to_the_answer() -> Case:
 
 
 @case
+def _latents_that_ask_by_heads() -> Case:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        q, k, v = (net.q(net.norm(net.latents)), net.k(x), net.v(x))
+        scores = heads(q.expand(2, -1, -1)) @ heads(k).transpose(-1, -2) / 2
+        return net.latents + (scores.softmax(-1) @ heads(v)).transpose(1, 2).flatten(2)
+
+    roles = {"latents": R.TOKEN, "norm.weight": R.GAMMA_TRUNK, "norm.bias": R.BETA, **QKV}
+    return Net(forward, latents=p(1, 3, 8), norm=nn.LayerNorm(8), **qkv()), TOKENS, roles
+
+
+def heads(x: Tensor) -> Tensor:
+    return x.unflatten(-1, (2, 4)).transpose(1, 2)
+
+
+@case
+def _tables_looked_up_by_a_product() -> Case:
+    """By one-hot vectors, and by weights that the sizes of images give; a layer of measured numbers is none."""
+
+    def forward(net: Any, words: Tensor, sizes: Tensor, x: Tensor) -> Tensor:
+        weights = (1 - (torch.arange(5) - sizes[:, None, None] / 6 * torch.arange(6)[:, None]).abs()).clamp(min=0)
+        return F.one_hot(words, 7).float() @ net.words + weights @ net.places + x @ net.layer
+
+    roles = {"words": R.EMBEDDING, "places": R.EMBEDDING, "layer": R.WEIGHT}
+    inputs = (torch.zeros(2, 6, dtype=torch.long), torch.ones(2, dtype=torch.long), TOKENS)
+    return Net(forward, words=p(7, 8), places=p(5, 8), layer=p(8, 8)), inputs, roles
+
+
+@case
 def _queries_of_a_decoder_through_the_fused_kernel() -> Case:
     def forward(net: Any, x: Tensor) -> Tensor:
         q = net.q(net.queries.weight)[None].expand(2, -1, -1)
