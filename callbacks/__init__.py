@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "AdaptiveGradientClipping",
     "AtrousRates",
     "DepthProfile",
     "DropoutPlacement",
@@ -16,12 +17,14 @@ __all__ = [
     "NormSchedule",
     "PositionalVariance",
     "RecalibrateBatchNorm",
+    "SAMOnNorms",
     "ScaleEqualization",
     "StochasticPooling",
     "SwapNorms",
     "TimestepEmbedding",
 ]
 
+from pl_normkit.callbacks.adaptive_gradient_clipping import AdaptiveGradientClipping
 from pl_normkit.callbacks.atrous_rates import AtrousRates
 from pl_normkit.callbacks.depth_profile import DepthProfile
 from pl_normkit.callbacks.dropout_placement import DropoutPlacement
@@ -35,6 +38,7 @@ from pl_normkit.callbacks.norm_placement import NormPlacement
 from pl_normkit.callbacks.norm_schedule import NormSchedule
 from pl_normkit.callbacks.positional_variance import PositionalVariance
 from pl_normkit.callbacks.recalibrate_batch_norm import RecalibrateBatchNorm
+from pl_normkit.callbacks.sam_on_norms import SAMOnNorms
 from pl_normkit.callbacks.scale_equalization import ScaleEqualization
 from pl_normkit.callbacks.stochastic_pooling import StochasticPooling
 from pl_normkit.callbacks.swap_norms import SwapNorms

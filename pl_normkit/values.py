@@ -1,8 +1,8 @@
-"""New values for parameters and buffers as one edit."""
+"""New values for parameters and buffers, and which parameters are trained, as one edit."""
 
 from __future__ import annotations
 
-__all__ = ["SetValues"]
+__all__ = ["SetTrainable", "SetValues"]
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,6 +41,35 @@ class SetValues:
         def undo() -> None:
             for name, parameter in parameters.items():
                 parameter.copy_(saved[name])
+
+        return Change(self.module, self.what), undo
+
+
+@dataclass(frozen=True)
+class SetTrainable:
+    """Set `requires_grad` of parameters, which stay the same objects. Names are those of `named_parameters`."""
+
+    module: str
+    trainable: Mapping[str, bool]
+    what: str
+
+    def check(self, model: nn.Module) -> None:
+        for name, wanted in self.trainable.items():
+            if wanted and not _held(model, name).dtype.is_floating_point:
+                raise EditError("only numbers with a fraction can be trained", where=name, evidence=str(_held(model, name).dtype))
+
+    def is_done(self, model: nn.Module) -> bool:
+        return all(_held(model, name).requires_grad is wanted for name, wanted in self.trainable.items())
+
+    def apply(self, model: nn.Module) -> tuple[Change, Undo]:
+        parameters = {name: _held(model, name) for name in self.trainable}
+        before = {name: parameter.requires_grad for name, parameter in parameters.items()}
+        for name, wanted in self.trainable.items():
+            parameters[name].requires_grad_(wanted)
+
+        def undo() -> None:
+            for name, parameter in parameters.items():
+                parameter.requires_grad_(before[name])
 
         return Change(self.module, self.what), undo
 

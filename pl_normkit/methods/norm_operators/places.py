@@ -12,6 +12,7 @@ from torch import nn
 
 from pl_normkit.graph import ModelGraph
 from pl_normkit.methods.norm_operators.operators import OldNorm, Place
+from pl_normkit.norm_modules import eps_of, is_written_rms_norm
 
 _CHANNELS_FIRST = frozenset(
     (("timm.layers.norm", "LayerNorm2d"), ("timm.layers.norm", "RmsNorm2d"), ("torchvision.models.convnext", "LayerNorm2d"))
@@ -45,30 +46,6 @@ def why_no_batch_norm(module: nn.Module, path: str) -> str:
     return "" if path else "the model itself cannot be replaced"
 
 
-@torch.no_grad()
-def is_written_rms_norm(module: nn.Module) -> bool:
-    """Whether a module of another library (LlamaRMSNorm, T5LayerNorm) computes gamma x / rms(x), gamma as stored: found by running it."""
-    weight = module._parameters.get("weight")
-    has_more = len(list(module.parameters())) != 1 or any(True for _ in module.children()) or any(True for _ in module.buffers())
-    if "Norm" not in type(module).__name__ or type(module).__module__.startswith("torch.") or has_more or weight is None:
-        return False
-    if weight.ndim != 1 or weight.is_meta:
-        return False
-    rows = torch.linspace(-1, 2, 3 * weight.numel(), device=weight.device, dtype=weight.dtype).reshape(3, -1)
-    try:
-        found = module(rows)
-    except (TypeError, RuntimeError):  # it takes something else: a gate, a time, another shape
-        return False
-    expected = nn.functional.rms_norm(rows, weight.shape, weight, _eps_of(module))
-    half = weight.dtype in (torch.float16, torch.bfloat16)
-    return isinstance(found, torch.Tensor) and found.shape == rows.shape and torch.allclose(found, expected, rtol=2e-2 if half else 1e-4)
-
-
-def _eps_of(module: nn.Module) -> float | None:
-    names = ("eps", "variance_epsilon", "epsilon")
-    return next((value for name in names if isinstance(value := getattr(module, name, None), (float, int))), None)
-
-
 def _name_of(module: nn.Module) -> tuple[str, str]:
     return type(module).__module__, type(module).__name__
 
@@ -87,7 +64,7 @@ def old_norm(module: nn.Module) -> OldNorm:
     """What there is to take over from a norm or a convolution."""
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     like = next((tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()), torch.empty(0))
-    eps = _eps_of(module)
+    eps = eps_of(module)
     eps = float(torch.finfo(like.dtype).eps if eps is None else eps)
     is_written = is_written_rms_norm(module)
     is_row = is_written or isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or _name_of(module) in _ROWS | _CHANNELS_FIRST

@@ -24,6 +24,7 @@ class RowNorm(nn.Module):
     them the norm reads.
     """
 
+    is_norm: ClassVar[bool] = True  # for `pl_normkit.norm_modules`
     takes: ClassVar[tuple[str, ...]] = ()
     weight: nn.Parameter | None
     bias: nn.Parameter | None

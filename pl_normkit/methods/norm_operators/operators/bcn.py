@@ -6,7 +6,7 @@ __all__ = ["OPERATOR", "BatchChannelNorm"]
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from pl_normkit.methods.norm_operators.places import batch_norms
 
 class BatchChannelNorm(nn.Module):
     """The old batch norm, then torch's group norm without parameters, then a scale and a shift for each group."""
+
+    is_norm: ClassVar[bool] = True  # for `pl_normkit.norm_modules`
 
     def __init__(self, old: OldNorm, groups: int) -> None:
         super().__init__()
