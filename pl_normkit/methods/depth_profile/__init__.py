@@ -10,9 +10,12 @@ Models", arXiv 2402.17762, "NormFormer", arXiv 2110.09456 (gradients over depth)
     measure.py     `measure_depth_profile`, `DepthProbe`
     profile.py     `DepthProfile`: table, JSON, figure
     fits.py        growth by a constant or by a factor
+    subjects.py    probe and profile of what is audited
+    placement.py   where the norms of the branches stand, read off the graph
     stuck.py       `StuckGradients`: a run whose first blocks get no gradient
     stability.py   `stability_probe`: the first steps again under three changes
     rules.py       NK901 to NK905
+    placement_rules.py  NK906 to NK908, imported by rules.py
     commands.py    `pl-normkit profile`, `pl-normkit stability`
 """
 

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from pl_normkit.commands import command, model_command
+from pl_normkit.commands import model_command
 from pl_normkit.errors import ConfigError, DataError
 from pl_normkit.importing import import_object, users_code
 from pl_normkit.methods.depth_profile.measure import measure_depth_profile
 from pl_normkit.methods.depth_profile.stability import stability_probe
-from pl_normkit.specs import build_model
 
 
 @model_command(
@@ -40,11 +39,10 @@ def _profile(options: argparse.Namespace, model: nn.Module, inputs: Any) -> int:
     return 0
 
 
-@command(
+@model_command(
     "stability",
     "train the first steps again: learning rate x5, initial std x0.1, no warm-up",
     {
-        "model": {"help": "as for lint: timm:NAME, package.module:builder and the like; the code it names is run"},
         "--batches": {
             "required": True,
             "metavar": "MODULE:NAME",
@@ -58,11 +56,12 @@ def _profile(options: argparse.Namespace, model: nn.Module, inputs: Any) -> int:
         "--device": {"default": "cpu", "help": "where to train (cpu)"},
         "--json": {"action": "store_true", "help": "print JSON instead of a table"},
     },
+    device="cpu",
+    takes_inputs=False,
 )
-def _stability(options: argparse.Namespace) -> int:
-    """0 when no changed run diverged, 1 when one did."""
-    torch.manual_seed(0)
-    model = build_model(options.model, device=options.device)
+def _stability(options: argparse.Namespace, model: nn.Module, _: None) -> int:
+    """0 when no run diverged, 1 when one did."""
+    model.to(options.device)
     loss_fn = None if options.loss is None else _function(options.loss)
     make = None
     if options.lr is not None or not hasattr(model, "configure_optimizers"):
