@@ -6,6 +6,7 @@ Models", arXiv 2402.17762, "NormFormer", arXiv 2110.09456 (gradients over depth)
 
     find.py        the residual additions in the graph
     watch.py       sees them while the model runs
+    entropy.py     entropy of attention weights
     statistics.py  numbers of a hidden state
     measure.py     `measure_depth_profile`, `DepthProbe`
     profile.py     `DepthProfile`: table, JSON, figure

@@ -23,6 +23,7 @@ from pl_normkit.methods.depth_profile.stability import stability_probe
     "measure the residual stream of a model over its depth, on made-up inputs",
     {
         "--eval": {"action": "store_true", "help": "in eval mode, without dropout (default: the mode the builder gives)"},
+        "--entropy": {"action": "store_true", "help": "also the entropy of attention weights"},
         "--json": {"action": "store_true", "help": "print JSON instead of a table"},
         "--out": {"type": Path, "metavar": "FILE", "help": "PNG to write, a panel a measure"},
     },
@@ -32,7 +33,7 @@ def _profile(options: argparse.Namespace, model: nn.Module, inputs: Any) -> int:
     if options.eval:
         model.eval()
     with users_code("the model cannot be profiled", fix="check --input and the model"):
-        profile = measure_depth_profile(model, inputs)
+        profile = measure_depth_profile(model, inputs, entropy=options.entropy)
     if options.out is not None:
         profile.plot(options.out)
     print(profile.to_json() if options.json else profile)  # noqa: T201
