@@ -32,7 +32,7 @@ class DepthProfile(Callback):
 
     Args:
         every_n_steps: optimizer steps between two profiles.
-        panels: measures in the figure; () draws none.
+        panels: measures in the figure; () draws none. "entropy" and "entropy_lowest" are measured only where they are named here.
         gradient_every: optimizer steps between two readings of the gradients; the median of three counts.
 
     Attributes:
@@ -115,7 +115,7 @@ class DepthProfile(Callback):
                 failure = error
                 continue
             if unwrapped(network) is self._probe.model:
-                return self._probe.measure(inputs)
+                return self._probe.measure(inputs, entropy=any(name.startswith("entropy") for name in self.panels))
         raise failure
 
     def _fail(self, error: Exception) -> None:

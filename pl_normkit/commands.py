@@ -82,20 +82,22 @@ def model_command(
     arguments: Arguments,
     *,
     device: str = "meta",
+    takes_inputs: bool = True,
 ) -> Callable[[Callable[[argparse.Namespace, nn.Module, Any], int]], Callable[[argparse.Namespace, nn.Module, Any], int]]:
     """The same for a command on a model: it gets the model and its example inputs as well, on `device`.
 
-    Where they hold values, these are the same in every run.
+    Where they hold values, these are the same in every run. Without `takes_inputs` there is no `--input`, and the inputs are None.
     """
-    of_model: Arguments = {
+    of_model: dict[str, Mapping[str, Any]] = {
         "model": {"help": "as for lint: timm:NAME, package.module:builder and the like; the code it names is run"},
-        "--input": {
+    }
+    if takes_inputs:
+        of_model["--input"] = {
             "action": "append",
             "default": [],
             "metavar": "SIZES",
             "help": "sizes without the batch, as for lint: 3,224,224 (default: the model's own)",
-        },
-    }
+        }
 
     def register(run: Callable[[argparse.Namespace, nn.Module, Any], int]) -> Callable[[argparse.Namespace, nn.Module, Any], int]:
         def build_and_run(options: argparse.Namespace) -> int:
@@ -109,7 +111,8 @@ def model_command(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 model = build_model(options.model, device=device)
-                return run(options, model, parse_inputs(options.input, model, spec=options.model, device=device))
+                inputs = parse_inputs(options.input, model, spec=options.model, device=device) if takes_inputs else None
+                return run(options, model, inputs)
 
         build_and_run.__module__, build_and_run.__qualname__ = run.__module__, run.__qualname__
         command(name, help, {**of_model, **arguments})(build_and_run)

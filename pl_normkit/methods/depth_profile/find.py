@@ -38,6 +38,7 @@ class Addition:
         width: number of channels.
         is_nested: whether it stands inside the branch of another addition, so that it is no step of the main stream.
         parameters: names of the parameters that its branches read.
+        attentions: number of attention products in its branches.
     """
 
     module: str
@@ -50,6 +51,7 @@ class Addition:
     width: int
     is_nested: bool
     parameters: tuple[str, ...]
+    attentions: int = 0
 
 
 def find_additions(graph: ModelGraph) -> list[Addition]:
@@ -57,6 +59,7 @@ def find_additions(graph: ModelGraph) -> list[Addition]:
     calls = _calls(graph)
     adds = [add for add in graph.residual_adds if any(branch.of_kind(Kind.WEIGHT) for branch in add.branches)]
     nested = {add.node for add in adds if any(add.node in branch for other in adds if other is not add for branch in other.branches)}
+    attending = {attention.node for attention in graph.attentions}
     found = []
     for add in adds:
         entered = _entered_by(add, calls)
@@ -75,6 +78,7 @@ def find_additions(graph: ModelGraph) -> list[Addition]:
                     add.node.shape[axis],
                     add.node in nested,
                     tuple(names),
+                    sum(inner in attending for branch in add.branches for inner in branch.nodes),
                 )
             )
     return found

@@ -18,7 +18,7 @@ from pl_normkit.errors import ConfigError, NothingMatchedError
 from pl_normkit.graph import ModelGraph, call_arguments
 from pl_normkit.methods.depth_profile.find import Addition, find_additions
 from pl_normkit.methods.depth_profile.profile import AdditionProfile, DepthProfile
-from pl_normkit.methods.depth_profile.statistics import Tokens, angle_between, massive_in, summarize
+from pl_normkit.methods.depth_profile.statistics import Tokens, angle_between, entropies_in, massive_in, summarize
 from pl_normkit.methods.depth_profile.watch import Step, watched_additions
 from pl_normkit.preserve import preserved
 from pl_normkit.wrappers import unwrapped
@@ -27,7 +27,14 @@ LossFunction = Callable[[Any], Tensor]
 
 
 def measure_depth_profile(
-    model: nn.Module, batch: Any, loss_fn: LossFunction | None = None, *, mask: Tensor | None = None, span: int = 2, skip: bool = False
+    model: nn.Module,
+    batch: Any,
+    loss_fn: LossFunction | None = None,
+    *,
+    mask: Tensor | None = None,
+    span: int = 2,
+    skip: bool = False,
+    entropy: bool = False,
 ) -> DepthProfile:
     """What each residual addition does to the stream: variances, angles, largest activations; with a loss also gradients.
 
@@ -41,6 +48,8 @@ def measure_depth_profile(
         mask: (N, T), True or 1 at tokens that count; an `attention_mask` of that shape in `batch` is taken by itself.
         span: additions between the two streams of the angle; two are one transformer block.
         skip: also measure the loss without each branch, one forward pass an addition; needs `loss_fn`.
+        entropy: also measure the entropy of attention weights, which fused attention makes anew of queries and keys: memory for
+            (N, heads, T, T) in float32. `nn.MultiheadAttention` shows neither.
 
     Raises:
         NothingMatchedError: when no residual addition was found, or none ran as it was traced.
@@ -56,7 +65,7 @@ def measure_depth_profile(
     >>> [row.module for row in profile.additions]
     ['layers.0', 'layers.0', 'layers.1', 'layers.1']
     """
-    return DepthProbe(model, batch, span=span).measure(batch, loss_fn, mask=mask, skip=skip)
+    return DepthProbe(model, batch, span=span).measure(batch, loss_fn, mask=mask, skip=skip, entropy=entropy)
 
 
 class DepthProbe:
@@ -85,7 +94,9 @@ class DepthProbe:
             raise NothingMatchedError("no residual addition was found", fix="profile the network that holds the blocks")
         self._parameters = dict(self.model.named_parameters())
 
-    def measure(self, batch: Any, loss_fn: LossFunction | None = None, *, mask: Tensor | None = None, skip: bool = False) -> DepthProfile:
+    def measure(
+        self, batch: Any, loss_fn: LossFunction | None = None, *, mask: Tensor | None = None, skip: bool = False, entropy: bool = False
+    ) -> DepthProfile:
         """The profile on one batch; see `measure_depth_profile`."""
         if skip and loss_fn is None:
             raise ConfigError("the cost of skipping a branch needs a loss", fix="give loss_fn")
@@ -94,7 +105,7 @@ class DepthProbe:
         history: deque[Tokens] = deque(maxlen=self.span)
         with _measuring(self.model), torch.set_grad_enabled(loss_fn is not None):
             visit = lambda step: rows.__setitem__(step.addition, _row(step, mask, history))  # noqa: E731 - the watch calls it
-            with watched_additions(self.model, self.additions, visit) as list_unread:
+            with watched_additions(self.model, self.additions, visit, attends=entropy) as list_unread:
                 output = _call(self.model, batch)
             unread = list_unread()
             found = {addition: row for addition, row in rows.items() if addition not in unread}
@@ -201,6 +212,7 @@ def _row(step: Step, mask: Tensor | None, history: deque[Tokens]) -> AdditionPro
     )
     numbers = summarize(stream)
     branch_variance, shortcut_variance = branch.variance(), shortcut.variance()
+    entropy, entropy_lowest = entropies_in(step.entropies, mask) or (None, None)
     angle = None
     if not addition.is_nested:
         angle = angle_between(history[0], stream) if len(history) == history.maxlen else None
@@ -220,4 +232,6 @@ def _row(step: Step, mask: Tensor | None, history: deque[Tokens]) -> AdditionPro
         largest=numbers.largest,
         largest_elsewhere=numbers.largest_elsewhere,
         median=numbers.median,
+        entropy=entropy,
+        entropy_lowest=entropy_lowest,
     )

@@ -52,6 +52,9 @@ class AdditionProfile:
         gradient: root mean square of the gradient of the branch's weight matrices; None without a loss or without gradients.
         weights: number of elements that `gradient` averages.
         skip_cost: loss without this branch minus the loss with it; None unless asked for.
+        entropy: of the attention weights of a query over the logarithm of the number of keys it sees, mean; None unless asked for, for
+            a branch without attention, and where the weights could not be had.
+        entropy_lowest: the same of the head where it is lowest.
     """
 
     module: str
@@ -71,6 +74,8 @@ class AdditionProfile:
     gradient: float | None = None
     weights: int = 0
     skip_cost: float | None = None
+    entropy: float | None = None
+    entropy_lowest: float | None = None
 
 
 _SCALES = {
@@ -82,6 +87,8 @@ _SCALES = {
     "median": "log",
     "gradient": "log",
     "skip_cost": "linear",
+    "entropy": "linear",
+    "entropy_lowest": "linear",
 }
 PANELS = tuple(_SCALES)
 """Measures that the figure shows, each in a panel."""

@@ -1,4 +1,4 @@
-"""NK901 to NK905: what a depth profile says is wrong."""
+"""NK901 to NK905: what a depth profile says is wrong. NK906 to NK908, on where the norms stand, come along."""
 
 from __future__ import annotations
 
@@ -10,32 +10,15 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from pl_normkit.errors import NothingMatchedError
 from pl_normkit.findings import Evidence, Place, Severity
-from pl_normkit.methods.depth_profile.measure import DepthProbe
-from pl_normkit.methods.depth_profile.profile import AdditionProfile, DepthProfile, gradient_ratio
+from pl_normkit.methods.depth_profile import placement_rules as placement_rules
+from pl_normkit.methods.depth_profile.profile import AdditionProfile, gradient_ratio
 from pl_normkit.methods.depth_profile.stuck import CUT
+from pl_normkit.methods.depth_profile.subjects import probe_of, profile_of
 from pl_normkit.rules import Mark, Needs, Observation, Subject, rule
 
 FLOAT16_LARGEST = 65504.0
 IDENTITY = 1e-3
-
-
-def _probe(subject: Subject) -> DepthProbe | None:
-    if not subject.measure or subject.model is None:
-        return None
-    try:
-        return DepthProbe(subject.model, subject.example_inputs, graph=subject.graph)
-    except NothingMatchedError:
-        return None
-
-
-def _profile(subject: Subject) -> DepthProfile | None:
-    probe = subject.once(_probe)
-    try:
-        return None if probe is None else probe.measure(subject.example_inputs)
-    except Exception:  # inputs made for the trace need not run: another dtype, another device
-        return None
 
 
 def _places(rows: list[AdditionProfile]) -> list[Place]:
@@ -84,7 +67,7 @@ def stuck_gradients(subject: Subject) -> Iterator[Observation]:
     0.3. One reading is less than a median, so this rule is a preview; the callback DepthProfile follows the run. The direction, more
     gradient in the first blocks under pre-norm, is published: arXiv 2110.09456.
     """
-    probe = subject.once(_probe)
+    probe = subject.once(probe_of)
     if probe is None or not probe.keeps_width:
         return
     ratio = gradient_ratio(probe.live_gradients())
@@ -151,7 +134,7 @@ def exponential_growth(subject: Subject) -> Iterator[Observation]:
     Derived: the cut of e^3 is ours. arXiv 2502.05795 bounds the variance of pre-norm networks between linear and exponential growth
     (Lemma 3.2). In our runs on small language models the exponential never fitted better, so this rule is a preview.
     """
-    profile = subject.once(_profile)
+    profile = subject.once(profile_of)
     growth = None if profile is None else profile.growth
     if profile is None or growth is None or not growth.is_exponential or growth.rate * len(profile.stream) <= 3.0:
         return
@@ -214,7 +197,7 @@ def dead_deep_layers(subject: Subject) -> Iterator[Observation]:
     Derived. A model counts as trained when the scale of one of its norms is no longer the same for all channels. Our measurements found no
     relation between the share of layers that can be skipped and the loss of small models, so this rule is a preview.
     """
-    profile = subject.once(_profile)
+    profile = subject.once(profile_of)
     if profile is None or subject.model is None or subject.graph is None or not _is_trained(subject.model, subject):
         return
     deep = profile.stream[len(profile.stream) // 2 :]
@@ -276,7 +259,7 @@ def massive_activations(subject: Subject) -> Iterator[Observation]:
     Published: the definition is that of arXiv 2402.17762, as public summaries quote it. Nothing of the kind was seen in our small runs, so
     this rule is a preview.
     """
-    profile = subject.once(_profile)
+    profile = subject.once(profile_of)
     rows = [row for row in profile.additions if row.massive] if profile is not None else []
     if rows:
         top = max((row for row in rows), key=lambda row: row.massive[0].value)
@@ -331,7 +314,7 @@ def stream_near_float16_limit(subject: Subject) -> Iterator[Observation]:
     """
     if not subject.measure or subject.model is None or not _computes_in_float16(subject.model):
         return
-    profile = subject.once(_profile)
+    profile = subject.once(profile_of)
     rows = [row for row in profile.additions if row.dtype == "float16" and not row.largest <= FLOAT16_LARGEST / 4] if profile else []
     if rows:
         largest = max((row.largest for row in rows), key=lambda value: math.inf if math.isnan(value) else value)

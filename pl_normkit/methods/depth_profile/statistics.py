@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["Summary", "Tokens", "angle_between", "massive_in", "summarize"]
+__all__ = ["Summary", "Tokens", "angle_between", "entropies_in", "massive_in", "summarize"]
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -84,6 +85,21 @@ def angle_between(before: Tokens, after: Tokens) -> float | None:
         return None
     cosine = (before.values * F.normalize(after.values, dim=-1)).sum(-1).clamp(-1.0, 1.0)
     return float(torch.arccos(cosine).mean()) / math.pi
+
+
+def entropies_in(calls: Sequence[Tensor], mask: Tensor | None) -> tuple[float, float] | None:
+    """Mean over queries and heads, and that of the lowest head, of (N, heads, queries) entropies; queries of padding and NaN are left out.
+
+    None where nothing is left.
+    """
+    heads = []
+    for entropy in calls:
+        if mask is not None and mask.shape == (entropy.shape[0], entropy.shape[2]):
+            entropy = entropy.masked_fill(~mask.to(entropy.device).bool()[:, None], math.nan)
+        heads.append(entropy.nanmean((0, 2)))
+    every = torch.cat(heads) if heads else torch.empty(0)
+    every = every[~every.isnan()]
+    return (float(every.mean()), float(every.min())) if every.numel() else None
 
 
 def massive_in(stream: Tokens, median: float) -> tuple[Massive, ...]:

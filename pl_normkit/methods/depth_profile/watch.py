@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pl_normkit.graph.nodes import shorten
+from pl_normkit.methods.depth_profile.entropy import ATTENDING, normalized_entropy
 from pl_normkit.methods.depth_profile.find import Addition, Call
 
 _TORCH = f"{Path(torch.__file__).parent}/"
@@ -26,30 +27,36 @@ _ADDS = frozenset((torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__
 
 @dataclass(frozen=True)
 class Step:
-    """One residual addition as it ran: shortcut + branch = stream."""
+    """One residual addition as it ran: shortcut + branch = stream, and the entropies of its attentions where they were watched."""
 
     addition: Addition
     shortcut: Tensor
     branch: Tensor
     stream: Tensor
+    entropies: tuple[Tensor, ...] = ()
 
 
 class _Watch(TorchFunctionMode):
     """Recognizes additions by their source line and their count there."""
 
-    def __init__(self, model: nn.Module, additions: Sequence[Addition], visit: Callable[[Step], None], skipped: Addition | None) -> None:
+    def __init__(
+        self, model: nn.Module, additions: Sequence[Addition], visit: Callable[[Step], None], skipped: Addition | None, attends: bool
+    ) -> None:
         super().__init__()
         self._model = model
         self._ends: dict[tuple[str, int], Addition] = {(add.call.source, add.call.number): add for add in additions}
         self._entries = {(add.shortcut_call.source, add.shortcut_call.number): add for add in additions}
         self._sources = {call.source for add in additions for call in (add.call, add.shortcut_call)}
-        self._visit, self._skipped = visit, skipped
+        self._visit, self._skipped, self._attends = visit, skipped, attends
+        self._entropies: list[Tensor] = []
         self._shortcuts: dict[Addition, Tensor] = {}
         self.counts: defaultdict[str, int] = defaultdict(int)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if self._attends and func in ATTENDING and (entropy := normalized_entropy(func, args, kwargs or {})) is not None:
+            self._entropies.append(entropy)
         source = _calling_line(self._model) if func in _ADDS and _is_sum_of_two(args, kwargs) else None
         if source is None or source not in self._sources:
             return func(*args, **kwargs or {})
@@ -66,11 +73,14 @@ class _Watch(TorchFunctionMode):
         return stream if ended is None else self._end(ended, entered, (first, operands[1]), stream)
 
     def _end(self, ended: Addition, entered: Addition | None, operands: tuple[Tensor, Tensor], stream: Tensor) -> Tensor:
+        entropies: tuple[Tensor, ...] = ()
+        if ended.attentions or not ended.is_nested:
+            entropies, self._entropies = tuple(self._entropies), []
         shortcut = self._shortcuts.pop(ended, None)
         if shortcut is None:  # the operands are not where the trace saw them
             return stream
         branch = operands[1 - ended.shortcut_operand] if entered is ended else stream - shortcut
-        self._visit(Step(ended, shortcut, branch, stream))
+        self._visit(Step(ended, shortcut, branch, stream, entropies if len(entropies) == ended.attentions else ()))
         return shortcut if ended is self._skipped else stream
 
 
@@ -91,14 +101,19 @@ def _calling_line(model: nn.Module) -> str:
 
 @contextmanager
 def watched_additions(
-    model: nn.Module, additions: Sequence[Addition], visit: Callable[[Step], None], *, skipped: Addition | None = None
+    model: nn.Module,
+    additions: Sequence[Addition],
+    visit: Callable[[Step], None],
+    *,
+    skipped: Addition | None = None,
+    attends: bool = False,
 ) -> Iterator[Callable[[], list[Addition]]]:
-    """Calls `visit` at each of `additions` that runs inside the block, and leaves out the branches of `skipped`.
+    """Calls `visit` at each of `additions` that runs inside the block, leaves out the branches of `skipped`; `attends` adds entropies.
 
     Gives a function that lists, after the block, additions that cannot be told apart: their lines ran another number of times than when
     the model was traced.
     """
-    watch = _Watch(model, additions, visit, skipped)
+    watch = _Watch(model, additions, visit, skipped, attends)
 
     def is_off(call: Call) -> bool:
         return watch.counts[call.source] != call.total

@@ -13,7 +13,7 @@ from pl_normkit import audit
 from pl_normkit.findings import Severity
 from tests.methods.depth_profile.networks import NETWORKS, Network
 
-CODES = ["NK901", "NK902", "NK903", "NK904", "NK905"]
+CODES = ["NK901", "NK902", "NK903", "NK904", "NK905", "NK906", "NK907"]
 
 
 class Blocks(nn.Module):

@@ -1,0 +1,99 @@
+"""Where the norms of the residual branches stand, read off the graph."""
+
+from __future__ import annotations
+
+__all__ = ["Layer", "attends_without_norm", "gain_of", "read_layers"]
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from pl_normkit.graph import Attention, Branch, Kind, ModelGraph, Node, ResidualAdd
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A residual addition of the main stream.
+
+    Attributes:
+        add: the addition.
+        attends: whether its branch holds an attention.
+        is_post: whether one norm alone reads the sum.
+        factor: the constant that the shortcut is multiplied by, 1 without one.
+    """
+
+    add: ResidualAdd
+    attends: bool
+    is_post: bool
+    factor: float
+
+    @property
+    def weights(self) -> list[Node]:
+        """The weight layers of its branches."""
+        return [node for branch in self.add.branches for node in branch.of_kind(Kind.WEIGHT)]
+
+
+def read_layers(graph: ModelGraph) -> list[Layer]:
+    """The additions of the main stream with a weight layer in a branch, in depth order."""
+    adds = [add for add in graph.residual_adds if any(branch.of_kind(Kind.WEIGHT) for branch in add.branches)]
+    nested = {add.node for add in adds if any(add.node in branch for other in adds if other is not add for branch in other.branches)}
+    attending = {attention.node for attention in graph.attentions}
+    norms = {norm.module for norm in graph.norms}
+    return [
+        Layer(
+            add,
+            any(node in attending for branch in add.branches for node in branch.nodes),
+            _one_norm_reads(add.node, norms),
+            math.prod(_constants(add.shortcut)),
+        )
+        for add in adds
+        if add.node not in nested
+    ]
+
+
+def _one_norm_reads(value: Node, norms: set[str]) -> bool:
+    readers = {user.module for user in value.users}
+    return len(readers) == 1 and readers <= norms
+
+
+def _constants(shortcut: Branch) -> Iterator[float]:
+    for node in shortcut.nodes:
+        if node.kind is Kind.MUL and len(node.inputs) == 1 and not node.reads:
+            yield from (float(value) for value in node.target.args if isinstance(value, (int, float)))
+
+
+def attends_without_norm(graph: ModelGraph, attention: Attention) -> bool:
+    """Whether queries and keys are linear in a sum of the residual stream that no norm has seen.
+
+    What stands before the first residual addition, such as embeddings, is no such sum; convolutions are left out.
+    """
+    sums = {add.node for add in graph.residual_adds if any(branch.of_kind(Kind.WEIGHT) for branch in add.branches)}
+    norms = {norm.node for norm in graph.norms}
+    norm_modules = {norm.module for norm in graph.norms if norm.module}
+    seen: set[Node] = set()
+    waiting = list(attention.node.inputs[:2] if attention.fused else attention.node.inputs)
+    reached = False
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node in norms or node.module in norm_modules or "conv" in node.op or "norm" in node.op:
+            return False
+        if node in sums:
+            reached = True
+        else:
+            waiting.extend(node.inputs)
+    return reached
+
+
+def gain_of(node: Node, model: nn.Module) -> float | None:
+    """Standard deviation of a linear layer's matrix over that of Xavier's initialisation; None for another layer."""
+    parameters = dict(model.named_parameters())
+    matrices = [parameters[name] for name in node.parameters if name in parameters and parameters[name].dim() == 2]
+    if len(matrices) != 1:
+        return None
+    spread = float(matrices[0].detach().double().square().mean().sqrt())
+    return spread * math.sqrt(sum(matrices[0].shape) / 2)
