@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from pl_normkit.methods.nan_safety import *
     from pl_normkit.methods.norm_operators import *
     from pl_normkit.methods.norm_placement import *
+    from pl_normkit.methods.norm_training import *
     from pl_normkit.methods.positional_variance import *
     from pl_normkit.methods.stochastic_pooling import *
     from pl_normkit.methods.timestep_embedding import *

@@ -203,6 +203,7 @@ EXPERIMENTS = [
             ("equal strength before", "dropout 0.8 behind"),
         ],
         epochs=30,
+        limits="The p of equal strength is that of the weights before training; it is not one of equal effect.",
     ),
     Experiment(
         "erasing",

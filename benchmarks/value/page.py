@@ -18,7 +18,7 @@ Rows = Sequence[Mapping[str, str]]
 _INTRO = """# Proof of value
 
 Each remedy in a setting in which its mechanism can show, and some in which it cannot. `make value` runs everything (one core, {minutes:.0f}
-minutes here) and writes this page, its picture and `benchmarks/results/value/*.csv`; `python benchmarks/value NAME` runs one.
+minutes on a busy machine) and writes this page, its picture and `benchmarks/results/value/*.csv`; `python benchmarks/value NAME` runs one.
 
 Runs of one seed share the split of the data, the first weights, the batches and the random numbers. Settings were looked for with other
 seeds than those below, and by the authors of the remedies: read each row as "it can", never as "it will on your data"; for that there

@@ -327,7 +327,8 @@ def dropout_after_global_pooling(subject: Subject) -> Iterator[Observation]:
     place_dropout puts an element-wise dropout of the same p before the pooling. The output in eval mode is the same, but the noise that
     reaches the classifier is much weaker there (the formulas above): a p that was tuned after the pooling is small before it, and where
     the dropout was needed the network then fits worse (docs/value.md). So the fix is unsafe: it changes what is trained.
-    `place_dropout(model, inputs, head_p="equal_strength")` sets the p of equal strength, measured on the inputs.
+    `place_dropout(model, inputs, head_p="equal_strength")` sets the p of equal strength, measured on the inputs with the weights there are;
+    set before training it did not do as well as the dropout behind the pool either (docs/value.md).
     Pooling written as a function in the middle of a forward method cannot be reached and is listed as skipped.
 
     Source
@@ -344,8 +345,8 @@ def dropout_after_global_pooling(subject: Subject) -> Iterator[Observation]:
             message="Dropout after global pooling in the head",
             places=[_place(item.dropout.node) for item in found],
             evidence=[Evidence("positions averaged by the pooling", positions, is_measured=False)],
-            advice=f"Move it, element-wise, before the pooling ({_place(pool)}), where the same p is much weaker: "
-            'place_dropout(model, example_inputs, head_p="equal_strength") keeps its strength',
+            advice=f"Move it, element-wise, before the pooling ({_place(pool)}), where the same p is much weaker "
+            '(place_dropout(model, example_inputs, head_p="equal_strength") sets a stronger one); or keep it if it regularizes well',
         )
 
 
