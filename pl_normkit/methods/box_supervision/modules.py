@@ -265,6 +265,7 @@ def _loss_numbers(logits: Tensor, valid: Tensor, differing: Tensor, sigma: Tenso
 
 
 def _weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
-    """0 where nothing has weight; values without weight are left out, not multiplied by 0."""
+    """0 where nothing has weight; values without weight are left out, not multiplied by 0, and weights count however small they all are."""
     kept = torch.where(weights > 0, values, 0.0)
-    return (kept * weights).sum() / weights.sum().clamp_min(_TINY)
+    relative = weights / weights.amax().detach().clamp_min(torch.finfo(weights.dtype).tiny)
+    return (kept * relative).sum() / relative.sum().clamp_min(1.0)
