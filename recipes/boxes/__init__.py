@@ -2,10 +2,10 @@
 
 from pl_normkit.recipes.boxes.classifier import BoxClassifierModule as BoxClassifierModule
 from pl_normkit.recipes.boxes.data import BoxesData as BoxesData
-from pl_normkit.recipes.boxes.data import COCOData as COCOData
-from pl_normkit.recipes.boxes.data import FolderData as FolderData
+from pl_normkit.recipes.boxes.data import BoxFolderData as BoxFolderData
+from pl_normkit.recipes.boxes.data import COCOBoxData as COCOBoxData
 from pl_normkit.recipes.boxes.data import TextureObjects as TextureObjects
-from pl_normkit.recipes.boxes.data import VOCData as VOCData
+from pl_normkit.recipes.boxes.data import VOCBoxData as VOCBoxData
 from pl_normkit.recipes.boxes.main import run as run
 from pl_normkit.recipes.boxes.model import BoxSegmentationModule as BoxSegmentationModule
 from pl_normkit.recipes.boxes.model import CosineSegmenter as CosineSegmenter
@@ -13,13 +13,13 @@ from pl_normkit.recipes.boxes.notes import BoxNotes as BoxNotes
 
 __all__ = [
     "BoxClassifierModule",
+    "BoxFolderData",
     "BoxNotes",
     "BoxSegmentationModule",
     "BoxesData",
-    "COCOData",
+    "COCOBoxData",
     "CosineSegmenter",
-    "FolderData",
     "TextureObjects",
-    "VOCData",
+    "VOCBoxData",
     "run",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["BoxesData", "COCOData", "FolderData", "TextureObjects", "VOCData"]
+__all__ = ["BoxFolderData", "BoxesData", "COCOBoxData", "TextureObjects", "VOCBoxData"]
 
 from dataclasses import replace
 from pathlib import Path
@@ -157,7 +157,7 @@ class _BoxFiles(BoxesData):
         return {part: FileBoxSource(found.get(part) or found["val"], self.class_names, part) for part in parts}
 
 
-class FolderData(_BoxFiles):
+class BoxFolderData(_BoxFiles):
     """Images and boxes in a folder: `root/images`, and under the same names `root/boxes` (.json, YOLO's .txt or VOC's .xml).
 
     Masks in `root/masks`, one-channel PNGs of class indices, are optional: they score and train nothing. Splits as in the segmentation
@@ -194,7 +194,7 @@ class FolderData(_BoxFiles):
         return split_folder(self.root, self.split, self.val_share, self.seed, find_boxed)
 
 
-class VOCData(_BoxFiles):
+class VOCBoxData(_BoxFiles):
     """PASCAL VOC 2012 as its archive unpacks: `Annotations` for training, `SegmentationClass` for scoring alone.
 
     Args:
@@ -215,7 +215,7 @@ class VOCData(_BoxFiles):
         return find_voc(find_voc_base(self.root), self.lists)
 
 
-class COCOData(BoxesData):
+class COCOBoxData(BoxesData):
     """COCO in the folders its archives unpack to, or any data set in its format, as torchvision's CocoDetection takes.
 
     Args:

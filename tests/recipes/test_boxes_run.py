@@ -34,7 +34,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def _on_folder(folder: Path, *more: str) -> list[str]:
     small = ["--data.crop_size=64", "--data.batch_size=4", "--data.num_workers=0"]
-    return ["--data=FolderData", f"--data.root={folder}", *small, *QUICK, *more]
+    return ["--data=BoxFolderData", f"--data.root={folder}", *small, *QUICK, *more]
 
 
 def _latest(here: Path) -> Path:

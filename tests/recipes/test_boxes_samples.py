@@ -11,7 +11,7 @@ from boxes_tree import SIZE, write_box, write_boxed
 from PIL import Image
 
 from pl_normkit.errors import ConfigError, DataError
-from pl_normkit.recipes.boxes import COCOData, FolderData, TextureObjects, VOCData
+from pl_normkit.recipes.boxes import BoxFolderData, COCOBoxData, TextureObjects, VOCBoxData
 from pl_normkit.recipes.boxes.annotations import Boxes, read_boxes
 from pl_normkit.recipes.boxes.labelling import Labels, LabelScores, box_labels, label_image
 from pl_normkit.recipes.boxes.refine import refine, require_refinement
@@ -62,7 +62,7 @@ def test_what_is_wrong_with_a_file_of_boxes_is_said(tmp_path: Path, name, text, 
 def test_a_squashed_and_flipped_image_takes_its_boxes_along(tmp_path: Path):
     """The box of the bright rectangle is where the pixels are bright."""
     write_boxed(tmp_path, 4)
-    source = FolderData(str(tmp_path), val_share=0.25).build_sources(("train",))["train"]
+    source = BoxFolderData(str(tmp_path), val_share=0.25).build_sources(("train",))["train"]
     for flip in (0.0, 1.0):
         item = BoxDataset(source, 128, flip=flip)[0]
         assert isinstance(item, BoxBatch)
@@ -77,7 +77,7 @@ def test_two_label_maps_travel_as_one_and_are_checked(tmp_path: Path):
     assert torch.equal(back[0], first)
     assert torch.equal(back[1], second)
     write_boxed(tmp_path, 2)
-    source = FolderData(str(tmp_path), val_share=0.5).build_sources(("train",))["train"]
+    source = BoxFolderData(str(tmp_path), val_share=0.5).build_sources(("train",))["train"]
     labelled = LabelledSource(source, tmp_path / "labels", 3)
     with pytest.raises(DataError, match="label map cannot be read"):
         labelled.read(0)
@@ -163,13 +163,13 @@ def test_voc_trains_on_annotations_and_scores_by_masks(tmp_path: Path):
     (base / "ImageSets" / "Segmentation").mkdir(parents=True)
     for name, lines in (("train", "0\n1\n2\n"), ("val", "3\n")):
         (base / "ImageSets" / "Segmentation" / f"{name}.txt").write_text(lines)
-    sources = VOCData(str(tmp_path)).build_sources(("train", "val"))
+    sources = VOCBoxData(str(tmp_path)).build_sources(("train", "val"))
     assert (len(sources["train"]), len(sources["val"])) == (3, 1)
     assert sources["train"].read_boxes(0).labels.tolist() == [8]  # VOC's cat
     assert sources["train"].read(0)[1].unique().tolist() == [0, 1]
     (base / "Annotations" / "1.xml").unlink()
     with pytest.raises(DataError, match="a training image has no boxes"):
-        VOCData(str(tmp_path)).build_sources(("train",))
+        VOCBoxData(str(tmp_path)).build_sources(("train",))
 
 
 def test_coco_boxes_and_masks_agree(tmp_path: Path):
@@ -187,7 +187,7 @@ def test_coco_boxes_and_masks_agree(tmp_path: Path):
         for image in content["images"]:
             Image.fromarray(np.zeros((40, 50, 3), np.uint8)).save(tmp_path / part / image["file_name"])
         (tmp_path / "annotations" / f"instances_{part}.json").write_text(json.dumps(content))
-    data = COCOData(str(tmp_path))
+    data = COCOBoxData(str(tmp_path))
     assert data.class_names == ["background", "dog", "cat"]
     sources = data.build_sources(("train", "val"))
     assert (len(sources["train"]), len(sources["val"])) == (1, 2)
@@ -240,7 +240,7 @@ def test_what_is_wrong_with_a_folder_is_said_before_training(tmp_path: Path, spo
     write_boxed(tmp_path, 5)
     spoil(tmp_path)
     with pytest.raises(DataError) as caught:
-        FolderData(str(tmp_path)).build_sources(("train", "val"))
+        BoxFolderData(str(tmp_path)).build_sources(("train", "val"))
     assert what in caught.value.what
     assert where in caught.value.where
     assert caught.value.fix
