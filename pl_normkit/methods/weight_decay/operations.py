@@ -155,7 +155,6 @@ class Context:
 
     def reaches_attention_logits(self, node: Node, *, through_product: bool = False) -> bool:
         """Whether `node` is part of what an attention softmax reads, with only sums, factors and masks on the way.
-
         `through_product` lets the way pass the product of queries and keys.
         """
         return any(self._enters_softmax(source, user, through_product) for source, user in self._logit_way(node, through_product))
