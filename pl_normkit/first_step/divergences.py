@@ -68,6 +68,8 @@ def _are_probabilities(target: Tensor) -> bool:
 
 def _of_log_target(node: Node) -> StackedActivation | None:
     """The exp of log-probabilities is at most 1; of probabilities it lies between 1 and e."""
+    if len(node.next_functions) != 2:
+        return None
     (target_edge, _), (difference, _) = node.next_functions
     target = saved_tensor(node, "self")
     if target_edge is not None or target is None or difference is None or base(difference) != "Sub" or not target.is_floating_point():
