@@ -29,6 +29,8 @@ def misread_divergences(graph: GraphView) -> tuple[StackedActivation, ...]:
 
 
 def _plain(graph: GraphView, node: Node) -> StackedActivation | None:
+    if len(node.next_functions) != 2:
+        return None
     (entropy, _), (product, _) = node.next_functions
     if product is None or base(product) != "Mul" or not all(base(user) in ("Sum", "Mean") for user, _ in graph.users[node]):
         return None
