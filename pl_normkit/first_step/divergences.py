@@ -29,9 +29,7 @@ def misread_divergences(graph: GraphView) -> tuple[StackedActivation, ...]:
 
 
 def _plain(graph: GraphView, node: Node) -> StackedActivation | None:
-    if len(node.next_functions) != 2:
-        return None
-    (entropy, _), (product, _) = node.next_functions
+    entropy, product = _operands(node)
     if product is None or base(product) != "Mul" or not all(base(user) in ("Sum", "Mean") for user, _ in graph.users[node]):
         return None
     is_by_torch = entropy is not None and base(entropy) == "Xlogy"
@@ -57,8 +55,14 @@ def _seen(first: str) -> StackedActivation:
 
 def _factors(product: Node) -> tuple[Node | None, Tensor | None]:
     """What made the input of the divergence, and its target: torch multiplies in this order."""
-    (_, _), (second, _) = product.next_functions
-    return through_reshapes(second), saved_tensor(product, "self")
+    _, second = _operands(product)
+    return (through_reshapes(second) if second is not None else None), saved_tensor(product, "self")
+
+
+def _operands(node: Node) -> tuple[Node | None, Node | None]:
+    """What made the two operands; None for a constant, as for the number that `aten::mul.Scalar` takes, which has no edge of its own."""
+    first, second, *_ = *(made for made, _ in node.next_functions), None, None
+    return first, second
 
 
 def _are_probabilities(target: Tensor) -> bool:
@@ -70,15 +74,12 @@ def _are_probabilities(target: Tensor) -> bool:
 
 def _of_log_target(node: Node) -> StackedActivation | None:
     """The exp of log-probabilities is at most 1; of probabilities it lies between 1 and e."""
-    if len(node.next_functions) != 2:
-        return None
-    (target_edge, _), (difference, _) = node.next_functions
+    constant, difference = _operands(node)
     target = saved_tensor(node, "self")
-    if target_edge is not None or target is None or difference is None or base(difference) != "Sub" or not target.is_floating_point():
+    if constant is not None or target is None or difference is None or base(difference) != "Sub" or not target.is_floating_point():
         return None
     source = through_reshapes(next(iter(behind(difference)), None))
-    is_constant = difference.next_functions[0][0] is None
-    if source is None or not is_constant or base(source) not in ("LogSoftmax", "Softmax"):
+    if source is None or _operands(difference)[0] is not None or base(source) not in ("LogSoftmax", "Softmax"):
         return None
     if bool(((target >= 1) & (target <= _E)).all()) and bool((target > 1).any()) and _are_probabilities(target.log()):
         return _seen("target of probabilities")
