@@ -42,12 +42,14 @@ class WatchedEvaluation:
         if recorder is None:
             return False
         recorder.stop()
+        run = RunAudit(self._module, self._selection)
         if recorder.facts is not None:
-            run = RunAudit(self._module, self._selection)
             run.parts["step"] = recorder.facts
             run.judge_parts()
-            self._found = run.report
-        return bool(self._found.findings)
+        if recorder.failure is not None:
+            run.note_failure("the first validation batch was not read", recorder.failure)
+        self._found = run.report
+        return bool(self._found.findings or self._found.notes)
 
     def added_to(self, report: Report) -> Report:
         """`report` with what was found."""

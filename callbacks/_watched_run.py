@@ -126,6 +126,8 @@ class WatchedRun:
         facts = None if self._recorder is None else self._recorder.late_facts()
         if facts is not None:
             self.audit.parts["step"] = facts
+        if self._recorder is not None and self._recorder.failure is not None:
+            self.audit.note_failure("the first step was not read", self._recorder.failure)
 
     def before_optimizer_step(self) -> bool:
         if not self._has_loss or self._is_concluded or self._is_inside_compiled_step:

@@ -87,7 +87,7 @@ def audit_subject(subject: Subject, selection: Selection, *, needing: Set[Needs]
         subject = traced(subject)
         notes += _graph_notes(subject, [rule.code for rule in rules if Needs.GRAPH in rule.needs])
     if any(Needs.STEP in rule.needs for rule in rules):
-        subject = _with_step(subject)
+        subject = _with_step(subject, notes)
     findings: list[Finding] = []
     with preserved(subject.model if subject.model is not None else nn.Module(), buffers=True):
         for rule in rules:
@@ -148,11 +148,18 @@ def traced(subject: Subject) -> Subject:
         return replace(subject, trace_failure=str(error))
 
 
-def _with_step(subject: Subject) -> Subject:
-    """The subject with the facts of the step that its loss is of; itself where they are known, or cannot be had."""
+def _with_step(subject: Subject, notes: list[Note]) -> Subject:
+    """The subject with the facts of the step that its loss is of; itself where they are known, or cannot be had.
+
+    A failure to read them is one of `notes`.
+    """
     if subject.step is not None or subject.model is None or subject.loss is None:
         return subject
-    return replace(subject, step=read_step(subject.model, subject.example_inputs, subject.loss, run=subject.measure))
+    try:
+        return replace(subject, step=read_step(subject.model, subject.example_inputs, subject.loss, run=subject.measure))
+    except Exception as error:
+        notes.append(Note(f"the step was not read: {type(error).__name__}: {error}. Please report it with the model"))
+        return subject
 
 
 def _graph_notes(subject: Subject, codes: Sequence[str]) -> list[Note]:

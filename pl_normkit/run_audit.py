@@ -81,6 +81,10 @@ class RunAudit:
     def note(self, text: str, kind: NoteKind = NoteKind.FAILED) -> None:
         self._notes[Note(text, kind)] = None
 
+    def note_failure(self, what: str, error: Exception) -> None:
+        """A failure of ours, which costs the run nothing but what it would have told."""
+        self.note(f"{what}: {type(error).__name__}: {error}; training goes on. Please report it with the model")
+
     def add_network(self, network: nn.Module, inputs: Any) -> None:
         """A network of the run and what it is called with, unless it is known already."""
         self.networks.setdefault(network, inputs)

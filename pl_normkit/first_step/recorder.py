@@ -4,7 +4,8 @@ from __future__ import annotations
 
 __all__ = ["EvaluationRecorder", "StepRecorder", "read_step"]
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -118,7 +119,29 @@ def _drops_or_normalizes(module: nn.Module) -> bool:
     return isinstance(module, _MODAL) and float(getattr(module, "p", 1)) > 0
 
 
-class StepRecorder:
+class _Recorder:
+    """Reads beside a run: what goes wrong in reading ends the reading, never the run.
+
+    Attributes:
+        failure: what went wrong, None else.
+    """
+
+    failure: Exception | None = None
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self.failure = error
+            self.close()
+
+    def close(self) -> None:
+        """Take all hooks away."""
+        raise NotImplementedError
+
+
+class StepRecorder(_Recorder):
     """Takes the facts of the first training step of a loop, from what the loop does anyway; nothing more runs.
 
     Call the methods where their names say; after the second optimizer step it holds nothing and hooks nothing. For a plain loop:
@@ -139,6 +162,7 @@ class StepRecorder:
 
     Attributes:
         facts: what is known so far, None before `after_backward`.
+        failure: what went wrong in reading, which ends it; the loop goes on.
     """
 
     def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer] = ()) -> None:
@@ -158,37 +182,44 @@ class StepRecorder:
     def before_forward(self, inputs: Any = None) -> None:
         if self._is_done:
             self.late_facts()
-        elif self._watch is None and self._forward is None:
-            self._watch = ForwardWatch(self._model, inputs)
-            self._watch.start()
+        elif self._watch is None and self._forward is None and self.failure is None:
+            with self._reading():
+                self._watch = ForwardWatch(self._model, inputs)
+                self._watch.start()
 
     def after_forward(self) -> None:
         """`before_backward` calls it too."""
-        if self._watch is not None and self._forward is None:
-            self._watch.stop()
-            self._forward = self._watch.facts()
-        self._watch = None
+        watch, self._watch = self._watch, None
+        if watch is not None and self._forward is None:
+            watch.stop()
+            with self._reading():
+                self._forward = watch.facts()
 
     def before_backward(self, loss: Tensor) -> None:
         """The first loss counts, where a step has several."""
         self.after_forward()
-        if self._is_done or self._pending is not None:
+        if self._is_done or self._pending is not None or self.failure is not None:
             return
-        if _is_cut(loss):
-            self._pending = StepFacts(is_loss_cut=True)
-        elif loss.grad_fn is not None:
-            self._pending = _before_backward(self._model, loss, _trainable(self._model))
+        with self._reading():
+            if _is_cut(loss):
+                self._pending = StepFacts(is_loss_cut=True)
+            elif loss.grad_fn is not None:
+                self._pending = _before_backward(self._model, loss, _trainable(self._model))
 
     def after_backward(self) -> None:
         """Read the gradients the backward left; they may be scaled or accumulated, only 0 and absence are judged."""
         if self._is_done or self._pending is None:
             return
         self._is_done = True
-        gradients = {name: None if p.grad is None else _largest(p.grad) for name, p in _trainable(self._model).items()}
-        dropped = frozenset(name for name in self._pending.dropped_by_backward if gradients[name] is None)
-        facts = replace(self._pending, gradients=gradients, forward=self._forward, dropped_by_backward=dropped)
-        self.facts = replace(facts, needs_all_gradients=self._needs_all)
+        with self._reading():
+            self._read_gradients(self._pending)
         self._pending = self._forward = None
+
+    def _read_gradients(self, pending: StepFacts) -> None:
+        gradients = {name: None if p.grad is None else _largest(p.grad) for name, p in _trainable(self._model).items()}
+        dropped = frozenset(name for name in pending.dropped_by_backward if gradients[name] is None)
+        facts = replace(pending, gradients=gradients, forward=self._forward, dropped_by_backward=dropped)
+        self.facts = replace(facts, needs_all_gradients=self._needs_all)
 
     def late_facts(self) -> StepFacts | None:
         """The facts with what the second optimizer step showed."""
@@ -207,7 +238,7 @@ class StepRecorder:
             clearing.close()
 
 
-class EvaluationRecorder:
+class EvaluationRecorder(_Recorder):
     """Takes the facts of one evaluation step, from what it does anyway: modules in training mode, dropout that drops all the same.
 
         recorder = EvaluationRecorder(model)
@@ -220,6 +251,7 @@ class EvaluationRecorder:
 
     Attributes:
         facts: None before `stop`.
+        failure: what went wrong in reading, which ends it; the evaluation goes on.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -228,18 +260,24 @@ class EvaluationRecorder:
         self._watch: ForwardWatch | None = None
 
     def start(self) -> None:
-        if self.facts is None and self._watch is None:
-            self._watch = ForwardWatch(self._model, ())
-            self._watch.start()
+        if self.facts is None and self._watch is None and self.failure is None:
+            with self._reading():
+                self._watch = ForwardWatch(self._model, ())
+                self._watch.start()
 
     def stop(self) -> None:
         """The first step counts; later ones are not watched."""
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.stop()
+            with self._reading():
+                modules = dict(self._model.named_modules())
+                active = tuple(dropout for dropout in watch.facts().dropouts if not modules[dropout.place.module].training)
+                self.facts = StepFacts(in_train_mode=_modal(self._model, training=True), evaluation_dropouts=active)
+
+    def close(self) -> None:
         if self._watch is not None:
             self._watch.stop()
-            modules = dict(self._model.named_modules())
-            seen = self._watch.facts().dropouts
-            active = tuple(dropout for dropout in seen if not modules[dropout.place.module].training)
-            self.facts = StepFacts(in_train_mode=_modal(self._model, training=True), evaluation_dropouts=active)
             self._watch = None
 
 

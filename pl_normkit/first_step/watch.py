@@ -58,6 +58,9 @@ class ForwardWatch(TorchFunctionMode):
         model: the module whose paths and parameter names are told.
         inputs: what the model is called with, to follow what its outputs depend on; None takes them from its first call.
         each: called with every operation that gives tensors, for probes that look at values; it makes the place known each time.
+
+    Attributes:
+        failure: what went wrong in watching, which then ended; the model's own call goes on. None else.
     """
 
     def __init__(self, model: nn.Module, inputs: Any = None, *, each: Callable[[Seen], None] | None = None) -> None:
@@ -88,6 +91,7 @@ class ForwardWatch(TorchFunctionMode):
         self._inner_outputs: list[tuple[str, list[Tensor]]] = []
         self._is_on = False
         self._handles: list[Any] = []
+        self.failure: Exception | None = None
 
     # Switching it on and off.
 
@@ -106,6 +110,9 @@ class ForwardWatch(TorchFunctionMode):
         if not self._stack:
             self._remove_hooks()
 
+    def _give_up(self, error: Exception) -> None:
+        self.failure, self._is_on = error, False
+
     def _remove_hooks(self) -> None:
         while self._handles:
             self._handles.pop().remove()
@@ -119,8 +126,11 @@ class ForwardWatch(TorchFunctionMode):
             self.stop()
 
     def _take_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._marks:
-            self._mark_inputs((args, kwargs))
+        if not self._marks and self._is_on:
+            try:
+                self._mark_inputs((args, kwargs))
+            except Exception as error:
+                self._give_up(error)
 
     def _mark_inputs(self, inputs: Any) -> None:
         for position, tensor in enumerate(tensors_in(inputs)):
@@ -142,12 +152,20 @@ class ForwardWatch(TorchFunctionMode):
                 if not self._is_on:
                     self._remove_hooks()
                     return
-                self._outputs.append(output)
-            elif self._is_on and not isinstance(output, Tensor):
-                self._inner_outputs.append((self._paths[module], list(tensors_in(output))))
-            if isinstance(module, nn.RNNBase) and module.bidirectional:
-                for tensor in list(tensors_in(output))[:1]:
-                    self._reverse[tensor] = (1 if module.batch_first else 0) if tensor.dim() == 3 else 0
+            if self._is_on:
+                try:
+                    self._keep_output(module, output)
+                except Exception as error:
+                    self._give_up(error)
+
+    def _keep_output(self, module: nn.Module, output: Any) -> None:
+        if not self._stack:
+            self._outputs.append(output)
+        elif not isinstance(output, Tensor):
+            self._inner_outputs.append((self._paths[module], list(tensors_in(output))))
+        if isinstance(module, nn.RNNBase) and module.bidirectional:
+            for tensor in list(tensors_in(output))[:1]:
+                self._reverse[tensor] = (1 if module.batch_first else 0) if tensor.dim() == 3 else 0
 
     # What it sees.
 
@@ -162,17 +180,21 @@ class ForwardWatch(TorchFunctionMode):
         if func is torch.autograd.grad:  # a model that gives the derivative of its energy has used the energy
             self._outputs += [args, tuple(kwargs.values())]
         output = func(*args, **kwargs)
-        name = operations.name_of(func)
-        sources = [*tensors_in(args), *tensors_in(tuple(kwargs.values()))] if kwargs else list(tensors_in(args))
-        results = list(tensors_in(output))
-        if not results:
-            self._see_value_read(name, args, sources, output)
+        try:  # here and not in a method of its own, since places are told by the depth of the stack
+            name = operations.name_of(func)
+            sources = [*tensors_in(args), *tensors_in(tuple(kwargs.values()))] if kwargs else list(tensors_in(args))
+            results = list(tensors_in(output))
+            if not results:
+                self._see_value_read(name, args, sources, output)
+                return output
+            self._see_mask(name, args, kwargs, sources, results[0])
+            if name not in operations.SHAPE_ONLY:
+                self._see(name, args, kwargs, sources, results, wants_gradient)
+        except Exception as error:
+            self._give_up(error)
             return output
-        self._see_mask(name, args, kwargs, sources, results[0])
-        if name not in operations.SHAPE_ONLY:
-            self._see(name, args, kwargs, sources, results, wants_gradient)
-            if self._each is not None:
-                self._each(Seen(name, output, args, kwargs, self._place()))
+        if self._each is not None and name not in operations.SHAPE_ONLY:
+            self._each(Seen(name, output, args, kwargs, self._place()))
         return output
 
     def _see(
@@ -281,7 +303,12 @@ class ForwardWatch(TorchFunctionMode):
         return found
 
     def facts(self) -> ForwardFacts:
-        """All that was seen; what the outermost modules returned counts as the output, and before they return nothing is lost yet."""
+        """All that was seen; what the outermost modules returned counts as the output, and before they return nothing is lost yet.
+
+        Raises `failure` where watching failed.
+        """
+        if self.failure is not None:
+            raise self.failure
         ends = [*_reachable(self._outputs, 4), *(tensor for module in self._paths for tensor in tensors_in(_left_in(module)))]
         used = frozenset().union(*(self._marks.get(tensor, frozenset()) for tensor in ends)) | self._used
         meant = self._masks.origins_in(ends)

@@ -43,7 +43,10 @@ class Runner:
         args, kwargs = self._arguments(leaves)
         watch = ForwardWatch(self.model, (args, kwargs), each=each)
         with _same_randomness(), preserved(self.model, buffers=True), watch.watching():
-            return watch, list(tensors_in(self.model(*args, **kwargs)))
+            results = list(tensors_in(self.model(*args, **kwargs)))
+        if watch.failure is not None:
+            raise watch.failure
+        return watch, results
 
 
 @contextmanager
