@@ -279,7 +279,7 @@ def _hand_over(options: argparse.Namespace) -> int:
         package = (error.name or "").partition(".")[0].replace("_", "-")
         raise ConfigError(f"the recipe {options.recipe!r} needs {package}", fix=f"pip install {package}") from error
     if options.handed == "run":
-        return int(recipe.run(words))
+        return int(importlib.import_module("pl_normkit.recipes.export").run_or_export(recipe.RECIPE, words))
     return int(importlib.import_module("pl_normkit.recipes.comparing").compare(recipe.RECIPE, words))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["SUBCOMMANDS", "LastCheckpoint", "Recipe", "RecipeCLI", "name_configs", "run_recipe", "silence_lightning"]
+__all__ = ["SUBCOMMANDS", "LastCheckpoint", "RecipeCLI", "name_configs", "run_recipe", "silence_lightning"]
 
 import inspect
 import re
@@ -11,7 +11,6 @@ import traceback
 import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import FrameType
@@ -31,6 +30,7 @@ from pl_normkit.recipes.callback_words import parse_callbacks
 from pl_normkit.recipes.editing import add_callbacks
 from pl_normkit.recipes.field import FieldRecorder
 from pl_normkit.recipes.history import FitHistory
+from pl_normkit.recipes.recipe import Recipe
 
 _Callback = TypeVar("_Callback", bound=Callback)
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
@@ -171,29 +171,6 @@ class RecipeCLI(LightningCLI):
             raise ConfigError(f"{self.subcommand} needs a trained model", fix="give its checkpoint with --ckpt_path PATH")
         if path is not None and not Path(path).is_file():
             raise ConfigError("the checkpoint is not there", where=str(path), fix="give the path of a .ckpt file that `fit` wrote")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What `run_recipe` needs to know of a recipe.
-
-    Attributes:
-        name: as in `pl-normkit run NAME`.
-        cli: its command line.
-        model: its LightningModule.
-        data: base class of its DataModules.
-        default_config: YAML with the defaults of every run; `configs/` beside it holds those that `--config NAME` finds.
-        default_data: YAML with the data of a run that names none.
-        metric: name under which the model logs its main validation metric, by which `pl-normkit compare` judges.
-    """
-
-    name: str
-    cli: type[RecipeCLI]
-    model: type[L.LightningModule]
-    data: type[L.LightningDataModule]
-    default_config: Path
-    default_data: Path
-    metric: str
 
 
 def run_recipe(recipe: Recipe, args: Sequence[str]) -> int:

@@ -26,9 +26,10 @@ from pl_normkit.errors import ConfigError
 from pl_normkit.importing import import_object
 from pl_normkit.recipes.arms import WITHOUT, Arm, parse_arms
 from pl_normkit.recipes.built_runs import check_arguments, describe_arm, train_built, versions
-from pl_normkit.recipes.command_line import Recipe, RecipeCLI, name_configs, run_recipe
+from pl_normkit.recipes.command_line import RecipeCLI, name_configs, run_recipe
 from pl_normkit.recipes.comparison_report import Comparison
 from pl_normkit.recipes.paired_runs import RunStore, digest_settings
+from pl_normkit.recipes.recipe import Recipe
 from pl_normkit.recipes.trial import Trial, train_arms
 
 _QUIET = (

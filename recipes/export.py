@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["Bare", "ExportForm", "export", "export_network", "run_or_export"]
+__all__ = ["export", "export_network", "run_or_export"]
 
 import argparse
 import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,67 +21,29 @@ from pl_normkit.errors import ConfigError
 from pl_normkit.methods.fusion_scale import ScaleEqualizer, fold
 from pl_normkit.methods.norm_placement import fold_placed_gains
 from pl_normkit.methods.norm_placement.modules import ConstantGain
-from pl_normkit.recipes.command_line import Recipe, RecipeCLI, run_recipe
+from pl_normkit.recipes.command_line import RecipeCLI, run_recipe
+from pl_normkit.recipes.recipe import ExportForm, Recipe
 
 
-@dataclass(frozen=True)
-class Bare:
-    """The architecture without edits.
-
-    Attributes:
-        network: with weights of any kind.
-        call: Python that builds it without this library.
-    """
-
-    network: nn.Module
-    call: str
-
-
-@dataclass(frozen=True)
-class ExportForm:
-    """What `export` needs to know of a recipe.
-
-    Attributes:
-        library: whose network it trains, as people call it.
-        build: gives the bare architecture of a run's options.
-        stride: what the sides of `--size` are multiples of; None where the size of the network is that of the data.
-        notes: lines to print after the file, such as how images are normalized.
-        inputs: names of what the network is called with, images first.
-        output: name of what it gives.
-    """
-
-    library: str
-    build: Callable[[Any], Bare]
-    stride: int | None = None
-    notes: Callable[[Any], Sequence[str]] = lambda cli: ()
-    inputs: tuple[str, ...] = ("images",)
-    output: str = "logits"
-
-    @property
-    def formats(self) -> dict[str, str]:
-        """What there is to write, by suffix."""
-        return {".onnx": "ONNX", ".pt2": "a program of torch.export", ".pt": f"a plain state_dict of the {self.library} network"}
-
-
-def run_or_export(recipe: Recipe, form: ExportForm, args: Sequence[str]) -> int:
+def run_or_export(recipe: Recipe, args: Sequence[str]) -> int:
     """Run the recipe with the arguments after its name, `export` being a command beside those of `run_recipe`."""
-    return export(recipe, form, args[1:]) if args[:1] == ["export"] else run_recipe(recipe, args)
+    return export(recipe, args[1:]) if args[:1] == ["export"] else run_recipe(recipe, args)
 
 
-def export(recipe: Recipe, form: ExportForm, args: Sequence[str]) -> int:
+def export(recipe: Recipe, args: Sequence[str]) -> int:
     """Run the command with the arguments after `export`. Returns 0. Raises NormkitError for bad input.
 
     The options are those of the training; without `--config`, they are read from the `config.yaml` that the training left beside the
     folder of its checkpoints. Callbacks that edit the network do so again, so that it is the one that was trained.
     """
     try:
-        options, rest = _parse(recipe.name, form, args)
+        options, rest = _parse(recipe.name, recipe.form, args)
     except SystemExit as stop:
         return int(stop.code or 0)
     beside = options.ckpt_path.parent.parent / "config.yaml"
     if not any(word == "--config" or word.startswith("--config=") for word in rest) and beside.is_file():
         rest = ["--config", str(beside), *rest]
-    cli = _export_cli(recipe.cli, form, options.to, options.size)
+    cli = _export_cli(recipe.cli, recipe.form, options.to, options.size)
     with warnings.catch_warnings():
         # Those of a training that is over: its ModelCheckpoint is not needed here.
         warnings.filterwarnings("ignore", message=r"Be aware that when using `ckpt_path`, callbacks")

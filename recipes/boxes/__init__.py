@@ -6,12 +6,13 @@ from pl_normkit.recipes.boxes.data import BoxFolderData as BoxFolderData
 from pl_normkit.recipes.boxes.data import COCOBoxData as COCOBoxData
 from pl_normkit.recipes.boxes.data import TextureObjects as TextureObjects
 from pl_normkit.recipes.boxes.data import VOCBoxData as VOCBoxData
-from pl_normkit.recipes.boxes.main import run as run
+from pl_normkit.recipes.boxes.main import RECIPE as RECIPE
 from pl_normkit.recipes.boxes.model import BoxSegmentationModule as BoxSegmentationModule
 from pl_normkit.recipes.boxes.model import CosineSegmenter as CosineSegmenter
 from pl_normkit.recipes.boxes.notes import BoxNotes as BoxNotes
 
 __all__ = [
+    "RECIPE",
     "BoxClassifierModule",
     "BoxFolderData",
     "BoxNotes",
@@ -21,5 +22,4 @@ __all__ = [
     "CosineSegmenter",
     "TextureObjects",
     "VOCBoxData",
-    "run",
 ]

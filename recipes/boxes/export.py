@@ -7,7 +7,7 @@ __all__ = ["COSINE_FORM"]
 from typing import TYPE_CHECKING
 
 from pl_normkit.recipes.boxes.model import CosineSegmenter
-from pl_normkit.recipes.export import Bare, ExportForm
+from pl_normkit.recipes.recipe import Bare, ExportForm
 from pl_normkit.recipes.segmentation.samples import STRIDE
 
 if TYPE_CHECKING:

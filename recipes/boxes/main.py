@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["RECIPE", "BoxesCLI", "run"]
+__all__ = ["RECIPE", "BoxesCLI"]
 
 from pathlib import Path
 
@@ -18,8 +18,8 @@ from pl_normkit.recipes.boxes.model import BoxSegmentationModule
 from pl_normkit.recipes.boxes.notes import BoxNotes
 from pl_normkit.recipes.boxes.stages import Stages, run_stages
 from pl_normkit.recipes.boxes.summary import summarize_boxes
-from pl_normkit.recipes.command_line import Recipe, RecipeCLI
-from pl_normkit.recipes.export import run_or_export
+from pl_normkit.recipes.command_line import RecipeCLI
+from pl_normkit.recipes.recipe import Recipe
 from pl_normkit.recipes.segmentation.summary import print_iou
 from pl_normkit.recipes.segmentation.writer import MaskWriter
 
@@ -78,13 +78,6 @@ RECIPE = Recipe(
     BoxesData,
     default_config=Path(__file__).with_name("default.yaml"),
     default_data=Path(__file__).with_name("texture_objects.yaml"),
+    form=COSINE_FORM,
     metric="val_miou",
 )
-
-
-def run(args: list[str]) -> int:
-    """Run the recipe with command line arguments: `[fit|validate|test|predict|export] [options]`, "fit" being the default.
-
-    Options left out come from `default.yaml` beside this file. Returns 0. Raises NormkitError for bad input.
-    """
-    return run_or_export(RECIPE, COSINE_FORM, args)

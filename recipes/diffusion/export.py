@@ -7,7 +7,7 @@ __all__ = ["UNET_FORM"]
 from typing import TYPE_CHECKING
 
 from pl_normkit.recipes.diffusion.network import UNet
-from pl_normkit.recipes.export import Bare, ExportForm
+from pl_normkit.recipes.recipe import Bare, ExportForm
 
 if TYPE_CHECKING:
     from pl_normkit.recipes.diffusion.main import DiffusionCLI

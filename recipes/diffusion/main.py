@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-__all__ = ["RECIPE", "DiffusionCLI", "run"]
+__all__ = ["RECIPE", "DiffusionCLI"]
 
 from pathlib import Path
 
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 
-from pl_normkit.recipes.command_line import Recipe, RecipeCLI
+from pl_normkit.recipes.command_line import RecipeCLI
 from pl_normkit.recipes.diffusion.data import DigitImages
 from pl_normkit.recipes.diffusion.export import UNET_FORM
 from pl_normkit.recipes.diffusion.model import DiffusionModule
 from pl_normkit.recipes.diffusion.summary import print_scores, summarize_fit
 from pl_normkit.recipes.diffusion.writer import SampleWriter
-from pl_normkit.recipes.export import run_or_export
+from pl_normkit.recipes.recipe import Recipe
 
 
 class DiffusionCLI(RecipeCLI):
@@ -47,13 +47,6 @@ RECIPE = Recipe(
     DigitImages,
     default_config=Path(__file__).with_name("default.yaml"),
     default_data=Path(__file__).with_name("digits.yaml"),
+    form=UNET_FORM,
     metric="val_frechet",
 )
-
-
-def run(args: list[str]) -> int:
-    """Run the recipe with command line arguments: `[fit|validate|test|predict|export] [options]`, "fit" being the default.
-
-    Options left out come from `default.yaml` beside this file. Returns 0. Raises NormkitError for bad input.
-    """
-    return run_or_export(RECIPE, UNET_FORM, args)

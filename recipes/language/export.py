@@ -6,8 +6,8 @@ __all__ = ["DECODER_FORM"]
 
 from typing import TYPE_CHECKING
 
-from pl_normkit.recipes.export import Bare, ExportForm
 from pl_normkit.recipes.language.network import REFERENCE, build_network
+from pl_normkit.recipes.recipe import Bare, ExportForm
 
 if TYPE_CHECKING:
     from pl_normkit.recipes.language.main import LanguageCLI

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-__all__ = ["RECIPE", "LanguageCLI", "run"]
+__all__ = ["RECIPE", "LanguageCLI"]
 
 from pathlib import Path
 
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 
-from pl_normkit.recipes.command_line import Recipe, RecipeCLI
-from pl_normkit.recipes.export import run_or_export
+from pl_normkit.recipes.command_line import RecipeCLI
 from pl_normkit.recipes.language.data import TextData
 from pl_normkit.recipes.language.export import DECODER_FORM
 from pl_normkit.recipes.language.model import LanguageModule
 from pl_normkit.recipes.language.summary import print_scores, summarize_fit
 from pl_normkit.recipes.language.writer import TextWriter
+from pl_normkit.recipes.recipe import Recipe
 
 
 class LanguageCLI(RecipeCLI):
@@ -47,13 +47,6 @@ RECIPE = Recipe(
     TextData,
     default_config=Path(__file__).with_name("default.yaml"),
     default_data=Path(__file__).with_name("stdlib.yaml"),
+    form=DECODER_FORM,
     metric="val_bpb",
 )
-
-
-def run(args: list[str]) -> int:
-    """Run the recipe with command line arguments: `[fit|validate|test|predict|export] [options]`, "fit" being the default.
-
-    Options left out come from `default.yaml` beside this file. Returns 0. Raises NormkitError for bad input.
-    """
-    return run_or_export(RECIPE, DECODER_FORM, args)

@@ -5,7 +5,7 @@ from pl_normkit.recipes.segmentation.data import SegmentationData as Segmentatio
 from pl_normkit.recipes.segmentation.data import TextureMosaic as TextureMosaic
 from pl_normkit.recipes.segmentation.losses import LOSSES as LOSSES
 from pl_normkit.recipes.segmentation.losses import SegmentationLoss as SegmentationLoss
-from pl_normkit.recipes.segmentation.main import run as run
+from pl_normkit.recipes.segmentation.main import RECIPE as RECIPE
 from pl_normkit.recipes.segmentation.model import ClassIoU as ClassIoU
 from pl_normkit.recipes.segmentation.model import SegmentationModule as SegmentationModule
 from pl_normkit.recipes.segmentation.model import poly_factor as poly_factor
@@ -18,6 +18,7 @@ from pl_normkit.recipes.segmentation.writer import MaskWriter as MaskWriter
 
 __all__ = [
     "LOSSES",
+    "RECIPE",
     "TEXTURES",
     "ADE20KData",
     "CityscapesData",
@@ -31,5 +32,4 @@ __all__ = [
     "TextureMosaic",
     "VOCData",
     "poly_factor",
-    "run",
 ]

@@ -8,7 +8,7 @@ import lightning as L
 
 from pl_normkit.callbacks import AtrousRates
 from pl_normkit.recipes.command_line import RecipeCLI
-from pl_normkit.recipes.export import Bare, ExportForm
+from pl_normkit.recipes.recipe import Bare, ExportForm
 from pl_normkit.recipes.segmentation.model import build_network
 from pl_normkit.recipes.segmentation.samples import STRIDE
 

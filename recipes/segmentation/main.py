@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-__all__ = ["RECIPE", "SegmentationCLI", "run"]
+__all__ = ["RECIPE", "SegmentationCLI"]
 
 from pathlib import Path
 
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 
-from pl_normkit.recipes.command_line import Recipe, RecipeCLI
-from pl_normkit.recipes.export import run_or_export
+from pl_normkit.recipes.command_line import RecipeCLI
 from pl_normkit.recipes.field import FieldRecorder
+from pl_normkit.recipes.recipe import Recipe
 from pl_normkit.recipes.segmentation.data import SegmentationData
 from pl_normkit.recipes.segmentation.export import SMP_FORM
 from pl_normkit.recipes.segmentation.model import SegmentationModule
@@ -51,13 +51,6 @@ RECIPE = Recipe(
     SegmentationData,
     default_config=Path(__file__).with_name("default.yaml"),
     default_data=Path(__file__).with_name("texture_mosaic.yaml"),
+    form=SMP_FORM,
     metric="val_miou",
 )
-
-
-def run(args: list[str]) -> int:
-    """Run the recipe with command line arguments: `[fit|validate|test|predict|export] [options]`, "fit" being the default.
-
-    Options left out come from `default.yaml` beside this file. Returns 0. Raises NormkitError for bad input.
-    """
-    return run_or_export(RECIPE, SMP_FORM, args)

@@ -6,11 +6,12 @@ from pl_normkit.recipes.upsampling.data import MiddleburyData as MiddleburyData
 from pl_normkit.recipes.upsampling.data import NYUData as NYUData
 from pl_normkit.recipes.upsampling.data import StereoAndPlanes as StereoAndPlanes
 from pl_normkit.recipes.upsampling.data import UpsamplingData as UpsamplingData
-from pl_normkit.recipes.upsampling.main import run as run
+from pl_normkit.recipes.upsampling.main import RECIPE as RECIPE
 from pl_normkit.recipes.upsampling.model import UpsamplingModule as UpsamplingModule
 from pl_normkit.recipes.upsampling.writer import MapWriter as MapWriter
 
 __all__ = [
+    "RECIPE",
     "FolderData",
     "MapWriter",
     "MiddleburyData",
@@ -19,5 +20,4 @@ __all__ = [
     "UpsamplingData",
     "UpsamplingModule",
     "joint_bilateral",
-    "run",
 ]

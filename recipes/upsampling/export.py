@@ -7,7 +7,7 @@ __all__ = ["DKN_FORM"]
 from typing import TYPE_CHECKING
 
 from pl_normkit.methods.guided_upsampling import DeformableKernelNetwork
-from pl_normkit.recipes.export import Bare, ExportForm
+from pl_normkit.recipes.recipe import Bare, ExportForm
 
 if TYPE_CHECKING:
     from pl_normkit.recipes.upsampling.main import UpsamplingCLI

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["RECIPE", "UpsamplingCLI", "run"]
+__all__ = ["RECIPE", "UpsamplingCLI"]
 
 from pathlib import Path
 
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 
-from pl_normkit.recipes.command_line import Recipe, RecipeCLI
-from pl_normkit.recipes.export import run_or_export
+from pl_normkit.recipes.command_line import RecipeCLI
+from pl_normkit.recipes.recipe import Recipe
 from pl_normkit.recipes.upsampling.data import UpsamplingData
 from pl_normkit.recipes.upsampling.export import DKN_FORM
 from pl_normkit.recipes.upsampling.model import UpsamplingModule
@@ -47,13 +47,6 @@ RECIPE = Recipe(
     UpsamplingData,
     default_config=Path(__file__).with_name("default.yaml"),
     default_data=Path(__file__).with_name("stereo_and_planes.yaml"),
+    form=DKN_FORM,
     metric="val_rmse",
 )
-
-
-def run(args: list[str]) -> int:
-    """Run the recipe with command line arguments: `[fit|validate|test|predict|export] [options]`, "fit" being the default.
-
-    Options left out come from `default.yaml` beside this file. Returns 0. Raises NormkitError for bad input.
-    """
-    return run_or_export(RECIPE, DKN_FORM, args)

@@ -6,7 +6,7 @@ __all__ = ["TIMM_FORM"]
 
 from typing import TYPE_CHECKING
 
-from pl_normkit.recipes.export import Bare, ExportForm
+from pl_normkit.recipes.recipe import Bare, ExportForm
 from pl_normkit.recipes.vit.network import build_with_settings
 
 if TYPE_CHECKING:

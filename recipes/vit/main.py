@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-__all__ = ["RECIPE", "VitCLI", "run"]
+__all__ = ["RECIPE", "VitCLI"]
 
 from pathlib import Path
 
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 
-from pl_normkit.recipes.command_line import Recipe, RecipeCLI
-from pl_normkit.recipes.export import run_or_export
+from pl_normkit.recipes.command_line import RecipeCLI
 from pl_normkit.recipes.field import FieldRecorder
+from pl_normkit.recipes.recipe import Recipe
 from pl_normkit.recipes.vit.checks import require_size, warn_cut_patches, warn_normalization
 from pl_normkit.recipes.vit.data import ClassificationData
 from pl_normkit.recipes.vit.export import TIMM_FORM
@@ -57,13 +57,6 @@ RECIPE = Recipe(
     ClassificationData,
     default_config=Path(__file__).with_name("default.yaml"),
     default_data=Path(__file__).with_name("digits.yaml"),
+    form=TIMM_FORM,
     metric="val_acc",
 )
-
-
-def run(args: list[str]) -> int:
-    """Run the recipe with command line arguments: `[fit|validate|test|predict|export] [options]`, "fit" being the default.
-
-    Options left out come from `default.yaml` beside this file. Returns 0. Raises NormkitError for bad input.
-    """
-    return run_or_export(RECIPE, TIMM_FORM, args)

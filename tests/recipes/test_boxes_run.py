@@ -1,6 +1,7 @@
 """The recipe from its commands: all stages on built-in scenes and on a folder of one's own, resumed, tested, exported."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,10 @@ from PIL import Image
 
 from pl_normkit.cli import main
 from pl_normkit.errors import ConfigError
-from pl_normkit.recipes.boxes import CosineSegmenter, run
+from pl_normkit.recipes.boxes import RECIPE, CosineSegmenter
+from pl_normkit.recipes.export import run_or_export
+
+run = partial(run_or_export, RECIPE)
 
 SMALL = [
     "--classifier.side=64",

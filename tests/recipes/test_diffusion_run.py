@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,10 @@ import torch
 from PIL import Image
 
 from pl_normkit.cli import main
-from pl_normkit.recipes.diffusion import DiffusionModule, UNet, run, scorer
+from pl_normkit.recipes.diffusion import RECIPE, DiffusionModule, UNet, scorer
+from pl_normkit.recipes.export import run_or_export
+
+run = partial(run_or_export, RECIPE)
 
 TINY = ["--model.channels=8", "--model.groups=4", "--model.steps=12", "--model.sample_steps=3", "--trainer.check_val_every_n_epoch=1"]
 QUIET = ["--trainer.enable_model_summary=false", "--trainer.callbacks=null"]

@@ -5,13 +5,17 @@ from __future__ import annotations
 import csv
 import math
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from pl_normkit.errors import ConfigError, ModelSpecError
-from pl_normkit.recipes.language import LanguageModule, build_network, run
+from pl_normkit.recipes.export import run_or_export
+from pl_normkit.recipes.language import RECIPE, LanguageModule, build_network
+
+run = partial(run_or_export, RECIPE)
 
 TINY = ["--model.options={width: 16, depth: 4, heads: 2}", "--model.sample_tokens=12", "--trainer.callbacks=null"]
 QUIET = ["--trainer.enable_model_summary=false", "--trainer.enable_progress_bar=false"]

@@ -1,5 +1,6 @@
 import importlib.util
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,10 @@ from pl_normkit.cli import main
 from pl_normkit.errors import ConfigError
 from pl_normkit.methods.atrous_rates import set_atrous_rates
 from pl_normkit.methods.fusion_scale import ScaleEqualizer, equalize_scales
-from pl_normkit.recipes.export import export_network
-from pl_normkit.recipes.segmentation import run
+from pl_normkit.recipes.export import export_network, run_or_export
+from pl_normkit.recipes.segmentation import RECIPE
+
+run = partial(run_or_export, RECIPE)
 
 LAST = Path("runs/segmentation/version_0/checkpoints/last.ckpt")
 

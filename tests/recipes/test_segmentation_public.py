@@ -1,5 +1,6 @@
 import gzip
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,10 @@ import yaml
 from PIL import Image
 
 from pl_normkit.errors import DataError
-from pl_normkit.recipes.segmentation import ADE20KData, CityscapesData, SegmentationData, STAREData, VOCData, run
+from pl_normkit.recipes.export import run_or_export
+from pl_normkit.recipes.segmentation import RECIPE, ADE20KData, CityscapesData, SegmentationData, STAREData, VOCData
+
+run = partial(run_or_export, RECIPE)
 
 SIZE = (40, 50)
 LOADING = {"crop_size": 32, "num_workers": 0, "batch_size": 1}

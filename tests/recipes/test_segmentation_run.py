@@ -1,6 +1,7 @@
 import base64
 import csv
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,10 @@ from PIL import Image
 from pl_normkit.cli import main
 from pl_normkit.errors import ConfigError
 from pl_normkit.recipes import segmentation
-from pl_normkit.recipes.segmentation import TEXTURES, run
+from pl_normkit.recipes.export import run_or_export
+from pl_normkit.recipes.segmentation import RECIPE, TEXTURES
+
+run = partial(run_or_export, RECIPE)
 
 SMALL = ["--model.architecture=Unet", "--model.encoder_name=tu-test_resnet"]
 QUICK = [*SMALL, "--trainer.enable_model_summary=false", "--trainer.callbacks=null"]

@@ -2,6 +2,7 @@
 
 import csv
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from upsampling_tree import write_map_pairs
 from pl_normkit.cli import main
 from pl_normkit.errors import DataError
 from pl_normkit.nn import DeformableKernelNetwork
-from pl_normkit.recipes.upsampling import FolderData, MiddleburyData, NYUData, StereoAndPlanes, run
+from pl_normkit.recipes.export import run_or_export
+from pl_normkit.recipes.upsampling import RECIPE, FolderData, MiddleburyData, NYUData, StereoAndPlanes
 from pl_normkit.recipes.upsampling.maps import read_map
+
+run = partial(run_or_export, RECIPE)
 
 QUICK = ["--trainer.enable_model_summary=false", "--trainer.callbacks=null", "--trainer.enable_progress_bar=false"]
 

@@ -1,4 +1,5 @@
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,10 @@ import timm
 import torch
 
 from pl_normkit.cli import main
-from pl_normkit.recipes.vit import ClassifierModule, run
+from pl_normkit.recipes.export import run_or_export
+from pl_normkit.recipes.vit import RECIPE, ClassifierModule
+
+run = partial(run_or_export, RECIPE)
 
 LAST = Path("runs/vit/version_0/checkpoints/last.ckpt")
 OPTIONS = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}

@@ -1,6 +1,7 @@
 import csv
 import math
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,10 @@ from vit_tree import CLASSES, write_class_folders
 
 from pl_normkit.cli import main
 from pl_normkit.errors import ConfigError
-from pl_normkit.recipes.vit import run
+from pl_normkit.recipes.export import run_or_export
+from pl_normkit.recipes.vit import RECIPE
+
+run = partial(run_or_export, RECIPE)
 
 TINY = ["--model.options={patch_size: 8, embed_dim: 16, depth: 2, num_heads: 2}", "--model.warmup_epochs=0"]
 QUIET = ["--trainer.enable_model_summary=false", "--trainer.callbacks=null"]
