@@ -93,9 +93,15 @@ def test_resume_reuse_test_predict_and_export_on_a_folder(here, capsys):
     assert "CosineSegmenter('Unet', 'tu-test_resnet', None, 3" in capsys.readouterr().out
     plain = CosineSegmenter("Unet", "tu-test_resnet", None, 3, encoder_depth=3, decoder_channels=[16, 16, 16])
     plain.load_state_dict(torch.load("out/model.pt", weights_only=True))
+    images = torch.rand(3, 3, 64, 64)
     with torch.no_grad():
-        logits = plain.eval()(torch.rand(1, 3, 64, 64))
+        logits = plain.eval()(images)
     assert 0 < float(logits.abs().max()) <= 20.001
+    for suffix in ("onnx", "pt2"):
+        assert main(["run", "boxes", "export", f"--ckpt_path={last}", f"--to=out/model.{suffix}"]) == 0
+    session = pytest.importorskip("onnxruntime").InferenceSession("out/model.onnx", providers=["CPUExecutionProvider"])
+    for found in (session.run(["logits"], {"images": images.numpy()})[0], torch.export.load("out/model.pt2").module()(images).detach()):
+        np.testing.assert_allclose(found, logits.numpy(), atol=1e-4)
 
 
 def test_without_masks_it_trains_and_says_that_nothing_scores_it(here, capsys):
