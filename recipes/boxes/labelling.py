@@ -4,13 +4,11 @@ from __future__ import annotations
 
 __all__ = ["LabelScores", "LabelWriter", "box_labels", "label_image"]
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import BasePredictionWriter
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -23,6 +21,7 @@ from pl_normkit.recipes.boxes.refine import Refinement, refine
 from pl_normkit.recipes.boxes.samples import VOID, BoxBatch, BoxSource
 from pl_normkit.recipes.segmentation.model import ClassIoU
 from pl_normkit.recipes.segmentation.pictures import save_palette_mask
+from pl_normkit.recipes.writing import PredictionsWriter
 
 
 class Labels(NamedTuple):
@@ -110,7 +109,7 @@ class LabelScores:
         console.print(table)
 
 
-class LabelWriter(BasePredictionWriter):
+class LabelWriter(PredictionsWriter):
     """Writes `first`, `second`, `confidence` and `attention` of each image, under its name, at its size.
 
     Args:
@@ -121,22 +120,13 @@ class LabelWriter(BasePredictionWriter):
     """
 
     def __init__(self, source: BoxSource, folder: Path, refinement: Refinement, threshold: float) -> None:
-        super().__init__(write_interval="batch")
+        super().__init__()
         self.source, self.folder, self.refinement, self.threshold = source, folder, refinement, threshold
         self.scores: LabelScores | None = None
 
-    def write_on_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        prediction: Any,
-        batch_indices: Sequence[int] | None,
-        batch: BoxBatch,
-        batch_idx: int,
-        dataloader_idx: int,
-    ) -> None:
-        assert isinstance(pl_module, BoxClassifierModule)
-        weight = pl_module.classifier.weight.detach().float().cpu()
+    def write(self, trainer: L.Trainer, module: L.LightningModule, prediction: Any, batch: BoxBatch) -> None:
+        assert isinstance(module, BoxClassifierModule)
+        weight = module.classifier.weight.detach().float().cpu()
         self.scores = self.scores or LabelScores(len(weight))
         for index, features, attention in zip(batch.indices.tolist(), *(part.float().cpu() for part in prediction), strict=True):
             image, mask = self.source.read(index)

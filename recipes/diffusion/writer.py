@@ -5,7 +5,6 @@ from __future__ import annotations
 __all__ = ["SampleWriter", "draw_samples"]
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +35,7 @@ class SampleWriter(FileWriter):
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._found = []
 
-    def write_on_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        prediction: Any,
-        batch_indices: Sequence[int] | None,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int,
-    ) -> None:
+    def write(self, trainer: L.Trainer, module: L.LightningModule, prediction: Any, batch: Any) -> None:
         self._found.append(prediction.cpu())
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

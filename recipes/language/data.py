@@ -156,17 +156,9 @@ class TextFolder(TextData):
         self,
         root: str,
         pattern: str = "*.txt",
-        length: int = 128,
-        tokenizer: str | None = None,
-        batch_size: int = 16,
-        eval_batch_size: int = 64,
-        epoch_windows: int = 2048,
-        eval_windows: int = 512,
-        samples: int = 4,
-        cache_dir: str | None = None,
-        num_workers: int = 0,
+        **options: Any,
     ) -> None:
-        super().__init__(length, tokenizer, batch_size, eval_batch_size, epoch_windows, eval_windows, samples, cache_dir, num_workers)
+        super().__init__(**options)
         self.root, self.pattern = Path(root), pattern
 
     def find_files(self) -> dict[Part, list[Path]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 __all__ = ["TextWriter"]
 
-from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -22,20 +21,9 @@ class TextWriter(FileWriter):
     default_name = "samples.txt"
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        path = self.find_file(trainer)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("", encoding="utf-8")
+        self.begin_file(trainer)
 
-    def write_on_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        prediction: Any,
-        batch_indices: Sequence[int] | None,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int,
-    ) -> None:
+    def write(self, trainer: L.Trainer, module: L.LightningModule, prediction: Any, batch: Any) -> None:
         decode = trainer.datamodule.vocabulary.decode  # type: ignore[attr-defined]
         with self.find_file(trainer).open("a", encoding="utf-8") as file:
             for number, tokens in zip(batch[0].tolist(), prediction, strict=True):

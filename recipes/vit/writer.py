@@ -5,8 +5,6 @@ from __future__ import annotations
 __all__ = ["PredictionWriter"]
 
 import csv
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -25,25 +23,11 @@ class PredictionWriter(FileWriter):
     default_name = "predictions.csv"
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        path = self.find_file(trainer)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._write(path, "w", [["name", "class", "probability"]])
+        self.begin_file(trainer, "name,class,probability\r\n")
 
-    def write_on_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        prediction: Any,
-        batch_indices: Sequence[int] | None,
-        batch: tuple[Tensor, list[str]],
-        batch_idx: int,
-        dataloader_idx: int,
-    ) -> None:
-        class_names: list[str] = pl_module.class_names  # type: ignore[assignment]
+    def write(self, trainer: L.Trainer, module: L.LightningModule, prediction: Any, batch: tuple[Tensor, list[str]]) -> None:
+        class_names: list[str] = module.class_names  # type: ignore[assignment]
         shares, labels = prediction.max(-1)
-        rows = zip(batch[1], labels.tolist(), shares.tolist(), strict=True)
-        self._write(self.find_file(trainer), "a", [[name, class_names[label], f"{share:.4f}"] for name, label, share in rows])
-
-    def _write(self, path: Path, mode: str, rows: Sequence[Sequence[str]]) -> None:
-        with path.open(mode, newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows(rows)
+        with self.find_file(trainer).open("a", newline="", encoding="utf-8") as file:
+            rows = zip(batch[1], labels.tolist(), shares.tolist(), strict=True)
+            csv.writer(file).writerows([name, class_names[label], f"{share:.4f}"] for name, label, share in rows)
