@@ -29,7 +29,8 @@ from pl_normkit.recipes.segmentation.pictures import save_palette_mask
 
 RESULTS = Path(__file__).with_name("results") / "box_supervision.csv"
 SIZE = 64
-STEPS = 80
+STEPS = 80  # of the classifier
+SEGMENTER_STEPS = 400
 BATCH = 8
 COUNT = 96
 QUIET: dict[str, Any] = {
@@ -71,8 +72,8 @@ def train_segmenter(data: TextureObjects, seed: int, folder: Path, noise: str) -
     data.use_labels(folder)
     L.seed_everything(seed, verbose=False)
     options = {"encoder_depth": 3, "decoder_channels": [64, 32, 32]}
-    module = BoxSegmentationModule(data.class_names, noise=noise, model_options=options, warmup_steps=10, example_size=SIZE)  # type: ignore[arg-type]
-    trainer = L.Trainer(max_steps=STEPS, max_epochs=-1, limit_val_batches=0, **QUIET)
+    module = BoxSegmentationModule(data.class_names, noise=noise, model_options=options, lr=2e-3, warmup_steps=10, example_size=SIZE)  # type: ignore[arg-type]
+    trainer = L.Trainer(max_steps=SEGMENTER_STEPS, max_epochs=-1, limit_val_batches=0, **QUIET)
     trainer.fit(module, data.train_dataloader())
     (scores,) = L.Trainer(**QUIET).validate(module, data.val_dataloader(), verbose=False)
     return float(scores["val_miou"])

@@ -24,6 +24,7 @@ import inspect
 import pkgutil
 import re
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -159,16 +160,13 @@ def _reflowed(lines: Sequence[str]) -> str:
 
 
 def without_explained(findings: Iterable[Finding]) -> list[Finding]:
-    """The findings less those whose cause another one at the same places tells in full."""
+    """The findings less those whose cause others at the same places tell in full."""
     found = list(findings)
-    fuller = [
-        (_registry[finding.code].explains, {place.module for place in finding.places}) for finding in found if finding.code in _registry
-    ]
-    return [
-        finding
-        for finding in found
-        if not any(finding.code in codes and {place.module for place in finding.places} <= places for codes, places in fuller)
-    ]
+    explained: dict[str, set[str]] = defaultdict(set)
+    for finding in found:
+        for code in _registry[finding.code].explains if finding.code in _registry else ():
+            explained[code] |= {place.module for place in finding.places}
+    return [f for f in found if f.code not in explained or not {place.module for place in f.places} <= explained[f.code]]
 
 
 _registry: dict[str, Rule] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["finish_fit"]
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from rich.console import Console
 
-from pl_normkit.findings import Note, NoteKind
+from pl_normkit.findings import Finding, Note, NoteKind
 from pl_normkit.recipes.editing import editing_callbacks
 from pl_normkit.recipes.field import finish_field
 from pl_normkit.recipes.run_result import result_of
@@ -32,13 +32,18 @@ def _curves(trainer: L.Trainer) -> dict[str, dict[str, float]]:
     return {title: curve for curves in kept if isinstance(curves, Mapping) for title, curve in curves.items()}
 
 
+def _findings(reports: Sequence[Report]) -> list[Finding]:
+    """Each once, as the last report that has it saw it."""
+    return list({finding.fingerprint: finding for report in reports for finding in report.findings}.values())
+
+
 def print_findings(trainer: L.Trainer, console: Console) -> None:
     """What callbacks edited, and the findings of every callback that keeps a report, one line each."""
     for callback in editing_callbacks(trainer):
         made = len(callback.changes.made)
         console.print(f"edits:      {made} by {type(callback).__name__}", highlight=False)
     reports = _reports(trainer)
-    findings = [finding for report in reports for finding in report.findings]
+    findings = _findings(reports)
     if not reports:
         console.print("findings:   no audit in this run", highlight=False)
         return
@@ -75,7 +80,7 @@ def write_page(trainer: L.Trainer, module: L.LightningModule, pictures: Mapping[
     whole = merge_reports(reports[0].subject, reports)
     embedded = {title: picture.read_bytes() for title, picture in pictures.items()}
     curves = {**whole.curves, **_curves(trainer)}
-    page = replace(whole, fixed=[*edits, *whole.fixed], pictures=embedded, curves=curves, run=result_of(trainer))
+    page = replace(whole, findings=_findings(reports), fixed=[*edits, *whole.fixed], pictures=embedded, curves=curves, run=result_of(trainer))
     path.write_text(page.to_html(), encoding="utf-8")
     console.print(f"report:     {path}", soft_wrap=True, highlight=False)
 

@@ -53,7 +53,9 @@ def test_one_command_runs_three_stages_under_audit_and_draws_them(here, capsys):
     assert re.search(r"the two maps differ in [\d.]+% of the pixels", shown)
     assert all(re.search(rf"{re.escape(name)} +│ +0\.\d+", shown) for name in ("boxes filled", "first (refined)", "second (retrieval)"))
     assert re.search(r"mean \(mIoU\) +│ +[01]\.\d+", shown)
-    assert "NK313" in shown or re.search(r"findings: +\d", shown)
+    told = re.findall(r"^  (NK\d+) .* at (.*)$", shown, re.MULTILINE)
+    assert re.search(rf"findings: +{len(told)}$", shown, re.MULTILINE)
+    assert len(told) == len(set(told)) > 0
     for kind in ("first", "second", "confidence", "attention"):
         assert len(list((version / "labels" / kind).iterdir())) == 8
     assert (version / "classifier.ckpt").is_file()

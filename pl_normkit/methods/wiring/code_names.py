@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["ANY_NAME", "CONTAINERS", "codes_of", "is_never_read", "is_of_torch", "names_in"]
+__all__ = ["ANY_NAME", "CONTAINERS", "codes_of", "codes_that_run", "is_never_read", "is_of_torch", "names_in"]
 
 import types
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator
 
 from torch import nn
 
@@ -54,12 +55,40 @@ def _names_of(kind: type) -> set[str]:
 
 def codes_of(kind: type) -> Iterator[tuple[str, types.CodeType]]:
     """The code of a class's methods and of those it inherits from other users' classes, by name; its builders left out."""
+    yield from ((name, code) for _, name, code in _definitions(kind))
+
+
+def _definitions(kind: type) -> Iterator[tuple[type, str, types.CodeType]]:
+    """The same with the class that defines each, as a call would look them up."""
     for base in kind.__mro__:
         if base in (nn.Module, object) or is_of_torch(base) or base.__module__.startswith(("lightning.", "pytorch_lightning.")):
             continue
         for method, value in vars(base).items():
             if not any(word in method for word in _BUILDERS):
-                yield from ((method, code) for code in _codes(value))
+                yield from ((base, method, code) for code in _codes(value))
+
+
+def codes_that_run(kinds: Iterable[type], callers: Collection[type] = ()) -> set[types.CodeType]:
+    """The code of methods that a forward of `kinds` can reach by their names, and all that `callers` define or reach.
+
+    An overridden method counts where some code says `super`.
+    """
+    first: dict[str, set[types.CodeType]] = defaultdict(set)
+    overridden: dict[str, set[types.CodeType]] = defaultdict(set)
+    for kind in kinds:
+        owner: dict[str, type] = {}
+        for base, name, code in _definitions(kind):
+            (first if owner.setdefault(name, base) is base else overridden)[name].add(code)
+    waiting = [*first["forward"], *(code for kind in callers for _, code in codes_of(kind))]
+    found: set[types.CodeType] = set()
+    while waiting:
+        code = waiting.pop()
+        if code not in found:
+            found.add(code)
+            names = set(names_in(code))
+            waiting += [called for name in names for called in first.get(name, ())]
+            waiting += [called for name in names for called in overridden.get(name, ()) if "super" in names]
+    return found
 
 
 def _codes(value: object) -> Iterator[types.CodeType]:

@@ -23,7 +23,7 @@ from typing import Any
 from torch import nn
 
 from pl_normkit.graph.nodes import shorten
-from pl_normkit.methods.wiring.code_names import ANY_NAME, CONTAINERS, codes_of, is_of_torch, names_in
+from pl_normkit.methods.wiring.code_names import ANY_NAME, CONTAINERS, codes_of, codes_that_run, is_of_torch, names_in
 from pl_normkit.methods.wiring.constant_control import Uses
 
 _PLAIN = (bool, int, float, type(None), nn.Module)
@@ -48,16 +48,17 @@ def left_out(
     if not by_use:
         return {}
     kinds = {type(module) for root in (model, *roots) for module in root.modules() if not is_of_torch(type(module))}
+    running = codes_that_run(kinds, {type(root) for root in roots})
     found: dict[str, list[str]] = defaultdict(list)
     for (holder, attribute), names in by_use.items():
-        cause = _cause(holder, attribute, kinds)
+        cause = _cause(holder, attribute, kinds, running)
         if cause:
             found[cause] += names
     return found
 
 
-def _cause(holder: nn.Module, attribute: str, kinds: set[type]) -> str:
-    functions = dict(codes_of(type(holder)))
+def _cause(holder: nn.Module, attribute: str, kinds: set[type], running: Collection[types.CodeType]) -> str:
+    functions = {name: code for name, code in codes_of(type(holder)) if code in running}
     readers = {name: code for name, code in functions.items() if attribute in names_in(code)}
     if readers.keys() != {"forward"} or any(ANY_NAME & set(names_in(code)) for code in functions.values()):
         return ""

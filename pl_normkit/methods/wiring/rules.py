@@ -45,7 +45,7 @@ def _facts(subject: Subject) -> StepFacts:
     return subject.step
 
 
-@rule("NK001", "parameter-without-gradient", mark=Mark.DERIVED, source=SOURCE, needs=_STEP)
+@rule("NK001", "parameter-without-gradient", mark=Mark.DERIVED, source=SOURCE, needs=_STEP, explains=["NK208"])
 def parameter_without_gradient(subject: Subject) -> Iterator[Observation]:
     """What it does
     Finds trainable parameters that the loss of a step sends no gradient to: no code of the model reads them, the gradient is cut on its

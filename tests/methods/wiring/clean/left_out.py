@@ -144,3 +144,38 @@ def blocks_that_another_class_calls() -> Setup:
     setup = blocks(forward)
     setup.model = Outer(setup.model)
     return setup
+
+
+@clean
+def block_that_a_method_it_calls_names_too() -> Setup:
+    def forward(self: Blocks, x: Tensor) -> Tensor:
+        for block in self.blocks[:2]:
+            x = block(x)
+        return self.last(x) if self.grown else x
+
+    def last(self: Blocks, x: Tensor) -> Tensor:
+        return self.blocks[2](x)
+
+    def grow(self: Blocks) -> None:
+        self.grown = True
+
+    setup = blocks(forward, last=last, grow=grow)
+    vars(setup.model[1])["grown"] = False
+    return setup
+
+
+@clean
+def stage_that_the_overridden_forward_may_call() -> Setup:
+    class Whole(Blocks):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.blocks[2](x) if x.abs().max() > 1e6 else x
+
+    class Features(Whole):
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks[:2]:
+                x = block(x)
+            return super().forward(x)
+
+    setup = blocks(Blocks.forward)
+    setup.model[1] = Features()
+    return setup

@@ -104,3 +104,34 @@ def sequential_cut_short() -> Setup:
         return self.tail[:1](x)
 
     return blocks(forward, tail=nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)))
+
+
+@names("parameter-without-gradient")
+def block_that_a_method_nobody_calls_names_too() -> Setup:
+    def forward(self: Blocks, x: Tensor) -> Tensor:
+        for block in self.blocks[:2]:
+            x = block(x)
+        return x
+
+    def stages(self: Blocks) -> list[nn.Module]:
+        return list(self.blocks)
+
+    return blocks(forward, stages=stages)
+
+
+@names("parameter-without-gradient")
+def stage_that_an_overridden_forward_called() -> Setup:
+    class Whole(Blocks):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.blocks[2](self.blocks[1](self.blocks[0](x))))
+
+    class Features(Whole):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.blocks[0](x)
+            if self.used >= 3:
+                x = self.norm(x)
+            return self.blocks[2](self.blocks[1](x))
+
+    setup = blocks(Blocks.forward)
+    setup.model[1] = Features(norm=nn.LayerNorm(16))
+    return setup
