@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from pl_normkit.errors import EditError, TraceError
+from pl_normkit.errors import ConfigError, EditError, TraceError
 from pl_normkit.findings import Finding, FixSafety, Note, NoteKind, Place
 from pl_normkit.first_step import read_step
 from pl_normkit.graph import ModelGraph
@@ -55,7 +55,7 @@ def audit(
         measure: whether rules may run `example_inputs` through the model and draw a few batches to measure the harm.
 
     Raises:
-        ConfigError: for an unknown rule or a pattern that matches no module.
+        ConfigError: for an unknown rule, a pattern that matches no module, or an argument of another kind than the above.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -63,15 +63,30 @@ def audit(
     >>> [finding.code for finding in report.findings if finding.severity == "warning"]
     ['NK205']
     """
+    _require("model", "a torch.nn.Module", isinstance(model, nn.Module), model)
+    several = (optimizers,) if isinstance(optimizers, Optimizer) else optimizers
+    are_optimizers = isinstance(several, Sequence) and all(isinstance(optimizer, Optimizer) for optimizer in several)
+    _require("optimizers", "an optimizer or a list of them", are_optimizers, optimizers)
+    is_scalar = isinstance(loss, Tensor) and loss.numel() == 1
+    _require("loss", "the scalar loss of one step, as criterion(model(x), y) gives it", loss is None or is_scalar, loss)
+    is_pair = isinstance(loaders, (list, tuple)) and len(loaders) == 2
+    _require("loaders", "a pair of loaders or a Loaders", loaders is None or isinstance(loaders, Loaders) or is_pair, loaders)
     subject = Subject(
         model=model,
         example_inputs=example_inputs,
-        optimizers=(optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers),
+        optimizers=tuple(several),
         loss=loss,
-        loaders=Loaders(*loaders) if isinstance(loaders, tuple) else loaders,
+        loaders=Loaders(*loaders) if isinstance(loaders, (list, tuple)) else loaders,
         measure=measure,
     )
     return audit_subject(subject, Selection(select, ignore or (), per_module_ignore or {}))
+
+
+def _require(argument: str, what: str, holds: bool, given: object) -> None:
+    if not holds:
+        shape = f" of shape {tuple(given.shape)}" if isinstance(given, Tensor) else ""
+        kind = f"the class {given.__qualname__}" if isinstance(given, type) else f"a {type(given).__qualname__}{shape}"
+        raise ConfigError(f"audit takes {what}", where=f"{argument}=", evidence=kind, fix=f"give {what}")
 
 
 def audit_subject(subject: Subject, selection: Selection, *, needing: Set[Needs] | None = None) -> Report:
@@ -156,7 +171,11 @@ def _with_step(subject: Subject, notes: list[Note]) -> Subject:
     if subject.step is not None or subject.model is None or subject.loss is None:
         return subject
     try:
-        return replace(subject, step=read_step(subject.model, subject.example_inputs, subject.loss, run=subject.measure))
+        step = read_step(subject.model, subject.example_inputs, subject.loss, run=subject.measure)
+        if step is None:
+            text = "rules on the step did not run: the loss has no graph, or its backward has run. Give it before backward, with gradients on"
+            notes.append(Note(text, NoteKind.NOT_RUN))
+        return replace(subject, step=step)
     except Exception as error:
         notes.append(Note(f"the step was not read: {type(error).__name__}: {error}. Please report it with the model"))
         return subject

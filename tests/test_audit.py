@@ -323,3 +323,32 @@ def test_a_dict_that_does_not_fit_forward_says_how_a_dict_is_passed(faulty_net: 
 def test_shapes_alone_are_enough_for_a_model_off_the_meta_device(faulty_net: nn.Module) -> None:
     report = audit(faulty_net, X.to("meta"), measure=False)
     assert (report.notes, report.findings) == ([], audit(faulty_net, X, measure=False).findings)
+
+
+@pytest.mark.parametrize(
+    ("argument", "given", "seen"),
+    [
+        ("model", nn.Linear, "the class Linear"),
+        ("model", "resnet18", "a str"),
+        ("loss", nn.MSELoss(), "a MSELoss"),
+        ("loss", 3.0, "a float"),
+        ("loss", torch.ones(2, 3), "a Tensor of shape (2, 3)"),
+        ("optimizers", torch.optim.SGD, "the class SGD"),
+        ("optimizers", [torch.zeros(2)], "a list"),
+        ("optimizers", nn.Linear(2, 2).parameters(), "a generator"),
+        ("loaders", ([],), "a tuple"),
+    ],
+)
+def test_an_argument_of_another_kind_is_refused_by_name(argument: str, given: Any, seen: str) -> None:
+    arguments = {"model": nn.Linear(2, 2), "example_inputs": torch.zeros(1, 2), argument: given}
+    with pytest.raises(ConfigError) as refused:
+        audit(**arguments)
+    assert (refused.value.where, refused.value.evidence) == (f"{argument}=", seen)
+
+
+def test_a_loss_whose_backward_has_run_is_a_note() -> None:
+    model, inputs = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), torch.ones(4, 2)
+    loss = model(inputs).square().mean()
+    assert audit(model, inputs, loss=loss).notes == []
+    loss.backward()
+    assert [note.kind for note in audit(model, inputs, loss=loss).notes] == [NoteKind.NOT_RUN]
