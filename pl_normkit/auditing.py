@@ -173,7 +173,7 @@ def _with_step(subject: Subject, notes: list[Note]) -> Subject:
     try:
         step = read_step(subject.model, subject.example_inputs, subject.loss, run=subject.measure)
         if step is None:
-            text = "rules on the step did not run: the loss has no graph, or its backward has run. Give it before backward, with gradients on"
+            text = "rules on the step did not run: the loss has no graph, or its backward has run. Give it before backward"
             notes.append(Note(text, NoteKind.NOT_RUN))
         return replace(subject, step=step)
     except Exception as error:

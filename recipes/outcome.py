@@ -80,7 +80,8 @@ def write_page(trainer: L.Trainer, module: L.LightningModule, pictures: Mapping[
     whole = merge_reports(reports[0].subject, reports)
     embedded = {title: picture.read_bytes() for title, picture in pictures.items()}
     curves = {**whole.curves, **_curves(trainer)}
-    page = replace(whole, findings=_findings(reports), fixed=[*edits, *whole.fixed], pictures=embedded, curves=curves, run=result_of(trainer))
+    whole = replace(whole, findings=_findings(reports), fixed=[*edits, *whole.fixed])
+    page = replace(whole, pictures=embedded, curves=curves, run=result_of(trainer))
     path.write_text(page.to_html(), encoding="utf-8")
     console.print(f"report:     {path}", soft_wrap=True, highlight=False)
 
