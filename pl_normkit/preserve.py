@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["objects_kept", "preserved", "random_states"]
+__all__ = ["global_generators", "is_generator", "objects_kept", "preserved", "random_states"]
 
 import copy
 import random
@@ -78,7 +78,7 @@ def _held_by(found: object) -> list[object]:
         held = list(found.values()) if len(found) <= _LONG else []
     elif isinstance(found, nn.Module) or _is_plain(found):
         held = list(vars(found).values())
-    return [value for value in held if isinstance(value, (list, tuple, set, deque, dict)) or _is_plain(value) or _is_generator(value)]
+    return [value for value in held if isinstance(value, (list, tuple, set, deque, dict)) or _is_plain(value) or is_generator(value)]
 
 
 def _is_plain(found: object) -> bool:
@@ -91,7 +91,7 @@ def _is_plain(found: object) -> bool:
 def _object_restorers(found: object) -> list[Callable[[], None]]:
     if isinstance(found, (list, dict, set, deque)):
         return [_container_content(found)]
-    if _is_generator(found):
+    if is_generator(found):
         return [_generator_state(found)]
     if not _is_plain(found):
         return []
@@ -99,7 +99,8 @@ def _object_restorers(found: object) -> list[Callable[[], None]]:
     return [_container_content(attributes)]
 
 
-def _is_generator(found: object) -> bool:
+def is_generator(found: object) -> bool:
+    """Whether it is a random generator of Python, torch or numpy."""
     numpy = sys.modules.get("numpy")
     own = isinstance(found, (random.Random, torch.Generator))
     return own or (numpy is not None and isinstance(found, (numpy.random.Generator, numpy.random.RandomState)))
@@ -225,6 +226,15 @@ def random_states() -> Callable[[], None]:
             numpy.random.set_state(numpy_state)
 
     return restore
+
+
+def global_generators() -> tuple[Any, ...]:
+    """The states of Python's and numpy's generators, to be compared with later ones."""
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return (random.getstate(),)
+    _, words, position, *_ = numpy.random.get_state()
+    return random.getstate(), words.tobytes(), position
 
 
 def _nothing() -> None:

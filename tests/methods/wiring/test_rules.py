@@ -19,6 +19,7 @@ from pl_normkit.report import Report
 from pl_normkit.rules import Subject
 from pl_normkit.selection import Selection
 from tests.methods.wiring.clean import CLEAN
+from tests.methods.wiring import chance  # noqa: F401
 from tests.methods.wiring.mistakes import MISTAKES, gradients
 from tests.methods.wiring.setups import classes
 
