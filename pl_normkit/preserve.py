@@ -21,7 +21,8 @@ _REGISTRIES = frozenset({"_parameters", "_buffers", "_modules"})
 
 @contextmanager
 def preserved(model: nn.Module, *, buffers: bool = False) -> Iterator[None]:
-    """Restore training flags, plain attributes, RNG states and, with `buffers`, buffer values when the block ends.
+    """Restore training flags, plain attributes, the states of the global random generators and of those that modules hold, and, with
+    `buffers`, buffer values when the block ends.
 
     Args:
         model: the module whose state is kept.
@@ -154,6 +155,8 @@ def _module_contents(attributes: dict[str, Any], seen: set[int], empty: list[Any
                     yield _container_content(value)
                 else:
                     empty.append(value)
+        elif is_generator(value):
+            yield _generator_state(value)
         elif isinstance(value, (Tensor, list, dict, set, deque, tuple)):
             yield from _contents(value, seen, empty)
 

@@ -6,10 +6,12 @@ in the other. Random tensors (noise, masks, sampled latents) are the same in bot
 
 from __future__ import annotations
 
-__all__ = ["has_own_generator", "left_to_chance"]
+__all__ = ["left_to_chance", "own_generators"]
 
 import random
 import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from pl_normkit.findings import Place
 from pl_normkit.first_step import operations
 from pl_normkit.methods.wiring.eval_calls import Runner
-from pl_normkit.preserve import is_generator, objects_kept
+from pl_normkit.preserve import is_generator
 
 _LOW, _HIGH = 0.001, 0.999
 _MOST = 64
@@ -74,9 +76,10 @@ class _Run:
     shapes: tuple[torch.Size, ...]
 
 
-def has_own_generator(model: nn.Module) -> bool:
-    """Whether a module holds a random generator of its own."""
-    return any(is_generator(value) for module in model.modules() for value in vars(module).values())
+def own_generators(model: nn.Module) -> list[Any]:
+    """Random generators of Python and numpy that modules hold."""
+    held = (value for module in model.modules() for value in vars(module).values())
+    return [value for value in held if is_generator(value) and not isinstance(value, torch.Generator)]
 
 
 def left_to_chance(runner: Runner, *, tries: int) -> tuple[Place, ...]:
@@ -89,25 +92,36 @@ def left_to_chance(runner: Runner, *, tries: int) -> tuple[Place, ...]:
         tries: so many more runs, where the model draws from generators that cannot be set.
     """
     runs: list[_Run] = []
-    with objects_kept(*runner.model.modules()):
-        for value in (_LOW, _HIGH, *[None] * tries):
-            try:
-                runs.append(_run(runner, value))
-            except Exception:  # no backward in eval mode, or numbers that the model cannot take
-                return ()
-            for other in runs[:-1]:
-                lean, full = sorted((runs[-1], other), key=lambda run: len(run.used))
-                if lean.used < full.used and lean.shapes == full.shapes:
-                    return tuple(dict.fromkeys(_part(name, lean, full) for name in sorted(full.used - lean.used)))
+    generators = own_generators(runner.model)
+    draws: list[AbstractContextManager[Any]] = [_SingleNumbers(_LOW), _SingleNumbers(_HIGH)]
+    for numbers in (*draws, *(_later_numbers(generators, count) for count in range(tries))):
+        try:
+            runs.append(_run(runner, numbers))
+        except Exception:  # no backward in eval mode, or numbers that the model cannot take
+            return ()
+        for other in runs[:-1]:
+            lean, full = sorted((runs[-1], other), key=lambda run: len(run.used))
+            if lean.used < full.used and lean.shapes == full.shapes:
+                return tuple(dict.fromkeys(_part(name, lean, full) for name in sorted(full.used - lean.used)))
     return ()
 
 
-def _run(runner: Runner, value: float | None) -> _Run:
+@contextmanager
+def _later_numbers(generators: list[Any], count: int) -> Iterator[None]:
+    """Generators of a model's own cannot be set: they go on by a few numbers."""
+    for generator in generators:
+        for _ in range(count):
+            generator.random()
+    yield
+
+
+def _run(runner: Runner, numbers: AbstractContextManager[Any]) -> _Run:
     parameters = {name: parameter for name, parameter in runner.model.named_parameters() if parameter.requires_grad}
     with torch.enable_grad():
-        watch, outputs = runner.watched(runner.leaves, within=None if value is None else _SingleNumbers(value))
-        weighted = [(output * torch.linspace(1, 2, output.numel()).view_as(output).to(output)).sum() for output in outputs if output.requires_grad]
-        gradients = torch.autograd.grad(sum(weighted), list(parameters.values()), allow_unused=True)
+        watch, outputs = runner.watched(runner.leaves, within=numbers)
+        learned = [output for output in outputs if output.requires_grad]
+        weights = [torch.linspace(1, 2, output.numel()).view_as(output).to(output) for output in learned]
+        gradients = torch.autograd.grad(learned, list(parameters.values()), weights, allow_unused=True)
     used = {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None and bool(gradient.any())}
     return _Run(frozenset(used), watch.facts().called, tuple(output.shape for output in outputs))
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pl_normkit.findings import Place
 from pl_normkit.first_step import Dropout
 from pl_normkit.methods.wiring.eval_calls import Runner, differ
-from pl_normkit.methods.wiring.left_to_chance import has_own_generator, left_to_chance
+from pl_normkit.methods.wiring.left_to_chance import left_to_chance, own_generators
 from pl_normkit.methods.wiring.mixing import Mixing, explained, is_by_sample
 from pl_normkit.preserve import preserved
 
@@ -60,7 +60,7 @@ def measure_eval_run(model: nn.Module, inputs: Any, used_in_training: frozenset[
                 return EvalRun(facts.dropouts)
             whole = runner.run(runner.leaves)
             is_repeatable = _is_close(watched, whole)
-            tries = 0 if is_repeatable and not has_own_generator(model) else _TRIES
+            tries = 0 if is_repeatable and not own_generators(model) else _TRIES
             left_out = left_to_chance(runner, tries=tries) if facts.draws_numbers or tries else ()
             if left_out or not is_repeatable:  # random from a source of its own, so that changes tell nothing
                 return EvalRun(left_out=left_out)

@@ -70,8 +70,8 @@ DRAWS: dict[str, Drops] = {
     "python": lambda _: random.random() < 0.1,
     "python_uniform": lambda _: random.uniform(0, 10) > 9,
     "python_choices": lambda _: random.choices((True, False), (0.1, 0.9))[0],
-    "numpy": lambda _: np.random.rand() < 0.1,
-    "numpy_binomial": lambda _: not np.random.binomial(1, 0.9),
+    "numpy": lambda _: np.random.rand() < 0.1,  # noqa: NPY002
+    "numpy_binomial": lambda _: not np.random.binomial(1, 0.9),  # noqa: NPY002
     "torch_item": lambda _: torch.rand(1).item() < 0.1,
     "torch_bool": lambda _: bool(torch.rand(()) < 0.1),
     "torch_uniform": lambda _: bool(torch.empty(1).uniform_() > 0.9),
@@ -146,8 +146,8 @@ def _changed(name: str, change: Callable[[Tensor], Tensor]) -> None:
 
 
 _changed("flips", lambda x: x.flip(-1) if random.random() < 0.5 else x)
-_changed("noise", lambda x: x + torch.from_numpy(np.random.randn(*x.shape)).float())
+_changed("noise", lambda x: x + torch.from_numpy(np.random.randn(*x.shape)).float())  # noqa: NPY002
 _changed("scale", lambda x: x * random.uniform(0.5, 1.5))
-_changed("mix", lambda x: np.random.beta(0.2, 0.2) * x + x.mean())
+_changed("mix", lambda x: np.random.beta(0.2, 0.2) * x + x.mean())  # noqa: NPY002
 _changed("draws_until_one_fits", lambda x: x * next(number for number in iter(random.random, None) if 0.2 < number < 0.3))
 _changed("shuffled_units", lambda x: x[:, random.sample(range(32), 32)])
