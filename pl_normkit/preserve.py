@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["objects_kept", "preserved", "random_states"]
+__all__ = ["global_generators", "is_generator", "objects_kept", "preserved", "random_states"]
 
 import copy
 import random
@@ -21,7 +21,8 @@ _REGISTRIES = frozenset({"_parameters", "_buffers", "_modules"})
 
 @contextmanager
 def preserved(model: nn.Module, *, buffers: bool = False) -> Iterator[None]:
-    """Restore training flags, plain attributes, RNG states and, with `buffers`, buffer values when the block ends.
+    """Restore training flags, plain attributes, the states of the global random generators and of those that modules hold, and, with
+    `buffers`, buffer values when the block ends.
 
     Args:
         model: the module whose state is kept.
@@ -78,7 +79,7 @@ def _held_by(found: object) -> list[object]:
         held = list(found.values()) if len(found) <= _LONG else []
     elif isinstance(found, nn.Module) or _is_plain(found):
         held = list(vars(found).values())
-    return [value for value in held if isinstance(value, (list, tuple, set, deque, dict)) or _is_plain(value) or _is_generator(value)]
+    return [value for value in held if isinstance(value, (list, tuple, set, deque, dict)) or _is_plain(value) or is_generator(value)]
 
 
 def _is_plain(found: object) -> bool:
@@ -91,7 +92,7 @@ def _is_plain(found: object) -> bool:
 def _object_restorers(found: object) -> list[Callable[[], None]]:
     if isinstance(found, (list, dict, set, deque)):
         return [_container_content(found)]
-    if _is_generator(found):
+    if is_generator(found):
         return [_generator_state(found)]
     if not _is_plain(found):
         return []
@@ -99,7 +100,8 @@ def _object_restorers(found: object) -> list[Callable[[], None]]:
     return [_container_content(attributes)]
 
 
-def _is_generator(found: object) -> bool:
+def is_generator(found: object) -> bool:
+    """Whether it is a random generator of Python, torch or numpy."""
     numpy = sys.modules.get("numpy")
     own = isinstance(found, (random.Random, torch.Generator))
     return own or (numpy is not None and isinstance(found, (numpy.random.Generator, numpy.random.RandomState)))
@@ -153,6 +155,8 @@ def _module_contents(attributes: dict[str, Any], seen: set[int], empty: list[Any
                     yield _container_content(value)
                 else:
                     empty.append(value)
+        elif is_generator(value):
+            yield _generator_state(value)
         elif isinstance(value, (Tensor, list, dict, set, deque, tuple)):
             yield from _contents(value, seen, empty)
 
@@ -225,6 +229,15 @@ def random_states() -> Callable[[], None]:
             numpy.random.set_state(numpy_state)
 
     return restore
+
+
+def global_generators() -> tuple[Any, ...]:
+    """The states of Python's and numpy's generators, to be compared with later ones."""
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return (random.getstate(),)
+    _, words, position, *_ = numpy.random.get_state()
+    return random.getstate(), words.tobytes(), position
 
 
 def _nothing() -> None:

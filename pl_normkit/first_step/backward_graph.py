@@ -326,9 +326,9 @@ def initial_loss(graph: GraphView) -> InitialLoss | None:
     """The loss function's value in this step, beside what an untrained model gives; None for functions that are not known."""
     for node in graph.tail:
         target, output = saved_tensor(node, "target"), saved_tensor(node, "self")
-        if target is None or output is None or output.shape[1:2] == (1,):
+        if target is None or output is None:
             continue
-        if base(node) in ("NllLoss", "NllLoss2D") and output.dim() > 1:
+        if base(node) in ("NllLoss", "NllLoss2D") and output.dim() > 1 and output.shape[1] > 1:
             value = F.nll_loss(output.float(), target, ignore_index=_signed(saved(node, "ignore_index")))
             return InitialLoss("cross-entropy", float(value), math.log(output.shape[1]))
         if base(node) == "MseLoss" and target.numel() > 1:

@@ -44,9 +44,11 @@ class DropMasks:
 
     Attributes:
         is_parameter: whether a tensor is one of the model's parameters.
+        has_drawn_a_number: whether a random tensor had a single element.
     """
 
     is_parameter: Callable[[Tensor], bool]
+    has_drawn_a_number: bool = False
     _drawn: MutableMapping[Tensor, _Draw] = field(default_factory=WeakTensorKeyDictionary)
     _features: MutableMapping[Tensor, bool] = field(default_factory=WeakTensorKeyDictionary)
     _tokens: set[int] = field(default_factory=set)
@@ -87,6 +89,7 @@ class DropMasks:
 
     def _draw(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: Tensor) -> None:
         self._count += 1
+        self.has_drawn_a_number |= result.numel() == 1
         if name in _UNIFORM:
             is_unit = name != "uniform_" or (args[1:] in ((), (0, 1)) and not kwargs)
             if is_unit:

@@ -105,6 +105,7 @@ class ForwardFacts:
         silent_dropouts: modules that called a dropout function with a probability and `training=False`, by path.
         reverse_reads: last steps read of reverse directions.
         inputs_used: which of the input's tensors (by position among the leaves) some output depends on.
+        draws_numbers: whether single random numbers were drawn, of Python, numpy or torch: they may decide what is computed.
     """
 
     called: frozenset[str] = frozenset()
@@ -118,6 +119,7 @@ class ForwardFacts:
     silent_dropouts: tuple[str, ...] = ()
     reverse_reads: tuple[ReverseRead, ...] = ()
     inputs_used: frozenset[int] = frozenset()
+    draws_numbers: bool = False
 
 
 @dataclass(frozen=True)

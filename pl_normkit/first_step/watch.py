@@ -22,6 +22,7 @@ from pl_normkit.first_step.autograd_nodes import GraphView
 from pl_normkit.first_step.drop_masks import DropMasks
 from pl_normkit.first_step.facts import Cut, Dropout, FirstInput, ForwardFacts, NormCall, ReverseRead
 from pl_normkit.graph.autograd import source_line, tensors_in
+from pl_normkit.preserve import global_generators
 
 _CALLERS = ("recorder.py", "measure.py", "auditing.py")
 
@@ -77,6 +78,8 @@ class ForwardWatch(TorchFunctionMode):
         self._norms: list[NormCall] = []
         self._dropouts: list[Dropout] = []
         self._masks = DropMasks(lambda tensor: id(tensor) in self._names)
+        self._generators: Any = None
+        self._draws_numbers = False
         self._masked: list[tuple[int, Dropout]] = []
         self._silent_dropouts: dict[str, None] = {}
         self._reverse: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
@@ -140,6 +143,7 @@ class ForwardWatch(TorchFunctionMode):
     def _enter(self, module: nn.Module, args: Any) -> None:
         if module in self._paths:
             if not self._stack:
+                self._generators = global_generators()
                 self.__enter__()  # type: ignore[no-untyped-call]
             self._stack.append(self._paths[module])
             self._called.add(self._paths[module])
@@ -149,6 +153,7 @@ class ForwardWatch(TorchFunctionMode):
             self._stack.pop()
             if not self._stack:
                 self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+                self._draws_numbers |= self._generators != global_generators()
                 if not self._is_on:
                     self._remove_hooks()
                     return
@@ -325,6 +330,7 @@ class ForwardWatch(TorchFunctionMode):
             silent_dropouts=tuple(self._silent_dropouts),
             reverse_reads=tuple(self._reverse_reads),
             inputs_used=used,
+            draws_numbers=self._draws_numbers or self._masks.has_drawn_a_number,
         )
 
 

@@ -14,6 +14,7 @@ clean twins. The facts they judge are those of one training step (`pl_normkit.fi
     step_cuts.py     cuts of the gradient in a training_step itself
     find.py          biases that the norm behind them removes
     eval_calls.py    calls a model in eval mode with the leaves of its inputs
+    left_to_chance.py parts that a random number leaves out in eval mode
     mixing.py        where the samples of a batch mix first
     measure.py       the eval forward: active dropout, samples that mix, inputs without influence
     modules.py       a batch norm that stays in eval mode

@@ -6,7 +6,7 @@ __all__ = ["Runner", "differ"]
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -39,10 +39,12 @@ class Runner:
         with _same_randomness(), preserved(self.model, buffers=True):
             return list(tensors_in(self.model(*args, **kwargs)))
 
-    def watched(self, leaves: list[Any], each: Callable[[Seen], None] | None = None) -> tuple[ForwardWatch, list[Tensor]]:
+    def watched(
+        self, leaves: list[Any], each: Callable[[Seen], None] | None = None, *, within: AbstractContextManager[Any] | None = None
+    ) -> tuple[ForwardWatch, list[Tensor]]:
         args, kwargs = self._arguments(leaves)
         watch = ForwardWatch(self.model, (args, kwargs), each=each)
-        with _same_randomness(), preserved(self.model, buffers=True), watch.watching():
+        with _same_randomness(), preserved(self.model, buffers=True), within or nullcontext(), watch.watching():
             results = list(tensors_in(self.model(*args, **kwargs)))
         if watch.failure is not None:
             raise watch.failure

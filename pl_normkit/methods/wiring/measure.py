@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pl_normkit.findings import Place
 from pl_normkit.first_step import Dropout
 from pl_normkit.methods.wiring.eval_calls import Runner, differ
+from pl_normkit.methods.wiring.left_to_chance import left_to_chance, own_generators
 from pl_normkit.methods.wiring.mixing import Mixing, explained, is_by_sample
 from pl_normkit.preserve import preserved
 
 _ROWS = (5, 7, 3)
+_TRIES = 8
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,13 @@ class EvalRun:
 
     Attributes:
         dropouts: dropouts that were active.
+        left_out: parts that a random number left out.
         mixing: where the output of one sample came to depend on another's input, None where it does not or where it is meant.
         ignored: leaves of the input (by position) that no output depends on.
     """
 
     dropouts: tuple[Dropout, ...] = ()
+    left_out: tuple[Place, ...] = ()
     mixing: Mixing | None = None
     ignored: tuple[int, ...] = ()
 
@@ -54,8 +59,11 @@ def measure_eval_run(model: nn.Module, inputs: Any, used_in_training: frozenset[
             if facts.dropouts:
                 return EvalRun(facts.dropouts)
             whole = runner.run(runner.leaves)
-            if not _is_close(watched, whole):
-                return EvalRun()  # random from a source of its own, so that changes tell nothing
+            is_repeatable = _is_close(watched, whole)
+            tries = 0 if is_repeatable and not own_generators(model) else _TRIES
+            left_out = left_to_chance(runner, tries=tries) if facts.draws_numbers or tries else ()
+            if left_out or not is_repeatable:  # random from a source of its own, so that changes tell nothing
+                return EvalRun(left_out=left_out)
         except Exception:  # inputs that eval mode cannot take (targets of a detector, say) are no mistake
             return EvalRun()
         ignored: tuple[int, ...] = ()

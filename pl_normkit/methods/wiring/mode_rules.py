@@ -111,9 +111,12 @@ def _is_mostly_trained(part: nn.Module, path: str, step: StepFacts) -> bool:
 def dropout_active_in_evaluation(subject: Subject) -> Iterator[Observation]:
     """What it does
     Finds dropout that still drops when the model is in eval mode: `F.dropout(x, p)` without `training=self.training`,
-    `scaled_dot_product_attention(..., dropout_p=p)`, a dropout kept in training mode.
+    `scaled_dot_product_attention(..., dropout_p=p)`, a dropout kept in training mode; and stochastic depth decided by a number of Python,
+    numpy or torch (`if random.random() < p: return x`) without a look at `self.training`.
 
-    `ModelAudit` sees it in the first validation batch, the sanity check's included; `audit()` runs the model in eval mode.
+    `ModelAudit` sees dropout in the first validation batch, the sanity check's included; `audit()` runs the model in eval mode. Layers
+    left out by a random number show only where two runs are compared: in `audit()` and `ModelAudit(measure=True)`. A choice between two
+    layers, teacher forcing, noise and sampled latents are not taken for dropout.
 
     Monte Carlo dropout means it: say so with `per_module_ignore={"path.of.the.module": ["NK006"]}`.
 
@@ -152,6 +155,13 @@ def dropout_active_in_evaluation(subject: Subject) -> Iterator[Observation]:
             "pass training=self.training (dropout_p=p if self.training else 0.0 for attention), or use nn.Dropout; "
             "if Monte Carlo dropout is meant, ignore this rule at the module",
             (Evidence("drop probability", max(dropout.probability for dropout in seen), "0 in eval mode"),),
+        )
+    elif left_out := subject.once(eval_run).left_out:
+        yield Observation(
+            "random numbers leave layers out in eval mode: predictions are random",
+            list(left_out),
+            "leave layers out in training alone: if self.training and random.random() < p",
+            (Evidence("places whose parameters count in one of two runs alone", len(left_out), "0"),),
         )
 
 

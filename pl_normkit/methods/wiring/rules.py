@@ -135,7 +135,7 @@ def gradient_always_zero(subject: Subject) -> Iterator[Observation]:
     for seen in step.silenced:
         names = [name for name in step.gradients if name in left & seen.parameters]
         left -= set(names)
-        if names:
+        if names and not (seen.op.startswith("a mask") and _drops_at_random(step)):
             yield Observation(
                 f"the gradient is exactly 0: {seen.op} behind these parameters lets nothing through",
                 [Place(name) for name in names],
@@ -143,6 +143,11 @@ def gradient_always_zero(subject: Subject) -> Iterator[Observation]:
                 (Evidence("share of its units without a gradient", 1.0, "below 1"),),
                 cause=seen.op,
             )
+
+
+def _drops_at_random(step: StepFacts) -> bool:
+    """Whether the zeros of a mask may be the chance of this step: a branch that stochastic depth dropped."""
+    return step.forward is not None and (step.forward.draws_numbers or bool(step.forward.dropouts))
 
 
 def _advice_for(op: str) -> str:

@@ -127,11 +127,11 @@ def _cut_off(model: nn.Module, step: StepFacts, missing: Sequence[str]) -> Itera
         ends = [(cut.how, cut.place.source) for cut in forward.cuts if name in cut.parameters]
         by_cut[ends[0] if ends else ("", "")].append(name)
     for (how, line), names in by_cut.items():
-        if not how:
+        if not how and not forward.draws_numbers:  # else a number may have decided so in this step
             yield _observation(
                 model, names, "the result of these parameters is thrown away", "use it, or take the module out of the model", "thrown away"
             )
-        else:
+        elif how:
             yield _observation(
                 model, names, f"{how} cuts the gradient of these parameters{f' at {line}' if line else ''}",
                 f"take {how} out of the path to the loss, or freeze the parameters with requires_grad_(False)", f"cut by {how}",

@@ -15,9 +15,11 @@ from pl_normkit.auditing import audit_subject
 from pl_normkit.findings import Finding
 from pl_normkit.first_step import read_step
 from pl_normkit.graph.autograd import tensors_in
+from pl_normkit.preserve import global_generators
 from pl_normkit.report import Report
 from pl_normkit.rules import Subject
 from pl_normkit.selection import Selection
+from tests.methods.wiring import chance
 from tests.methods.wiring.clean import CLEAN
 from tests.methods.wiring.mistakes import MISTAKES, gradients
 from tests.methods.wiring.setups import classes
@@ -165,3 +167,18 @@ def test_parameters_that_have_been_replaced_are_told_once(name: str) -> None:
     assert [finding.code for finding in setup.report().findings] == ["NK003"]
     setup.select = ["NK204"]
     assert [finding.code for finding in setup.report().findings] == ["NK204"]
+
+
+@pytest.mark.parametrize("name", chance.DRAWS)
+def test_comparing_two_runs_leaves_every_generator_as_it_was(name: str) -> None:
+    setup = chance.stack(chance.Block, chance.DRAWS[name])
+    blocks = [block for block in setup.model.modules() if isinstance(block, chance.Block)]
+
+    def states() -> list[str]:
+        own = [(block.own.getstate(), block.own_numpy.bit_generator.state) for block in blocks]
+        return [repr(state) for state in (global_generators(), torch.get_rng_state().tolist(), own)]
+
+    loss = setup.loss(setup.model(setup.inputs))
+    before = states()
+    assert [finding.code for finding in audit(setup.model, setup.inputs, loss=loss, select=["NK006"]).findings] == ["NK006"]
+    assert states() == before

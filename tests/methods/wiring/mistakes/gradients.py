@@ -240,3 +240,9 @@ def both_results_of_attention_thrown_away() -> Setup:
             return self.last(states[:, -1])
 
     return Setup(Net(), torch.randn(8, 12, 16), cross_entropy(classes(8)))
+
+
+@names("parameter-without-gradient")
+def loss_made_anew() -> Setup:
+    target = classes(16)
+    return Setup(mlp(), torch.randn(16, 32), lambda output: torch.tensor(F.cross_entropy(output, target).item(), requires_grad=True))

@@ -239,3 +239,9 @@ def batch_first_and_transposed() -> Setup:
             return self.last(self.rnn(x.transpose(0, 1))[0][-1])
 
     return Setup(Net(), torch.randn(8, 12, 16), cross_entropy(classes(8)))
+
+
+@names("samples-mixed")
+def layer_norm_over_the_batch() -> Setup:
+    net = nn.Sequential(nn.Linear(32, 64), nn.LayerNorm((5, 64), elementwise_affine=False), nn.Linear(64, 10))
+    return Setup(net, torch.randn(5, 32), cross_entropy(classes(5)))
