@@ -45,12 +45,16 @@ def objects_kept(*roots: object) -> Iterator[None]:
     as large as the data, are not copied.
     """
     restorers: list[Callable[[], None]] = []
+    empty: list[Any] = []  # most of a module's containers
     seen: set[int] = set()
     waiting = deque(roots)
     while waiting and len(seen) < _MOST_OBJECTS:
         found = waiting.popleft()
         if id(found) not in seen:
             seen.add(id(found))
+            if isinstance(found, (list, dict, set, deque)) and not found:
+                empty.append(found)
+                continue
             restorers += _object_restorers(found)
             waiting.extend(_held_by(found))
     try:
@@ -58,6 +62,7 @@ def objects_kept(*roots: object) -> Iterator[None]:
     finally:
         for restore in restorers:
             restore()
+        _clear(empty)
 
 
 _MOST_FROZEN = 2**19
@@ -134,9 +139,7 @@ def _attributes(model: nn.Module) -> Callable[[], None]:
     def restore_all() -> None:
         for restore in contents:
             restore()
-        for container in empty:
-            if container:
-                container.clear()
+        _clear(empty)
         for module, attributes in before:
             current = vars(module)
             for name in current.keys() - attributes.keys():
@@ -175,6 +178,13 @@ def _contents(value: Any, seen: set[int], empty: list[Any]) -> Iterator[Callable
         yield _container_content(value)
     for inner in value.values() if isinstance(value, dict) else value:
         yield from _contents(inner, seen, empty)
+
+
+def _clear(containers: list[Any]) -> None:
+    """Empty those that were empty."""
+    for container in containers:
+        if container:
+            container.clear()
 
 
 def _container_content(container: Any) -> Callable[[], None]:

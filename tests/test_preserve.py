@@ -177,14 +177,17 @@ def test_objects_that_hang_on_a_root_are_put_back() -> None:
     class Counts:
         def __init__(self) -> None:
             self.calls, self.seen, self.inner = 0, [1], {"generator": random.Random(3), "own": torch.Generator().manual_seed(3)}
-            self.itself = self
+            self.itself, self.empty = self, ([], {}, set())
 
     found = Counts()
     drawn = copy.deepcopy(found.inner["generator"]).random(), torch.rand(1, generator=found.inner["own"].clone_state()).item()
     with objects_kept(found, nn.Linear(1, 1)):
         found.calls, found.added = 5, True  # type: ignore[attr-defined]
         found.seen.append(2)
+        found.empty[0].append(1)
+        found.empty[1]["key"] = 1
+        found.empty[2].add(1)
         found.inner["generator"].random()
         torch.rand(1, generator=found.inner["own"])
-    assert (found.calls, found.seen, hasattr(found, "added")) == (0, [1], False)
+    assert (found.calls, found.seen, found.empty, hasattr(found, "added")) == (0, [1], ([], {}, set()), False)
     assert (found.inner["generator"].random(), torch.rand(1, generator=found.inner["own"]).item()) == drawn

@@ -22,10 +22,12 @@ _UNRELATED = frozenset(
     (
         *("training", "_trainer", "_device", "_dtype", "_current_fx_name", "_metric_attributes"),
         *("setup", "configure_model", "configure_optimizers", "on_load_checkpoint"),
+        *("_parameters", "_buffers", "_modules"),
     )
 )
-"""Attributes that a Trainer, or a callback, changes in the course of a fit, and that no forward pass reads."""
+"""Attributes that a Trainer, or a callback, changes in the course of a fit, and that no forward pass reads; and those read on their own."""
 _PLAIN = (bool, int, float, str, bytes, type(None))
+_CONTAINERS = (dict, list, tuple, set)
 
 
 class TraceStore:
@@ -96,6 +98,8 @@ def _form_of(value: Any) -> Hashable:
         return type(value), value
     if isinstance(value, Tensor):
         return tuple(value.shape), value.dtype, value.requires_grad
+    if isinstance(value, _CONTAINERS) and not value:  # most of a module's attributes
+        return type(value), 0
     leaves, structure = tree_flatten(value)
     if len(leaves) == 1 and leaves[0] is value:
         return type(value), id(value)
