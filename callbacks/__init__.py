@@ -15,6 +15,7 @@ __all__ = [
     "NaNGuard",
     "NormPlacement",
     "NormSchedule",
+    "NormalizeAndProject",
     "PositionalVariance",
     "RecalibrateBatchNorm",
     "SAMOnNorms",
@@ -36,6 +37,7 @@ from pl_normkit.callbacks.model_audit import ModelAudit
 from pl_normkit.callbacks.nan_guard import NaNGuard
 from pl_normkit.callbacks.norm_placement import NormPlacement
 from pl_normkit.callbacks.norm_schedule import NormSchedule
+from pl_normkit.callbacks.normalize_and_project import NormalizeAndProject
 from pl_normkit.callbacks.positional_variance import PositionalVariance
 from pl_normkit.callbacks.recalibrate_batch_norm import RecalibrateBatchNorm
 from pl_normkit.callbacks.sam_on_norms import SAMOnNorms

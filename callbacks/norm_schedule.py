@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
 
 class NormSchedule(Callback):
-    """Takes the share of the old norm from 1 to 0 over optimizer steps, in the norms of `SwapNorms('prepbn')` and `('fixed_std')`.
+    """Takes the share of the old norm from 1 to 0 over optimizer steps, in the norms of `SwapNorms('prepbn')` and `('fixed_std')`, and in
+    the layers of `SwapNorms('sigma_reparam', gain='one')`.
 
     Steps are those of optimizers (`trainer.global_step`), so that gradient accumulation and gradient checkpointing do not hasten it, and
-    a resumed run goes on where it was. `prepbn` norms turn together on a line, `fixed_std` norms one after another. Validation
+    a resumed run goes on where it was. `prepbn` norms and layers turn together on a line, `fixed_std` norms one after another. Validation
     runs with every norm turned: in the mode in which the model is exported. A run that ends before the schedule gets one warning.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["SetTrainable", "SetValues"]
+__all__ = ["Resize", "SetTrainable", "SetValues"]
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,6 +41,43 @@ class SetValues:
         def undo() -> None:
             for name, parameter in parameters.items():
                 parameter.copy_(saved[name])
+
+        return Change(self.module, self.what), undo
+
+
+@dataclass(frozen=True)
+class Resize:
+    """Write values of another shape into parameters, which stay the same objects under the same names.
+
+    Sizes that the modules keep beside them, such as `out_features`, are another edit's to set. Undoing gives the old storage back.
+    """
+
+    module: str
+    values: Mapping[str, Tensor]
+    what: str
+
+    def check(self, model: nn.Module) -> None:
+        for name, value in self.values.items():
+            if _held(model, name).ndim != value.ndim:
+                raise EditError("new values have another number of dimensions", where=name)
+
+    def is_done(self, model: nn.Module) -> bool:
+        return all(
+            _held(model, name).shape == value.shape and torch.equal(_held(model, name), value) for name, value in self.values.items()
+        )
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module) -> tuple[Change, Undo]:
+        parameters = {name: _held(model, name) for name in self.values}
+        saved = {name: (parameter.data, parameter.grad) for name, parameter in parameters.items()}
+        for name, value in self.values.items():
+            parameters[name].grad = None  # of the old shape
+            parameters[name].data = value.to(parameters[name].dtype).contiguous()
+
+        def undo() -> None:
+            for name, parameter in parameters.items():
+                parameter.grad = None
+                parameter.data, parameter.grad = saved[name]
 
         return Change(self.module, self.what), undo
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["find_norms"]
+__all__ = ["find_norms", "norms_that_read"]
 
 from collections.abc import Sequence
 from typing import Literal
 
 from pl_normkit.graph.nodes import Kind, Node
-from pl_normkit.graph.structure import Norm
+from pl_normkit.graph.structure import PASSING, Norm
 
 Statistics = Literal["batch", "layer", "group", "instance", "rms"]
 _NORMS: dict[str, Statistics] = {
@@ -32,6 +32,21 @@ def find_norms(nodes: Sequence[Node]) -> list[Norm]:
     """Every normalization of activations in execution order."""
     found = [_of_torch(node) if node.kind is Kind.NORM else _written_out(node) for node in nodes]
     return [norm for norm in found if norm is not None]
+
+
+def norms_that_read(node: Node, norms: Sequence[Norm]) -> set[str]:
+    """Kinds of the norms that read `node`, through views and dropouts; "" where something else reads it too, or the model returns it."""
+    kinds = {norm.node: norm.kind for norm in norms}
+    found: set[str] = set()
+    for user in node.users:
+        if user in kinds:
+            found.add(kinds[user])
+        elif user.kind in PASSING and len(user.inputs) == 1:
+            found |= norms_that_read(user, norms)
+        else:
+            found.add("")
+    is_returned = any(user.op == "output" for user in node.target.users)
+    return found | {""} if is_returned or not found else found
 
 
 def _of_torch(node: Node) -> Norm:

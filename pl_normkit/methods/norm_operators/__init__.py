@@ -9,6 +9,8 @@ Sources: "Pre-RMSNorm and Pre-CRMSNorm Transformers", arXiv 2305.14858, for the 
     merge.py           `merge_batch_norms`: norms of `to="prepbn"` that have turned into the next linear layers
     stock.py           `to_stock_norms`: norms of `to="fixed_std"` that have switched, as norms of torch
     rms_conversion.py  `to_rmsnorm`: layer norms to RMS norms with the same function
+    compressed.py      `to_crmsnorm`: the same with a residual stream of one channel less
+    scale_conversion.py `to_scalenorm`: RMS norms to ScaleNorms with the same function
     recalibrate.py     `recalibrate_batch_norm`: running statistics of other data, or precise ones
     swap.py            `swap_norms`: other norms before training
     places.py          which modules of a model a norm can replace
@@ -23,12 +25,24 @@ Sources: "Pre-RMSNorm and Pre-CRMSNorm Transformers", arXiv 2305.14858, for the 
 
 from __future__ import annotations
 
-__all__ = ["fold_norms", "merge_batch_norms", "norm_inputs", "recalibrate_batch_norm", "swap_norms", "to_rmsnorm", "to_stock_norms"]
+__all__ = [
+    "fold_norms",
+    "merge_batch_norms",
+    "norm_inputs",
+    "recalibrate_batch_norm",
+    "swap_norms",
+    "to_crmsnorm",
+    "to_rmsnorm",
+    "to_scalenorm",
+    "to_stock_norms",
+]
 
+from pl_normkit.methods.norm_operators.compressed import to_crmsnorm
 from pl_normkit.methods.norm_operators.fold import fold_norms
 from pl_normkit.methods.norm_operators.merge import merge_batch_norms
 from pl_normkit.methods.norm_operators.recalibrate import recalibrate_batch_norm
 from pl_normkit.methods.norm_operators.rms_conversion import to_rmsnorm
 from pl_normkit.methods.norm_operators.rows import norm_inputs
+from pl_normkit.methods.norm_operators.scale_conversion import to_scalenorm
 from pl_normkit.methods.norm_operators.stock import to_stock_norms
 from pl_normkit.methods.norm_operators.swap import swap_norms

@@ -7,7 +7,7 @@ __all__ = ["Stream", "Writer", "find_streams"]
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from pl_normkit.graph import ModelGraph, Node
+from pl_normkit.graph import Kind, ModelGraph, Node
 from pl_normkit.methods.norm_operators.last_dim import (
     Layer,
     averages_rows,
@@ -59,7 +59,9 @@ def find_streams(graph: ModelGraph) -> list[Stream]:
             streams = _merged(streams, _stream_of(norm.node, writers, is_written))
     readers = readers_by_parameter(graph)
     for stream in streams:
-        stream.reason = _reader_without_norm(stream) or _shared_writer(stream, readers) or _no_gain(stream)
+        stream.reason = (
+            _dropped_writer(stream, is_written) or _reader_without_norm(stream) or _shared_writer(stream, readers) or _no_gain(stream)
+        )
     return streams
 
 
@@ -111,6 +113,20 @@ def _merged(streams: list[Stream], new: Stream) -> list[Stream]:
         else:
             apart.append(stream)
     return [*apart, new]
+
+
+def _dropped_writer(stream: Stream, is_written: dict[Node, bool]) -> str:
+    """A dropout behind what a layer writes, which would take the zero mean away."""
+    waiting, seen = list(stream.bases), set(stream.bases)
+    while waiting:
+        node = waiting.pop()
+        if node.kind is Kind.DROPOUT and any(is_written[source] for source in node.inputs):
+            return f"dropout of {node.module or 'the model'} takes the zero mean away in training mode"
+        if node.kind is Kind.DROPOUT or sums_rows(node):
+            new = [source for source in node.inputs if source not in seen]
+            seen.update(new)
+            waiting += new
+    return ""
 
 
 def _reader_without_norm(stream: Stream) -> str:

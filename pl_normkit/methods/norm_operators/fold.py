@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["fold_norms", "folded_values", "layers_behind", "why_layers_cannot"]
+__all__ = ["Affine", "fold_edit", "fold_norms", "folded_values", "layers_behind", "read_affine", "why_layers_cannot"]
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,13 +68,12 @@ def fold_norms(model: nn.Module, example_inputs: Any, *, keep_keys: bool = True,
         if filter_fn is not None and not filter_fn(get_module(model, norm.module), norm.module):
             skipped.append(Change(norm.module, "not chosen by the filter"))
             continue
-        found = _read_affine(norm)
-        reason = found if isinstance(found, str) else _why_not(found, readers)
-        if isinstance(found, str) or reason:
-            skipped.append(Change(norm.module, reason))
+        found = read_affine(norm, readers)
+        if isinstance(found, str):
+            skipped.append(Change(norm.module, found))
         else:
             found_any = True
-            edits += [] if _is_folded(model, found) else [_edit(model, norm.module, found)]
+            edits += [] if _is_folded(model, found) else [fold_edit(model, norm.module, found)]
             edits += [] if keep_keys else _without_parameters(model, norm.module)
     if not found_any:
         raise NothingMatchedError("no norm can be folded", evidence="; ".join(map(str, skipped)))
@@ -82,8 +81,8 @@ def fold_norms(model: nn.Module, example_inputs: Any, *, keep_keys: bool = True,
 
 
 @dataclass(frozen=True)
-class _Affine:
-    """Scale and shift, the operations that apply them, and the layers that read the result."""
+class Affine:
+    """Scale and shift ("" without one), the operations that apply them, and the layers that read the result."""
 
     gamma: str
     beta: str
@@ -91,11 +90,11 @@ class _Affine:
     layers: tuple[Layer, ...]
 
 
-def _read_affine(norm: Norm) -> _Affine | str:
+def read_affine(norm: Norm, readers: dict[str, set[Node]]) -> Affine | str:
     """What can be folded, or why not."""
     nodes = [norm.node]
     applied = _applied_by(norm.node)
-    while norm.gamma not in applied or (norm.beta and norm.beta not in applied):
+    while not {name for name in (norm.gamma, norm.beta) if name} <= applied:
         users = nodes[-1].users
         if len(users) != 1 or not (keeps_rows(users[0]) or factor_of(users[0]) == norm.gamma or norm.beta in users[0].parameters):
             return "its scale is not applied as it is stored"
@@ -103,7 +102,10 @@ def _read_affine(norm: Norm) -> _Affine | str:
         applied |= _applied_by(users[0])
     beta = norm.beta or _shift_after(nodes)
     layers = layers_behind(nodes[-1])
-    return layers if isinstance(layers, str) else _Affine(norm.gamma, beta, tuple(nodes), tuple(layers))
+    if isinstance(layers, str):
+        return layers
+    found = Affine(norm.gamma, beta, tuple(nodes), tuple(layers))
+    return _why_not(found, readers) or found
 
 
 def _shift_after(nodes: list[Node]) -> str:
@@ -141,7 +143,7 @@ def layers_behind(start: Node) -> list[Layer] | str:
     return layers or "nothing reads its output"
 
 
-def _why_not(found: _Affine, readers: dict[str, set[Node]]) -> str:
+def _why_not(found: Affine, readers: dict[str, set[Node]]) -> str:
     own = set(found.nodes)
     for name in filter(None, (found.gamma, found.beta)):
         if readers[name] - own:
@@ -163,7 +165,7 @@ def why_layers_cannot(layers: Sequence[Layer], readers: dict[str, set[Node]], *,
     return ""
 
 
-def _is_folded(model: nn.Module, found: _Affine) -> bool:
+def _is_folded(model: nn.Module, found: Affine) -> bool:
     gamma = model.get_parameter(found.gamma)
     return bool((gamma == 1).all()) and not (found.beta and bool(model.get_parameter(found.beta).any()))
 
@@ -182,7 +184,7 @@ def _without_parameters(model: nn.Module, path: str) -> list[Edit]:
 
 
 @torch.no_grad()
-def _edit(model: nn.Module, path: str, found: _Affine) -> SetValues:
+def fold_edit(model: nn.Module, path: str, found: Affine) -> SetValues:
     gamma = model.get_parameter(found.gamma)
     values: dict[str, Tensor] = {found.gamma: torch.ones_like(gamma)}
     shift = None

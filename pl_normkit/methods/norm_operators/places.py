@@ -70,6 +70,6 @@ def old_norm(module: nn.Module) -> OldNorm:
     is_row = is_written or isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or _name_of(module) in _ROWS | _CHANNELS_FIRST
     axis: Literal[-1, 1] = -1 if is_row and _name_of(module) not in _CHANNELS_FIRST else 1
     centred = not is_row or isinstance(module, nn.LayerNorm)
-    names = ("normalized_shape", "num_features", "out_channels")
+    names = ("normalized_shape", "num_features", "out_channels", "out_features")
     width: Any = like.shape if is_written else next(getattr(module, name) for name in names if hasattr(module, name))
     return OldNorm(int(width[0] if is_row else width), eps, weight, bias, like.device, like.dtype, axis, centred, module)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["to_rmsnorm"]
+__all__ = ["centred_values", "convertible_streams", "to_rmsnorm"]
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from pl_normkit.errors import NothingMatchedError
 from pl_normkit.graph import ModelGraph, Node
 from pl_normkit.methods.norm_operators.find import Stream, Writer, find_streams
-from pl_normkit.methods.norm_operators.modules import Recentre, ShiftedRMSNorm
+from pl_normkit.methods.norm_operators.modules import CentredOutputs, CentredOutputsOfConv1D, Recentre, ShiftedRMSNorm
 from pl_normkit.methods.norm_operators.weights import convert_checked, refuse_sharded
-from pl_normkit.surgery import Change, Changes, Edit, Insert, Replace, get_module
+from pl_normkit.surgery import Change, Changes, Edit, Insert, MixIn, Replace, get_module
 from pl_normkit.values import SetValues
 from pl_normkit.wrappers import unwrapped
 
@@ -23,8 +23,8 @@ RECENTRE = "recentre"
 """Name of the child that recentres the stream where it enters the first block."""
 
 
-def to_rmsnorm(model: nn.Module, example_inputs: Any) -> Changes:
-    """Turn a Pre-LN model into a Pre-RMSNorm model with the same function in eval mode, for inference.
+def to_rmsnorm(model: nn.Module, example_inputs: Any, *, for_training: bool = False) -> Changes:
+    """Turn a Pre-LN model into a Pre-RMSNorm model with the same function: in eval mode, for inference, or for training too.
 
     A layer norm of rows with zero mean is an RMS norm. The layers that write to the residual stream are made to write such rows
     (`W <- W - mean of W over its outputs`, the bias alike, a LayerScale folded in first and set to 1), the embeddings are recentred by one
@@ -33,10 +33,15 @@ def to_rmsnorm(model: nn.Module, example_inputs: Any) -> Changes:
     does not is left alone, and `skipped` says why: a feature tap or a pooling without norm, a tied writer, a post-norm, gates that depend
     on the input. In training mode dropout with p > 0 on a branch would break the zero mean, and so would training on.
 
+    With `for_training` the layers keep their weights and centre them anew in each forward pass, so that every step is that of the Pre-LN
+    model and its checkpoints are exchangeable. To export, call `undo()` and convert once more without it. Dropout with p > 0 on a branch
+    and LayerScales are refused then.
+
     Args:
         model: edited in place. gamma and beta stay the same parameter objects under the same keys; load the checkpoint before.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments, as for `audit`; the model is run on them before
             and after, and left as it was where the outputs differ.
+        for_training: convert for training, as above.
 
     Raises:
         NothingMatchedError: when no layer norm can be converted; its evidence lists the reasons.
@@ -55,19 +60,30 @@ def to_rmsnorm(model: nn.Module, example_inputs: Any) -> Changes:
     """
     model = unwrapped(model)
     refuse_sharded(model)
-    graph = ModelGraph.from_model(model, example_inputs, training=False)
-    edits: list[Edit] = []
+    graph = ModelGraph.from_model(model, example_inputs, training=for_training)
+    streams, skipped = convertible_streams(model, graph, for_training=for_training)
+    edits = [edit for stream, hosts in streams for edit in _edits(model, stream, hosts, for_training)]
+    return convert_checked(model, example_inputs, edits, skipped)
+
+
+def convertible_streams(
+    model: nn.Module, graph: ModelGraph, *, for_training: bool = False
+) -> tuple[list[tuple[Stream, list[tuple[str, bool]]]], list[Change]]:
+    """Streams that can be centred, each with the modules where it is recentred, and what is left alone. Raises NothingMatchedError."""
+    found: list[tuple[Stream, list[tuple[str, bool]]]] = []
     skipped: list[Change] = []
     for stream in find_streams(graph):
         hosts = [_host(graph, base) for base in stream.bases]
         reason = stream.reason or _why_not(model, graph, stream, hosts)
+        if not reason and for_training:
+            reason = next(filter(None, (_why_not_trained(model, writer) for writer in stream.writers.values())), "")
         if reason:
             skipped += [Change(path, reason) for path in dict.fromkeys(norm.module for norm in stream.norms)]
         else:
-            edits += _edits(model, stream, hosts)
-    if not edits:
+            found.append((stream, hosts))
+    if not found:
         raise NothingMatchedError("no layer norm can be converted", evidence="; ".join(map(str, skipped)))
-    return convert_checked(model, example_inputs, edits, skipped)
+    return found, skipped
 
 
 def _host(graph: ModelGraph, base: Node) -> tuple[str, bool]:
@@ -103,9 +119,26 @@ def _why_not(model: nn.Module, graph: ModelGraph, stream: Stream, hosts: Sequenc
     return ""
 
 
-def _edits(model: nn.Module, stream: Stream, hosts: Sequence[tuple[str, bool]]) -> list[Edit]:
+def _why_not_trained(model: nn.Module, writer: Writer) -> str:
+    if writer.factor:
+        return f"{writer.factor}, a LayerScale, would have to be centred with the layer in front of it in each step"
+    return "" if _mixin(model, writer) else f"{writer.layer.weight} is not the weight of a plain linear layer"
+
+
+def _mixin(model: nn.Module, writer: Writer) -> type[nn.Module] | None:
+    """What centres the outputs of the writer's module in each forward pass."""
+    path, _, name = writer.layer.weight.rpartition(".")
+    module = get_module(model, path)
+    if name != "weight" or writer.layer.node.module != path:
+        return None
+    if type(module).forward is nn.Linear.forward:
+        return CentredOutputs
+    return CentredOutputsOfConv1D if type(module).__name__ == "Conv1D" and writer.layer.outputs == 1 else None
+
+
+def _edits(model: nn.Module, stream: Stream, hosts: Sequence[tuple[str, bool]], for_training: bool) -> list[Edit]:
     writers = {writer.layer.weight: writer for writer in stream.writers.values()}.values()
-    edits: list[Edit] = [_centred(model, writer) for writer in writers]
+    edits: list[Edit] = [_centred_anew(model, writer) if for_training else _centred(model, writer) for writer in writers]
     for path, is_before in dict.fromkeys(hosts):
         what = "the residual stream is recentred where it starts"
         edits.append(Insert(path, RECENTRE, Recentre(), what, "before" if is_before else "after"))
@@ -130,8 +163,20 @@ def _rms_norm(old: nn.LayerNorm) -> nn.RMSNorm:
     return new
 
 
-@torch.no_grad()
+def _centred_anew(model: nn.Module, writer: Writer) -> MixIn:
+    mixin = _mixin(model, writer)
+    assert mixin is not None  # else the stream is left alone
+    return MixIn(writer.layer.node.module, mixin, f"outputs of {writer.layer.weight} centred in each forward pass")
+
+
 def _centred(model: nn.Module, writer: Writer) -> SetValues:
+    scale = f", {writer.factor} folded in" if writer.factor else ""
+    return SetValues(writer.layer.node.module, centred_values(model, writer), f"outputs of {writer.layer.weight} centred{scale}")
+
+
+@torch.no_grad()
+def centred_values(model: nn.Module, writer: Writer) -> dict[str, Tensor]:
+    """New values, by name, with which a layer and its LayerScale write what they wrote without its mean over the outputs."""
     layer = writer.layer
     weight = model.get_parameter(layer.weight).double()
     factor = model.get_parameter(writer.factor).double() if writer.factor else weight.new_ones(())
@@ -142,5 +187,4 @@ def _centred(model: nn.Module, writer: Writer) -> SetValues:
         values[layer.bias] = bias - bias.mean()
     if writer.factor:
         values[writer.factor] = torch.ones_like(model.get_parameter(writer.factor))
-    scale = f", {writer.factor} folded in" if writer.factor else ""
-    return SetValues(layer.node.module, values, f"outputs of {layer.weight} centred{scale}")
+    return values

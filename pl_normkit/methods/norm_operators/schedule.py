@@ -13,6 +13,9 @@ from torch import nn
 
 from pl_normkit.methods.norm_operators.operators.fixed_std import FixedStdNorm
 from pl_normkit.methods.norm_operators.operators.prepbn import ProgressiveBatchNorm
+from pl_normkit.methods.norm_operators.operators.sigma_reparam import SigmaLinear
+
+Turned = ProgressiveBatchNorm | SigmaLinear
 
 
 @dataclass(frozen=True)
@@ -20,11 +23,11 @@ class Turning:
     """The norms of a model that turn, in the order of its modules.
 
     Attributes:
-        progressive: batch norms whose share falls on a line, all together.
+        progressive: batch norms, and linear layers divided by their sigma, whose share falls on a line, all together.
         switching: norms that become constant one after another, evenly over the steps.
     """
 
-    progressive: dict[str, ProgressiveBatchNorm]
+    progressive: dict[str, Turned]
     switching: dict[str, FixedStdNorm]
 
     @torch.no_grad()
@@ -39,13 +42,13 @@ class Turning:
     @property
     def share(self) -> float:
         """Mean share of the old norms."""
-        norms: list[ProgressiveBatchNorm | FixedStdNorm] = [*self.progressive.values(), *self.switching.values()]
+        norms: list[Turned | FixedStdNorm] = [*self.progressive.values(), *self.switching.values()]
         return sum(float(norm.share) for norm in norms) / len(norms)
 
     @contextmanager
     def finished(self) -> Iterator[None]:
         """Every norm as it is at the end of the schedule, within the block."""
-        norms: list[ProgressiveBatchNorm | FixedStdNorm] = [*self.progressive.values(), *self.switching.values()]
+        norms: list[Turned | FixedStdNorm] = [*self.progressive.values(), *self.switching.values()]
         saved = [norm.share.clone() for norm in norms]
         try:
             for norm in norms:
@@ -57,7 +60,12 @@ class Turning:
 
 
 def turning_norms(model: nn.Module) -> Turning:
-    """The norms of `swap_norms(model, to="prepbn")` and `to="fixed_std"`; both dicts are empty where there are none."""
+    """The norms of `swap_norms(model, to="prepbn")`, `to="fixed_std"` and `to="sigma_reparam", gain="one"`; both dicts are empty where there
+    are none. A layer whose share is 0 already has turned."""
     modules = dict(model.named_modules())
-    progressive = {path: module for path, module in modules.items() if isinstance(module, ProgressiveBatchNorm)}
+    progressive: dict[str, Turned] = {
+        path: module
+        for path, module in modules.items()
+        if isinstance(module, ProgressiveBatchNorm) or (isinstance(module, SigmaLinear) and float(module.share) > 0)
+    }
     return Turning(progressive, {path: module for path, module in modules.items() if isinstance(module, FixedStdNorm)})

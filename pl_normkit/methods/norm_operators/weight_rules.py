@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pl_normkit.findings import Evidence, Place, Severity
-from pl_normkit.graph import Kind, ModelGraph, Node
+from pl_normkit.graph import Kind, Node
+from pl_normkit.graph.norms import norms_that_read
 from pl_normkit.preserve import preserved
 from pl_normkit.rules import Mark, Needs, Observation, Subject, rule
 
 LAG = 0.1
 """How far the largest singular value of a spectrally normalized weight may be from 1 (derived)."""
-_PASSES_SCALE = frozenset((Kind.VIEW, Kind.DROPOUT))
 
 
 def _reparametrized(model: nn.Module, name: str) -> dict[str, nn.Module]:
@@ -30,20 +30,6 @@ def _reparametrized(model: nn.Module, name: str) -> dict[str, nn.Module]:
         if any(type(way).__name__.lstrip("_") == name for way in ways):
             found[path] = module
     return found
-
-
-def _norms_behind(node: Node, graph: ModelGraph) -> set[str]:
-    """Kinds of the norms that read `node`, through views and dropouts; "" where something else reads it too."""
-    kinds = {norm.node: norm.kind for norm in graph.norms}
-    found: set[str] = set()
-    for user in node.users:
-        if user in kinds:
-            found.add(kinds[user])
-        elif user.kind in _PASSES_SCALE and len(user.inputs) == 1:
-            found |= _norms_behind(user, graph)
-        else:
-            found.add("")
-    return found or {""}
 
 
 @rule(
@@ -90,7 +76,7 @@ def norm_undoes_weight_norm(subject: Subject) -> Iterator[Observation]:
     for name, undoing in (("WeightNorm", {"batch", "instance"}), ("SpectralNorm", {"batch", "instance", "layer", "group", "rms"})):
         layers = _reparametrized(subject.model, name)
         nodes = [node for node in subject.graph.nodes if node.kind is Kind.WEIGHT and node.module in layers]
-        undone = [node for node in nodes if _norms_behind(node, subject.graph) <= undoing]
+        undone = [node for node in nodes if norms_that_read(node, subject.graph.norms) <= undoing]
         if undone:
             yield Observation(
                 message=f"A norm undoes the {'weight' if name == 'WeightNorm' else 'spectral'} norm of the layer in front of it",

@@ -26,8 +26,12 @@ def refuse_sharded(model: nn.Module) -> None:
         raise EditError("the weights are sharded", fix="convert before sharding, or load the whole checkpoint")
 
 
-def convert_checked(model: nn.Module, inputs: Any, edits: Sequence[Edit], skipped: Sequence[Change]) -> Changes:
+def convert_checked(
+    model: nn.Module, inputs: Any, edits: Sequence[Edit], skipped: Sequence[Change], *, precision: torch.dtype | None = None
+) -> Changes:
     """Make `edits`, unless the model's outputs in eval mode then differ by more than rounding: then nothing is changed.
+
+    `precision` is that of the narrowest computation which the edits replace, by default the outputs' own.
 
     Raises EditError, with the largest difference, where they do.
     """
@@ -36,16 +40,16 @@ def convert_checked(model: nn.Module, inputs: Any, edits: Sequence[Edit], skippe
     try:
         after = _outputs(model, inputs)
         for old, new in zip(before, after, strict=True):
-            _compare(old, new)
+            _compare(old, new, precision or old.dtype)
     except BaseException:
         changes.undo()
         raise
     return changes
 
 
-def _compare(old: Tensor, new: Tensor) -> None:
+def _compare(old: Tensor, new: Tensor, precision: torch.dtype) -> None:
     difference = float((old.double() - new.double()).abs().max() / old.double().abs().max().clamp(min=1e-30))
-    if not difference <= torch.finfo(old.dtype).eps ** 0.5:
+    if not difference <= max(torch.finfo(dtype).eps for dtype in (old.dtype, precision)) ** 0.5:
         raise EditError(
             "the converted model does not compute the same function, so it was left as it was",
             evidence=f"largest difference {difference:.1e} of the largest output",

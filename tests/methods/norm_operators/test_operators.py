@@ -25,6 +25,7 @@ from tests.methods.norm_operators.tiny_models import trained_like
 WIDTH = 7
 ROWS = {**reference_norms.ROWS, "powernorm": None, "unified": None}
 IMAGES = {"groupnorm", "bcn", "ibn_a", "evonorm", "weight_standardized"}
+LINEAR = {"sigma_reparam"}
 
 
 class RowFirst(nn.Module):
@@ -59,7 +60,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def test_each_file_of_the_folder_is_an_operator_and_has_a_reference() -> None:
     files = {file.stem for file in Path(operators.__file__).parent.glob("*.py")} - {"__init__"}
-    assert set(operators.operators()) == files == set(ROWS) | IMAGES
+    assert set(operators.operators()) == files == set(ROWS) | IMAGES | LINEAR
     assert all(operator.formula and "arXiv" in operator.source and operator.when for operator in operators.operators().values())
 
 
@@ -317,7 +318,7 @@ def test_weight_standardization_takes_convolutions_in_front_of_norms() -> None:
 
 
 def made(to: str) -> tuple[nn.Module, Tensor]:
-    if to in ROWS:
+    if to in ROWS or to in LINEAR:
         model = nn.Sequential(nn.Linear(5, WIDTH), RowFirst(nn.LayerNorm(WIDTH)), nn.Linear(WIDTH, 2))
         x = random(6, 5).float()
     else:
@@ -327,7 +328,7 @@ def made(to: str) -> tuple[nn.Module, Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # torch's RMS norm under autocast
-@pytest.mark.parametrize("to", sorted({*ROWS, *IMAGES}))
+@pytest.mark.parametrize("to", sorted({*ROWS, *IMAGES, *LINEAR}))
 def test_copies_checkpoints_autocast_and_export(to: str) -> None:
     model, x = made(to)
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
@@ -365,10 +366,15 @@ def test_compiled_training_equals_eager(to: str) -> None:
 
 @pytest.mark.parametrize(
     ("to", "options", "message"),
-    [("powernorm", {"groups": 2}, "divide"), ("eln", {"variance": 0.0}, "positive"), ("evonorm", {"kind": "s9"}, "no EvoNorm")],
+    [
+        ("powernorm", {"groups": 2}, "divide"),
+        ("eln", {"variance": 0.0}, "positive"),
+        ("evonorm", {"kind": "s9"}, "no EvoNorm"),
+        ("sigma_reparam", {"gain": "two"}, "no such start"),
+    ],
 )
 def test_bad_options_change_nothing(to: str, options: dict[str, Any], message: str) -> None:
-    model = nn.Sequential(nn.LayerNorm(WIDTH), nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()))
+    model = nn.Sequential(nn.LayerNorm(WIDTH), nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()), nn.Linear(3, 3))
     before = list(model.modules())
     with pytest.raises(ConfigError, match=message):
         swap_norms(model, to, **options)

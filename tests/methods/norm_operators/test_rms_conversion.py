@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -170,3 +171,57 @@ def test_meta_weights_and_rms_models_are_refused() -> None:
     model, inputs = build("llama")
     with pytest.raises(NothingMatchedError, match="no layer norm can be converted"):
         to_rmsnorm(model, inputs)
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+@pytest.mark.parametrize("name", ["gpt2", "timm_vit"])
+def test_training_on_is_that_of_the_layer_norm_model(name: str) -> None:
+    model, inputs = build(name)
+    twin = copy.deepcopy(without_dropout(model))
+    changes = to_rmsnorm(model, inputs, for_training=True)
+    assert kinds(model) == {"layer": 0, "rms": 5}
+    for net in (model, twin):
+        optimizer = torch.optim.SGD(net.train().parameters(), 0.05)
+        for _ in range(5):
+            optimizer.zero_grad()
+            result = net(**inputs) if isinstance(inputs, dict) else net(inputs)
+            (result if isinstance(result, Tensor) else result[0]).square().mean().backward()
+            optimizer.step()
+    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-13)
+    expected = output(twin.eval(), inputs)
+    assert difference(output(pickle.loads(pickle.dumps(model.eval())), inputs), expected) < 1e-12
+    twin.load_state_dict(model.state_dict(), strict=True)  # the keys are those of the layer norm model
+    changes.undo()
+    to_rmsnorm(model, inputs)  # and now for inference
+    assert difference(output(model, inputs), expected) < 1e-12
+
+
+def test_one_shot_conversion_and_training_on_part_ways() -> None:
+    """Why `for_training` exists: weights that were centred once do not stay so."""
+    model, inputs = build("timm_vit")
+    twin = copy.deepcopy(model)
+    to_rmsnorm(model, inputs)
+    for net in (model, twin):
+        optimizer = torch.optim.SGD(net.train().parameters(), 0.5)
+        for _ in range(5):
+            optimizer.zero_grad()
+            net(inputs).square().mean().backward()
+            optimizer.step()
+    assert difference(output(model.eval(), inputs), output(twin.eval(), inputs)) > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("gpt2", r"dropout of transformer\.h\.\d\.\S+ takes the zero mean away in training mode"), ("dinov2", "a LayerScale")],
+)
+def test_what_training_cannot_keep_centred_is_refused(name: str, reason: str) -> None:
+    model, inputs = build(name)
+    with pytest.raises(NothingMatchedError, match=reason):
+        to_rmsnorm(model, inputs, for_training=True)
