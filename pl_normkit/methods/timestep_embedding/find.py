@@ -105,6 +105,8 @@ def find_time_injections(graph: ModelGraph) -> list[TimeInjection]:
     >>> [(found.kind, [norm.kept for norm in found.norms]) for found in find_time_injections(ModelGraph.from_model(Block(), inputs))]
     [('add', [0.5])]
     """
+    if sum(node.kind is Kind.INPUT for node in graph.nodes) < 2:  # features and time are different inputs
+        return []
     finder = _Finder(graph)
     return [injection for node in graph.nodes if (injection := finder.injection(node)) is not None]
 
