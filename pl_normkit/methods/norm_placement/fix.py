@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from pl_normkit.errors import ConfigError, EditError, NothingMatchedError, nearest
-from pl_normkit.methods.norm_placement.exits import find_exits
+from pl_normkit.methods.norm_placement.exits import Exit, find_exits, find_post_norm_exits
 from pl_normkit.methods.norm_placement.find import Layout, Site, read_layout
 from pl_normkit.methods.norm_placement.fold import fold_edits
 from pl_normkit.methods.norm_placement.initialisation import is_trained
@@ -33,21 +33,26 @@ def place_norms(
     | "lns" | 1/sqrt(l) behind the norms of layer l; for images (`at="output"`) at the branch outputs | pre-norm | arXiv 2502.05795 |
     | "mix" | post-norm in the first `share` of the layers | pre-norm | arXiv 2412.13795 |
     | "post" | norm(x + f(x)) | pre-norm | arXiv 2002.04745 |
+    | "pre" | x + f(norm(x)), by the norms that are there | post-norm, a norm before the first block | arXiv 2002.04745 |
     | "peri" | a norm at the output of each branch too | a norm in the branch | arXiv 2502.02732 |
+    | "hybrid" | norms of q, k and v for that of the attention, one on the feed-forward's shortcut | pre-norm; q, k, v apart | 2503.04598 |
+    | "sdd" | an RMS norm behind each weight layer of the branches | q, k and v apart | arXiv 2502.15499 |
     | "normformer" | gains of heads, a norm behind attention, one inside feed-forwards | pre-norm | arXiv 2110.09456 |
     | "head_scale" | the gains of heads alone; exact | attention | arXiv 2110.09456 |
     | "res_scale" | gains on the shortcuts of feed-forwards alone; exact | pre-norm | arXiv 2110.09456 |
 
     Old state_dict keys stay, new parameters get keys of their own. A second call changes nothing. "post" and "mix" let the block add
-    norm(x + f) - x to x.
+    norm(x + f) - x to x. "ngpt" is refused: `pl_normkit.nn.CausalTransformer(placement="ngpt")` is built that way.
 
     Args:
         model: edited in place.
         kind: see the table.
-        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; "post", "mix" and "res_scale" run them once.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. Placements that must know where a branch
+            ends ("pre", "post", "mix", "hybrid", "normformer" with its shortcut, "res_scale") run them once.
         retrain: also edit a model whose norms are trained, which then computes something else. The exact kinds need no such word.
         filter_fn: called with (block, path), says whether to act in a block. Depth always counts all blocks.
-        options: `at` of "lns" ("norm", "output", "auto"), `share` of "mix" (0.25), `scale_residual` of "normformer" (False).
+        options: `at` of "lns" ("norm", "output", "auto"), `share` of "mix" (0.25), `scale_residual` of "normformer" (False), `first_block`
+            of "hybrid" ("pre", which is HybridNorm*, or "hybrid").
 
     Returns:
         what was done; the last line has constants and advice. `undo()` gives the model back, weights included.
@@ -91,7 +96,9 @@ def check_kind(kind: str, options: Mapping[str, Any]) -> Placement:
     """The placement of that name. Raises ConfigError or EditError, the latter for one that no edit reaches."""
     if kind in NOT_BY_EDITS:
         raise EditError(
-            f"{kind!r} cannot be placed without rewriting forward", evidence=NOT_BY_EDITS[kind], fix="take a model that is built that way"
+            f"{kind!r} cannot be placed without rewriting forward",
+            evidence=NOT_BY_EDITS[kind],
+            fix="pl_normkit.nn.CausalTransformer(placement='ngpt') is built that way",
         )
     placement = PLACEMENTS.get(kind)
     if placement is None:
@@ -108,10 +115,15 @@ def _there_already(kind: str, kinds: Sequence[str]) -> Changes:
     raise EditError(f"{kinds[0]!r} is placed already", fix="undo it first: the placements do not know of one another")
 
 
-def _exits(layout: Layout, sites: Sequence[Site], placement: Placement, example_inputs: Any) -> dict[str, str]:
-    wanted = [site.norm for site in sites if placement.needs_exits(site) and site.is_entry and site.norm is not None]
+def _exits(layout: Layout, sites: Sequence[Site], placement: Placement, example_inputs: Any) -> dict[str, Exit]:
+    wanted = [norm for site in sites if (norm := placement.exit_norm(site)) is not None]
     paths = [path for norm in wanted if (path := layout.norm_module(norm)) is not None]
-    return find_exits(layout.model, example_inputs, paths) if paths else {}
+    if not paths:
+        return {}
+    if not placement.is_for_post_norm:
+        return find_exits(layout.model, example_inputs, paths)
+    every = [path for norm in layout.graph.norms if (path := layout.norm_module(norm)) is not None]
+    return find_post_norm_exits(layout.model, example_inputs, paths, every)
 
 
 def _value_edits(plan: Plan) -> list[Edit]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["deepnorm_constants", "depth_values", "is_trained", "xavier_values"]
+__all__ = ["attention_weights", "deepnorm_constants", "depth_values", "is_trained", "xavier_values"]
 
 import math
 
@@ -67,7 +67,7 @@ def xavier_values(layout: Layout, site: Site, beta: float) -> dict[str, Tensor]:
     Raises EditError where one layer makes queries, keys and values, and it is not known which of its rows are which.
     """
     values: dict[str, Tensor] = {}
-    asking, giving = _attention_weights(site)
+    asking, giving = attention_weights(site)
     for node in site.weights:
         name = layout.weight_name(node)
         weight = layout.model.get_parameter(name)
@@ -97,7 +97,7 @@ def _scaled(weight: Tensor, gain: float) -> Tensor:
     return weight * (gain * math.sqrt(2 / fans) / spread).to(weight.dtype)
 
 
-def _attention_weights(site: Site) -> tuple[set[Node], set[Node]]:
+def attention_weights(site: Site) -> tuple[set[Node], set[Node]]:
     """Weight layers that make queries and keys, and those that make values."""
     for node in site.branch.nodes:
         if node.kind is Kind.ATTENTION and len(node.inputs) >= 3:

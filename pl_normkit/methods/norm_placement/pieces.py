@@ -15,17 +15,31 @@ from pl_normkit.methods.norm_placement.modules import (
     ConstantGain,
     HandsOn,
     HeadGain,
+    HeadNorm,
+    NormAheadOfBranch,
     NormBehindAddition,
+    NormOnShortcut,
     OutputNorm,
+    PassesOn,
+    RemembersBoth,
     RemembersInput,
+    RemembersOutput,
     ShortcutGain,
 )
 from pl_normkit.surgery import Change, Edit, Insert, MixIn, SetAttributes, Undo, get_module
+from pl_normkit.values import SetTrainable
 
 Piece = dict[str, Any]
-"""`piece`: "gain", "norm", "heads", "behind" or "shortcut"; `at`: path of the module it acts at; `side`; then its own options."""
+"""`piece`: what is inserted, see `_made`; `at`: path of the module it acts at; `side`; then its own options."""
 
 _MARK = "norm_placement"
+_REMEMBERING: dict[str, tuple[type[nn.Module], str]] = {
+    "behind": (HandsOn, "hands the stream on; it now stands behind the addition"),
+    "shortcut": (RemembersInput, "keeps the stream for the shortcut's gain"),
+    "on_shortcut": (RemembersBoth, "keeps what it makes for the shortcut too"),
+    "ahead": (RemembersBoth, "keeps the stream, which goes around it; it now stands before the branch"),
+}
+"""What the norm of a piece becomes."""
 
 
 def child_of(piece: Piece) -> str:
@@ -38,18 +52,26 @@ def edits_of(model: nn.Module, pieces: Sequence[Piece]) -> list[Edit]:
     edits = _without_nested_tensors(model, pieces)
     for piece in pieces:
         host = get_module(model, piece["at"])
+        if piece["piece"] == "idle":
+            edits += _idle_edits(host, piece["at"])
+            continue
         like = next(host.parameters(), None)
         like = next(model.parameters(), None) if like is None else like
         place = {"device": like.device, "dtype": like.dtype} if like is not None else {}
         if "norm" in piece:
-            mixin: type[nn.Module] = HandsOn if piece["piece"] == "behind" else RemembersInput
-            told = (
-                "hands the stream on; it now stands behind the addition" if mixin is HandsOn else "keeps the stream for the shortcut's gain"
-            )
+            mixin, told = _REMEMBERING[piece["piece"]]
             edits.append(MixIn(piece["norm"], mixin, told))
+        if piece.get("dropout"):
+            edits.append(MixIn(piece["dropout"], RemembersOutput, "keeps what it makes for the end of the branch"))
         new, what = _made(model, piece, place)
         edits.append(Insert(piece["at"], child_of(piece), new, what, piece["side"]))
     return edits
+
+
+def _idle_edits(norm: nn.Module, path: str) -> list[Edit]:
+    """The norm keeps its keys; parameters that get no gradient would stop DDP."""
+    names = {f"{path}.{name}": False for name, _ in norm.named_parameters()}
+    return [MixIn(path, PassesOn, "hands its input on"), SetTrainable(path, names, "does nothing, and is not trained")]
 
 
 def _without_nested_tensors(model: nn.Module, pieces: Sequence[Piece]) -> list[Edit]:
@@ -69,9 +91,16 @@ def _made(model: nn.Module, piece: Piece, place: Mapping[str, Any]) -> tuple[nn.
             return ConstantGain(piece["value"], piece["side"]), f"times {piece['value']:.4g}"
         case "norm":
             options = {name: piece[name] for name in ("kind", "width", "eps", "axis", "bias")}
-            return OutputNorm(**options, **place), f"{piece['kind']} norm {piece['side']} it"
+            return OutputNorm(**options, scale=piece.get("scale", 1.0), **place), f"{piece['kind']} norm {piece['side']} it"
         case "heads":
             return HeadGain(piece["heads"], **place), f"a gain for each of {piece['heads']} heads"
+        case "head_norm":
+            return HeadNorm(piece["width"], piece["eps"], **place), f"RMS norm of heads of width {piece['width']}"
+        case "on_shortcut":
+            return NormOnShortcut(get_module(model, piece["norm"])), f"{piece['norm']} acts on the shortcut too"
+        case "ahead":
+            dropout = get_module(model, piece["dropout"]) if piece["dropout"] else None
+            return NormAheadOfBranch(get_module(model, piece["norm"]), dropout), f"the stream goes around {piece['norm']}"
         case "behind":
             return NormBehindAddition(get_module(model, piece["norm"])), f"{piece['norm']} acts on the sum behind it"
         case "shortcut":

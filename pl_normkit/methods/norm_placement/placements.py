@@ -13,12 +13,15 @@ from typing import Any
 from torch import Tensor
 
 from pl_normkit.errors import ConfigError, EditError
+from pl_normkit.graph import Norm
+from pl_normkit.methods.norm_placement.exits import Exit
 from pl_normkit.methods.norm_placement.find import Layout, Site
-from pl_normkit.methods.norm_placement.initialisation import deepnorm_constants, depth_values, xavier_values
+from pl_normkit.methods.norm_placement.initialisation import attention_weights, deepnorm_constants, depth_values, xavier_values
 from pl_normkit.methods.norm_placement.pieces import Piece
 from pl_normkit.surgery import Change
 
 _EPS = {"layer": 1e-5, "rms": 1e-6}
+Exits = Mapping[str, Exit]
 
 
 @dataclass
@@ -45,13 +48,15 @@ class Placement:
     Attributes:
         plan: from (layout, the sites to act on, exits of entry norms, options) to what is to be done. Raises EditError.
         options: its options and their defaults.
-        needs_exits: of which sites the exit module must be known.
+        exit_norm: the norm of a site by which its exit module is found, None where that is not needed.
+        is_for_post_norm: whether that norm is the one behind the addition.
         is_exact: whether a trained model computes the same after it.
     """
 
-    plan: Callable[[Layout, list[Site], Mapping[str, str], Mapping[str, Any]], Plan]
+    plan: Callable[[Layout, list[Site], Exits, Mapping[str, Any]], Plan]
     options: Mapping[str, Any] = field(default_factory=dict)
-    needs_exits: Callable[[Site], bool] = lambda site: False
+    exit_norm: Callable[[Site], Norm | None] = lambda site: None
+    is_for_post_norm: bool = False
     is_exact: bool = False
 
 
@@ -64,7 +69,7 @@ def refuse(kind: str, site: Site, reason: str, fix: str = "") -> EditError:
     )
 
 
-def _depth_init(layout: Layout, sites: list[Site], exits: Mapping[str, str], options: Mapping[str, Any]) -> Plan:
+def _depth_init(layout: Layout, sites: list[Site], exits: Exits, options: Mapping[str, Any]) -> Plan:
     count = len(layout.sites)
     factor = 1 / math.sqrt(count)
     plan = Plan(words=f"last weights of branches times 1/sqrt({count}) = {factor:.4g}; it does not replace warm-up at high learning rates")
@@ -89,7 +94,7 @@ def _decoder_layers(layout: Layout) -> set[int]:
     return {layer for layer, count in attending.items() if count > 1}
 
 
-def _lns(layout: Layout, sites: list[Site], exits: Mapping[str, str], options: Mapping[str, Any]) -> Plan:
+def _lns(layout: Layout, sites: list[Site], exits: Exits, options: Mapping[str, Any]) -> Plan:
     at = options["at"]
     if at not in ("auto", "norm", "output"):
         raise ConfigError(f'lns acts at "norm" or "output", not {at!r}', fix='"auto" takes the output for images')
@@ -130,7 +135,7 @@ def _spread(layout: Layout, site: Site) -> float:
     return of(layout.weight_name(site.last)) / max(others) if others and max(others) > 0 else math.nan
 
 
-def _mix(layout: Layout, sites: list[Site], exits: Mapping[str, str], options: Mapping[str, Any]) -> Plan:
+def _mix(layout: Layout, sites: list[Site], exits: Exits, options: Mapping[str, Any]) -> Plan:
     _refuse_two_stacks(layout, "mix")
     share = options["share"]
     if not isinstance(share, (int, float)) or not 0 < share <= 1:
@@ -145,13 +150,13 @@ def _mix(layout: Layout, sites: list[Site], exits: Mapping[str, str], options: M
     return plan
 
 
-def _post(layout: Layout, sites: list[Site], exits: Mapping[str, str], options: Mapping[str, Any]) -> Plan:
+def _post(layout: Layout, sites: list[Site], exits: Exits, options: Mapping[str, Any]) -> Plan:
     plan = _behind(layout, sites, exits, "post")
     plan.words = "norms behind the additions; a final norm stays. Warm up over thousands of steps, deep ones may not train at all"
     return plan
 
 
-def _behind(layout: Layout, sites: list[Site], exits: Mapping[str, str], kind: str) -> Plan:
+def _behind(layout: Layout, sites: list[Site], exits: Exits, kind: str) -> Plan:
     plan = Plan()
     for site in sites:
         if layout.is_parallel(site):
@@ -161,7 +166,7 @@ def _behind(layout: Layout, sites: list[Site], exits: Mapping[str, str], kind: s
     return plan
 
 
-def _peri(layout: Layout, sites: list[Site], exits: Mapping[str, str], options: Mapping[str, Any]) -> Plan:
+def _peri(layout: Layout, sites: list[Site], exits: Exits, options: Mapping[str, Any]) -> Plan:
     plan = Plan(words="a norm at the output of each branch; learning rate and warm-up as for pre-norm, no decay on its scales")
     for site in sites:
         if site.output_norm is not None:
@@ -178,13 +183,18 @@ def _norm_piece(layout: Layout, site: Site, path: str, side: str, width: int, ax
     assert site.norm is not None
     if site.norm.kind not in ("layer", "rms"):
         raise refuse("an output norm", site, f"{site.norm.module} is a {site.norm.kind} norm, not a layer or RMS norm")
-    module = layout.model.get_submodule(site.norm.module)
-    eps = next((value for name in ("eps", "variance_epsilon") if isinstance(value := getattr(module, name, None), float)), None)
-    options = {"kind": site.norm.kind, "width": width, "eps": eps or _EPS[site.norm.kind], "axis": axis, "bias": bool(site.norm.beta)}
+    eps, has_bias = _eps_of(layout, site.norm), bool(site.norm.beta)
+    options = {"kind": site.norm.kind, "width": width, "eps": eps, "axis": axis, "bias": has_bias}
     return {"piece": "norm", "at": path, "side": side, **options}
 
 
-def _normformer(layout: Layout, sites: list[Site], exits: Mapping[str, str], options: Mapping[str, Any]) -> Plan:
+def _eps_of(layout: Layout, norm: Norm) -> float:
+    module = layout.model.get_submodule(norm.module)
+    found = next((value for name in ("eps", "variance_epsilon") if isinstance(value := getattr(module, name, None), float)), None)
+    return found or _EPS.get(norm.kind, 1e-5)
+
+
+def _normformer(layout: Layout, sites: list[Site], exits: Exits, options: Mapping[str, Any]) -> Plan:
     plan = Plan(words="head gains, a norm behind attention and one in the feed-forward; raise the learning rate (125M: 3e-3, 1.3B: 6e-4)")
     for site in sites:
         _entry(layout, site, "normformer")
@@ -203,7 +213,7 @@ def _normformer(layout: Layout, sites: list[Site], exits: Mapping[str, str], opt
     return plan
 
 
-def _head_gains(layout: Layout, sites: list[Site], exits: Mapping[str, str], options: Mapping[str, Any]) -> Plan:
+def _head_gains(layout: Layout, sites: list[Site], exits: Exits, options: Mapping[str, Any]) -> Plan:
     plan = Plan(words="a gain of 1 for each head; the function stays, in training and after it")
     for site in (site for site in sites if site.heads):
         path = layout.weight_module(site.last)
@@ -213,13 +223,13 @@ def _head_gains(layout: Layout, sites: list[Site], exits: Mapping[str, str], opt
     return plan
 
 
-def _residual_gains(layout: Layout, sites: list[Site], exits: Mapping[str, str], options: Mapping[str, Any]) -> Plan:
+def _residual_gains(layout: Layout, sites: list[Site], exits: Exits, options: Mapping[str, Any]) -> Plan:
     plan = Plan(words="a gain of 1 for each channel of the shortcuts around feed-forwards; the function stays, in training and after it")
     plan.pieces = _shortcut_gains(layout, sites, exits, "res_scale")
     return plan
 
 
-def _shortcut_gains(layout: Layout, sites: list[Site], exits: Mapping[str, str], kind: str) -> list[Piece]:
+def _shortcut_gains(layout: Layout, sites: list[Site], exits: Exits, kind: str) -> list[Piece]:
     pieces = []
     for site in (site for site in sites if not site.heads):
         if layout.is_parallel(site):
@@ -232,7 +242,7 @@ def _shortcut_gains(layout: Layout, sites: list[Site], exits: Mapping[str, str],
     return pieces
 
 
-def _deepnorm(layout: Layout, sites: list[Site], exits: Mapping[str, str], options: Mapping[str, Any]) -> Plan:
+def _deepnorm(layout: Layout, sites: list[Site], exits: Exits, options: Mapping[str, Any]) -> Plan:
     decoders = _decoder_layers(layout)
     encoders = {site.layer for site in layout.sites} - decoders
     if decoders and not encoders:  # a decoder that reads the states of an encoder elsewhere
@@ -273,33 +283,98 @@ def _output(layout: Layout, site: Site, kind: str) -> tuple[str, str]:
     return place
 
 
-def _exit(site: Site, norm: str, exits: Mapping[str, str], kind: str) -> str:
+def _exit(site: Site, norm: str, exits: Exits, kind: str) -> str:
     if norm not in exits:
         reason = "what is added to the stream is the output of no module that is called once"
         raise refuse(kind, site, reason, "give each branch a module at its end, or switch off a dropout that branches share")
-    return exits[norm]
+    return exits[norm].path
 
 
-def _is_feed_forward(site: Site) -> bool:
-    return not site.heads
+def _pre(layout: Layout, sites: list[Site], exits: Exits, options: Mapping[str, Any]) -> Plan:
+    plan = Plan(words="the norm behind each addition acts before the next branch, the last one is the final norm; warm-up matters less")
+    if len(sites) != len(layout.sites):
+        raise ConfigError("'pre' is placed in all blocks or none", where="place_norms", fix="call it without filter_fn")
+    for site in sites:
+        if site.post_norm is None:
+            raise refuse("pre", site, "no norm reads the sum alone", "its blocks are not post-norm: leave them")
+        path = layout.norm_module(site.post_norm)
+        if path is None or path not in exits:
+            reason = "what is added is not the output of a norm and of a module that is called once"
+            raise refuse("pre", site, reason, "give the model a norm before its first block, and each branch a module at its end")
+        end = exits[path]
+        plan.pieces.append({"piece": "ahead", "at": end.path, "side": "after", "norm": end.norm, "dropout": end.dropout})
+    return plan
+
+
+def _hybrid(layout: Layout, sites: list[Site], exits: Exits, options: Mapping[str, Any]) -> Plan:
+    first = options["first_block"]
+    if first not in ("pre", "hybrid"):
+        raise ConfigError(f'the first block is "pre" or "hybrid", not {first!r}', fix='"pre" is HybridNorm*')
+    plan = Plan(words="start the last weights of branches at 1/sqrt(2L) of the others (its authors); learning rate 3e-4 for 1.2B and 7B")
+    for site in sites:
+        if layout.is_parallel(site):
+            raise refuse("hybrid", site, "parallel branches share one addition")
+        norm, is_kept = _entry(layout, site, "hybrid"), first == "pre" and site.layer == 1
+        if site.heads:
+            plan.pieces += _head_norms(layout, site)
+            plan.pieces += [] if is_kept else [{"piece": "idle", "at": norm}]
+        elif not is_kept:
+            plan.pieces.append({"piece": "on_shortcut", "at": _exit(site, norm, exits, "hybrid"), "side": "after", "norm": norm})
+    return plan
+
+
+def _head_norms(layout: Layout, site: Site) -> list[Piece]:
+    asking, giving = attention_weights(site)
+    assert site.norm is not None
+    if len(asking) != 2 or len(giving) != 1 or asking & giving:
+        raise refuse("hybrid", site, "queries, keys and values have no layer each", "build the attention with a layer for each")
+    if any(norm.node in site.branch and norm is not site.norm for norm in layout.graph.norms if norm.node.index < site.last.index):
+        raise refuse("hybrid", site, "its attention normalizes already", "build the attention without norms of its own")
+    places = [layout.weight_module(node) for node in (*asking, *giving)]
+    width = max(node.shape[-1] for node in asking) // site.heads
+    if any(path is None for path in places):
+        raise refuse("hybrid", site, "a layer of queries, keys or values is no module that is called, once")
+    eps = _eps_of(layout, site.norm)
+    return [{"piece": "head_norm", "at": path, "side": "after", "width": width, "eps": eps} for path in sorted(filter(None, places))]
+
+
+def _sdd(layout: Layout, sites: list[Site], exits: Exits, options: Mapping[str, Any]) -> Plan:
+    last = 1 / math.sqrt(layout.depth)
+    plan = Plan(words=f"last norms of branches start at 1/sqrt({layout.depth}); learning rate 3e-4, gradients clipped at 1 (its authors)")
+    for site in sites:
+        asking, giving = attention_weights(site)
+        for node in site.weights:
+            path, axis = layout.weight_module(node), layout.axis(node)
+            if path is None or node in asking & giving:
+                why = "a layer of it is no module that is called, once" if path is None else "one layer makes queries, keys and values"
+                raise refuse("sdd", site, why, "build the attention with a layer for each")
+            norm = {"kind": "rms", "width": node.shape[axis], "eps": 1e-6, "axis": axis, "bias": False}
+            plan.pieces.append({"piece": "norm", "at": path, "side": "after", **norm, "scale": last if node is site.last else 1.0})
+    return plan
+
+
+def _entry_norm(site: Site) -> Norm | None:
+    return site.norm if site.is_entry else None
+
+
+def _feed_forward_norm(site: Site) -> Norm | None:
+    return None if site.heads else _entry_norm(site)
 
 
 PLACEMENTS: dict[str, Placement] = {
     "depth_init": Placement(_depth_init),
     "deepnorm": Placement(_deepnorm),
     "lns": Placement(_lns, {"at": "auto"}),
-    "mix": Placement(_mix, {"share": 0.25}, needs_exits=lambda site: True),
-    "post": Placement(_post, needs_exits=lambda site: True),
+    "mix": Placement(_mix, {"share": 0.25}, exit_norm=_entry_norm),
+    "post": Placement(_post, exit_norm=_entry_norm),
+    "pre": Placement(_pre, exit_norm=lambda site: site.post_norm, is_for_post_norm=True),
     "peri": Placement(_peri),
-    "normformer": Placement(_normformer, {"scale_residual": False}, needs_exits=_is_feed_forward),
+    "normformer": Placement(_normformer, {"scale_residual": False}, exit_norm=_feed_forward_norm),
+    "hybrid": Placement(_hybrid, {"first_block": "pre"}, exit_norm=_feed_forward_norm),
+    "sdd": Placement(_sdd),
     "head_scale": Placement(_head_gains, is_exact=True),
-    "res_scale": Placement(_residual_gains, needs_exits=_is_feed_forward, is_exact=True),
+    "res_scale": Placement(_residual_gains, exit_norm=_feed_forward_norm, is_exact=True),
 }
 
-NOT_BY_EDITS = {
-    "pre": "post-norm blocks add a norm's output to themselves: the stream without norms is nowhere in their forward",
-    "hybrid": "HybridNorm normalizes queries, keys and values per head, inside attention",
-    "sdd": "SDD normalizes the output of every layer, q, k and v of one fused layer apart",
-    "ngpt": "nGPT normalizes weights after each optimizer step, and interpolates instead of adding",
-}
+NOT_BY_EDITS = {"ngpt": "nGPT normalizes weights after each optimizer step, interpolates instead of adding, and scales queries and keys"}
 """Placements that no edit of submodules reaches, and why."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import math
 import types
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from pl_normkit import parameter_roles, place_norms
 from pl_normkit.errors import EditError
 from pl_normkit.graph import ModelGraph
 from pl_normkit.graph.sharing import TraceStore, shared_traces
+from pl_normkit.methods.norm_placement.fix import placement_records, restore
 from pl_normkit.methods.norm_placement.modules import HeadGain, OutputNorm, ShortcutGain
 from pl_normkit.methods.norm_placement.placements import PLACEMENTS
 from pl_normkit.methods.weight_decay import param_groups
@@ -243,20 +245,25 @@ def test_branches_start_smaller_the_more_there_are() -> None:
     assert factors == pytest.approx(dict.fromkeys(lasts, 1 / math.sqrt(6)))
 
 
+def _fitting(kind: str) -> Made:
+    """A model that has what the placement asks for."""
+    return bert() if kind in ("deepnorm", "pre") else llama() if kind in ("hybrid", "sdd") else gpt2()
+
+
 EVERY_KIND = [(kind, {"share": 0.3} if kind == "mix" else {}) for kind in PLACEMENTS]
 
 
 def test_twice_is_once_keys_stay_and_undo_gives_everything_back() -> None:
-    pre, post_norm = gpt2(), bert()
     with shared_traces(TraceStore()):
         for kind, options in EVERY_KIND:
-            _check_twice_and_back(*(post_norm if kind == "deepnorm" else pre), kind, options)
+            _check_twice_and_back(*_fitting(kind), kind, options)
 
 
 def _check_twice_and_back(model: nn.Module, inputs: Any, kind: str, options: dict[str, Any]) -> None:
     model.eval()
     state = {name: value.clone() for name, value in model.state_dict().items()}
     parameters, before, text = dict(model.named_parameters()), output(model, inputs), repr(model)
+    trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
     changes = place_norms(model, kind, inputs, **options)
     placed = output(model, inputs)
     assert changes
@@ -268,8 +275,39 @@ def _check_twice_and_back(model: nn.Module, inputs: Any, kind: str, options: dic
     changes.undo()
     assert torch.equal(output(model, inputs), before)
     assert repr(model) == text
+    assert trained == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_every_placement_resumes_bit_for_bit() -> None:
+    """Into a fresh model with the record and the weights of a checkpoint: the next steps are those of the run that went on."""
+    with shared_traces(TraceStore()):
+        for kind, options in EVERY_KIND:
+            (model, inputs), (fresh, _) = _fitting(kind), _fitting(kind)
+            place_norms(model, kind, inputs, **options)
+            optimizer = _steps(model, inputs, None)
+            [record], weights, state = placement_records("", model), copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+            restore(fresh, json.loads(json.dumps(record)))
+            assert fresh.load_state_dict(weights).missing_keys == []
+            _steps(model, inputs, state)
+            _steps(fresh, inputs, state)
+            assert all(torch.equal(value, model.state_dict()[name]) for name, value in fresh.state_dict().items()), kind
+            assert not all(torch.equal(value, weights[name]) for name, value in fresh.state_dict().items()), kind
+
+
+def _steps(model: nn.Module, inputs: Any, state: dict[str, Any] | None) -> torch.optim.Optimizer:
+    """Two steps, which every parameter that is trained takes part in."""
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], 0.01)
+    if state is not None:
+        optimizer.load_state_dict(copy.deepcopy(state))  # which it would share
+    for _ in range(2):
+        optimizer.zero_grad()
+        model.eval()(**inputs).logits.square().mean().backward()
+        optimizer.step()
+    unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert unused == []
+    return optimizer
 
 
 @pytest.mark.parametrize("kind", ["post", "peri"])
