@@ -42,7 +42,6 @@ def read_catalog() -> dict[str, Any]:
 
 def catalog_of_code() -> dict[str, Any]:
     """Rules by code, commands by name with their arguments, and the options that rooms add to `lint`. Loads every room."""
-    importlib.import_module("pl_normkit.receptive_field.commands")  # the probe is no room, so nothing else registers its command
     commands = importlib.import_module("pl_normkit.commands")
     return {
         "rules": {rule.code: asdict(rule) for rule in rules_of_code() if rule.code.startswith("NK")},

@@ -155,7 +155,6 @@ def _of_rooms(words: Sequence[str]) -> tuple[list[Any], dict[str, tuple[str, Any
     first = next((word for word in words if not word.startswith("-")), "")
     if not first or first in ("rules", "explain", *_OF_RECIPES) or {"-h", "--help"} & set(words):
         return catalog["lint"], {name: (each["help"], each["arguments"], None) for name, each in catalog["commands"].items()}
-    importlib.import_module("pl_normkit.receptive_field.commands")  # the probe is no room, so nothing else registers its command
     from pl_normkit.commands import load_commands, load_lint_parts
 
     return [part.arguments for part in load_lint_parts()], {each.name: (each.help, each.arguments, each.run) for each in load_commands()}

@@ -1,13 +1,25 @@
-"""What rooms add to the command line: parts of the subject of `lint`, and commands of their own."""
+"""What rooms add to the command line: parts of the subject of `lint`, drawings of `report`, and commands of their own."""
 
 from __future__ import annotations
 
-__all__ = ["Command", "LintPart", "command", "lint_part", "load_commands", "load_lint_parts", "model_command"]
+__all__ = [
+    "Command",
+    "LintPart",
+    "command",
+    "lint_part",
+    "load_commands",
+    "load_lint_parts",
+    "model_command",
+    "run_drawing",
+    "run_drawings",
+]
 
 import argparse
+import importlib
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pl_normkit.errors import ConfigError
@@ -50,8 +62,15 @@ class Command:
     run: Run
 
 
+Draw = Callable[[Path, Path], list[str]]
+"""From the log folder of a run and a folder for pictures to lines on what was drawn, none where the run recorded nothing of it."""
+
+_CORE = ("pl_normkit.receptive_field.commands", "pl_normkit.report.commands")
+"""Commands of what is no room."""
+
 _parts: dict[str, LintPart] = {}
 _commands: dict[str, Command] = {}
+_drawings: list[Draw] = []
 
 
 def lint_part(arguments: Arguments) -> Callable[[Fill], Fill]:
@@ -64,6 +83,18 @@ def lint_part(arguments: Arguments) -> Callable[[Fill], Fill]:
         return fill
 
     return register
+
+
+def run_drawing(draw: Draw) -> Draw:
+    """Register the decorated function as a drawing of `pl-normkit report`."""
+    if draw not in _drawings:
+        _drawings.append(draw)
+    return draw
+
+
+def run_drawings() -> list[Draw]:
+    """The drawings of all rooms that are loaded."""
+    return list(_drawings)
 
 
 def command(name: str, help: str, arguments: Arguments) -> Callable[[Run], Run]:  # noqa: A002 - argparse's word
@@ -137,6 +168,8 @@ def load_lint_parts() -> list[LintPart]:
 
 
 def load_commands() -> list[Command]:
-    """The commands of all rooms, by name."""
+    """The commands of all rooms and of the core, by name."""
+    for module in _CORE:
+        importlib.import_module(module)
     load_of_rooms("commands")
     return [_commands[name] for name in sorted(_commands)]

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from pl_normkit.callbacks import GradientHealth
+from pl_normkit.cli import main
 from pl_normkit.errors import ConfigError
 from pl_normkit.recipes.outcome import write_page
+from pl_normkit.report.block_curves import read_block_curves
 
 
 class Net(pl.LightningModule):
@@ -106,3 +108,32 @@ def test_a_page_draws_the_last_measurement_along_the_blocks(tmp_path: Path) -> N
     assert all(f"{what} by block, step 5" in page for what in ("Gradient norm", "Update-to-weight ratio", "Share of dead units"))
     assert f"body 0: {health.latest['body'].gradient_norm:.4g}" in page
     assert f"head 1: {health.latest['head'].gradient_norm:.4g}" in page
+
+
+def test_report_draws_what_a_csv_logger_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    health, logger = GradientHealth(every_n_steps=2), CSVLogger(tmp_path)
+    fit([health], tmp_path, logger=logger, log_every_n_steps=1)
+    curves = read_block_curves(Path(logger.log_dir) / "metrics.csv")
+    assert {measure: list(blocks) for measure, blocks in curves.items()} == {
+        "dead_share": ["body"],
+        "gradient_norm": ["body", "head"],
+        "update_ratio": ["body", "head"],
+    }
+    assert [step for step, _ in curves["gradient_norm"]["head"]] == [0, 2, 4]
+    assert curves["gradient_norm"]["head"][-1][1] == pytest.approx(health.latest["head"].gradient_norm)
+    assert main(["report", logger.log_dir, "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "block_health.png")
+    assert (tmp_path / "block_health.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("text", ["", "step,loss\n1,2\n"])
+def test_report_of_a_run_without_records_is_one_error(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "metrics.csv").write_text(text)
+    assert main(["report", str(tmp_path)]) == 2
+    assert "nothing was recorded that could be drawn" in capsys.readouterr().err
+
+
+def test_report_of_a_broken_log_names_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "metrics.csv").write_text("step,normkit/gradient_norm/body\n1,two\n")
+    assert main(["report", str(tmp_path)]) == 2
+    assert "metrics.csv" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What this room adds to the command line: `lint --optimizer` and `report`."""
+"""What this room adds to the command line: `lint --optimizer`, `roles` and a drawing of `report`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from pl_normkit.commands import command, lint_part, model_command
+from pl_normkit.commands import lint_part, model_command, run_drawing
 from pl_normkit.errors import ConfigError
-from pl_normkit.importing import users_code
 from pl_normkit.methods.weight_decay.find import read_model
 from pl_normkit.methods.weight_decay.measure import HISTORY_FILE, plot_gamma_norms, read_history
 from pl_normkit.methods.weight_decay.optimizer_text import build_optimizer
@@ -45,20 +44,15 @@ def _roles(options: argparse.Namespace, model: nn.Module, inputs: Any) -> int:
     return 0
 
 
-@command(
-    "report",
-    "draw what GammaDecay recorded in a run: the norms of the scales by role",
-    {
-        "folder": {"type": Path, "help": f"log folder of the run, with {HISTORY_FILE} in it"},
-        "--out": {"type": Path, "metavar": "FILE", "help": "PNG to write, gamma_norms.png in the folder by default"},
-    },
-)
-def _report(options: argparse.Namespace) -> int:
-    out = options.out or options.folder / "gamma_norms.png"
-    history = read_history(options.folder / HISTORY_FILE)
-    with users_code("the history cannot be drawn", where=str(out), fix="name a file in a folder that exists", kind=ConfigError):
-        plot_gamma_norms(history, out)
+@run_drawing
+def _draw_gamma_norms(folder: Path, out: Path) -> list[str]:
+    """The norms of the scales by role, which GammaDecay recorded."""
+    if not (folder / HISTORY_FILE).exists():
+        return []
+    history, picture = read_history(folder / HISTORY_FILE), out / "gamma_norms.png"
+    plot_gamma_norms(history, picture)
+    lines = []
     for role, points in history.items():
-        print(f"{role}: {points[0][1]:.4g} at step {points[0][0]} -> {points[-1][1]:.4g} at step {points[-1][0]}")  # noqa: T201
-    print(out)  # noqa: T201
-    return 0
+        (first, start), (last, end) = points[0], points[-1]
+        lines.append(f"{role}: {start:.4g} at step {first} -> {end:.4g} at step {last}")
+    return [*lines, str(picture)]

@@ -287,7 +287,11 @@ def test_every_placement_resumes_bit_for_bit() -> None:
             (model, inputs), (fresh, _) = _fitting(kind), _fitting(kind)
             place_norms(model, kind, inputs, **options)
             optimizer = _steps(model, inputs, None)
-            [record], weights, state = placement_records("", model), copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+            [record], weights, state = (
+                placement_records("", model),
+                copy.deepcopy(model.state_dict()),
+                copy.deepcopy(optimizer.state_dict()),
+            )
             restore(fresh, json.loads(json.dumps(record)))
             assert fresh.load_state_dict(weights).missing_keys == []
             _steps(model, inputs, state)
