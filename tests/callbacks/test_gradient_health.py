@@ -119,7 +119,7 @@ def test_report_draws_what_a_csv_logger_kept(tmp_path: Path, capsys: pytest.Capt
         "gradient_norm": ["body", "head"],
         "update_ratio": ["body", "head"],
     }
-    assert [step for step, _ in curves["gradient_norm"]["head"]] == [0, 2, 4]
+    assert [step for step, _ in curves["gradient_norm"]["head"]] == [1, 3, 5]  # steps taken
     assert curves["gradient_norm"]["head"][-1][1] == pytest.approx(health.latest["head"].gradient_norm)
     assert main(["report", logger.log_dir, "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "block_health.png")
