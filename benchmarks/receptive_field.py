@@ -5,6 +5,10 @@
 Two peers: `grad`, one image at a time with autograd.grad on the input (what OpenERF does), and `backward`, the same with
 value.backward(), which many scripts use and which computes every parameter's gradient too. All sides get the same tensors, run in turn in
 every round, and agree on the map; a ratio is a median of paired ratios of processor time (of wall time on a GPU).
+
+What bounds the ratio on one core: a gradient of the input takes a forward pass and as many operations again backward, so no exact code is
+faster than two forward passes without gradients, in batches. `at best` is the time of `grad` over that. Tried and not used: `vmap`, one
+image at a time under torch.func.vmap(grad), and `bf16`, ours under torch.autocast; both as time of `grad` over theirs.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import segmentation_models_pytorch as smp
@@ -24,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from pl_normkit.receptive_field import effective_receptive_field
+from pl_normkit.receptive_field.units import Unit, find_unit, run_to
 
 RESULTS = Path(__file__).parent / "results"
 Value = Callable[[nn.Module, Tensor], Tensor]
@@ -80,6 +86,21 @@ def one_at_a_time(model: nn.Module, images: Tensor, value: Value, *, backward: b
     return total / total.sum()
 
 
+def two_forward_passes(model: nn.Module, unit: Unit, images: Tensor, batch_size: int) -> None:
+    with torch.no_grad():
+        for batch in images.contiguous(memory_format=torch.channels_last).split(batch_size) * 2:
+            run_to(model, unit.layer, batch, unit.calls)
+
+
+def mapped(model: nn.Module, images: Tensor, value: Value) -> Tensor:
+    return torch.func.vmap(torch.func.grad(lambda image: value(model, image[None])))(images)
+
+
+def in_bfloat16(model: nn.Module, images: Tensor, layer: str | None, batch_size: int) -> Tensor:
+    with torch.autocast(images.device.type, torch.bfloat16):
+        return effective_receptive_field(model, images, layer, batch_size=batch_size).map
+
+
 def seconds(step: Callable[[], object], device: str) -> float:
     clock = time.process_time if device == "cpu" else time.perf_counter
     if device == "cuda":
@@ -96,6 +117,7 @@ def measure(case: Case, count: int, rounds: int, device: str, batch_size: int) -
     torch.manual_seed(0)
     model = build().eval().to(device)
     images = torch.randn(count, 3, size, size).to(device)
+    unit = find_unit(model, images[:1].clone().requires_grad_(), layer, None)
     steps: list[Callable[[], Tensor]] = [
         lambda: effective_receptive_field(model, images, layer, batch_size=batch_size).map,
         lambda: one_at_a_time(model, images, value, backward=False),
@@ -103,7 +125,10 @@ def measure(case: Case, count: int, rounds: int, device: str, batch_size: int) -
     ]
     maps = [step().double().cpu() for step in steps]
     difference = float((maps[0] - maps[1]).abs().max() / maps[1].max())
-    times = [[seconds(step, device) for step in steps] for _ in range(rounds)]
+    timed: list[Callable[[], object]] = [*steps, partial(two_forward_passes, model, unit, images, batch_size)]
+    timed += [partial(mapped, model, images, value), partial(in_bfloat16, model, images, layer, batch_size)]
+    rough = (in_bfloat16(model, images, layer, batch_size) - maps[0]).abs().max() / maps[0].max()
+    times = [[seconds(step, device) for step in timed] for _ in range(rounds)]
     model.zero_grad()
     return {
         "case": name,
@@ -112,6 +137,10 @@ def measure(case: Case, count: int, rounds: int, device: str, batch_size: int) -
         "ms per image": statistics.median(row[0] for row in times) / count * 1e3,
         "grad over ours": statistics.median(row[1] / row[0] for row in times),
         "backward over ours": statistics.median(row[2] / row[0] for row in times),
+        "grad over ours at best": statistics.median(row[1] / row[3] for row in times),
+        "grad over vmap": statistics.median(row[1] / row[4] for row in times),
+        "grad over bf16": statistics.median(row[1] / row[5] for row in times),
+        "difference of the bf16 map, over the peak": float(rough),
         "largest difference of maps, over the peak": difference,
         "batch": batch_size,
         "device": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, 1 thread",

@@ -232,6 +232,23 @@ def test_batches_do_not_matter(batch_size: int) -> None:
     torch.testing.assert_close(effective_receptive_field(model, batch, batch_size=batch_size).map, expected, rtol=1e-9, atol=1e-15)
 
 
+def test_a_model_that_views_its_input_flat_is_measured_too() -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.net(x.view(len(x), -1).view(x.shape))
+            return out
+
+    model, batch = Flat(), images(3, (9, 9))
+    with pytest.raises(RuntimeError, match="view size is not compatible"):
+        model(batch.contiguous(memory_format=torch.channels_last))
+    expected = one_at_a_time(model, batch, lambda m, x: m(x)[0, :, 4, 4].mean())
+    torch.testing.assert_close(effective_receptive_field(model, batch).map, expected, rtol=0, atol=1e-6)
+
+
 def test_every_kind_of_loader() -> None:
     model, batch = Plain(), images(4, (9, 9))
     expected = effective_receptive_field(model, batch).map
