@@ -32,7 +32,9 @@ class Regressor(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.5)
 
 
-def fit(module: pl.LightningModule, callback: pl.Callback, folder: Path, epochs: int = 1, path: str | None = None, **options: Any) -> pl.Trainer:
+def fit(
+    module: pl.LightningModule, callback: pl.Callback, folder: Path, epochs: int = 1, path: str | None = None, **options: Any
+) -> pl.Trainer:
     loader = DataLoader(TensorDataset(torch.randn(20, 3, generator=torch.Generator().manual_seed(1))), batch_size=5)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     trainer = pl.Trainer(accelerator="cpu", callbacks=[callback], max_epochs=epochs, default_root_dir=folder, **quiet, **options)

@@ -18,7 +18,7 @@ from pl_normkit.methods.norm_operators.last_dim import Layer, readers_by_paramet
 from pl_normkit.methods.norm_operators.modules import CompressedRMSNorm, RecentreAndDrop
 from pl_normkit.methods.norm_operators.rms_conversion import RECENTRE, centred_values, convertible_streams
 from pl_normkit.methods.norm_operators.weights import convert_checked, refuse_sharded
-from pl_normkit.surgery import Change, Changes, Edit, Insert, Replace, SetAttributes, get_module
+from pl_normkit.surgery import Changes, Edit, Insert, Replace, SetAttributes, get_module
 from pl_normkit.values import Resize
 from pl_normkit.wrappers import unwrapped
 

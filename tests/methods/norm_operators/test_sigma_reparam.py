@@ -105,7 +105,12 @@ def test_tied_packed_and_zero_weights_are_left_alone() -> None:
     nn.init.zeros_(model[3].weight)
     changes = swap_norms(model, "sigma_reparam")
     assert [change.module for change in changes.made] == ["4"]
-    assert {change.module: change.what.split()[-1] for change in changes.skipped} == {"0": "layer's", "1": "layer's", "2.out_proj": "called", "3": "zero"}
+    assert {change.module: change.what.split()[-1] for change in changes.skipped} == {
+        "0": "layer's",
+        "1": "layer's",
+        "2.out_proj": "called",
+        "3": "zero",
+    }
     assert isinstance(model[4], SigmaLinear)
     with pytest.raises(NothingMatchedError):
         swap_norms(nn.Sequential(nn.Conv2d(3, 3, 1)), "sigma_reparam")
