@@ -164,7 +164,7 @@ def _far_alphas(model: nn.Module, tanhs: dict[str, DynamicTanh]) -> dict[str, tu
     """Alpha and the published one, for layers of a language model at their start (few values among them) that are far off."""
     if not any(isinstance(module, nn.Embedding) for module in model.modules()) or any(norm.alpha.is_meta for norm in tanhs.values()):
         return {}
-    alphas = {path: float(norm.alpha) for path, norm in tanhs.items() if norm.width >= min(LANGUAGE_ALPHA)}
+    alphas = {path: float(norm.alpha.detach()) for path, norm in tanhs.items() if norm.width >= min(LANGUAGE_ALPHA)}
     if len(set(alphas.values())) > 2:  # trained
         return {}
     found = {}
