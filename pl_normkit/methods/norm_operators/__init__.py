@@ -17,7 +17,9 @@ Sources: "Pre-RMSNorm and Pre-CRMSNorm Transformers", arXiv 2305.14858, for the 
     operators/         one norm a file, found without registration
     rows.py            base of norms over channels; statistics over tokens of all ranks; `norm_inputs`: mask and time beside x
     schedule.py        norms that turn into others: their share at an optimizer step
+    measure.py         what norms get in one run
     rules.py           NK921 to NK925: norms that do not do what they are there for
+    swap_rules.py      NK926 to NK929 and NK935: a conversion to be had, and swapped norms where they do not work
     weight_rules.py    NK931 to NK934: weights that are normalized to no effect
     statistics_rules.py NK941: running statistics that do not fit the data
     modules.py         what conversions put into a model

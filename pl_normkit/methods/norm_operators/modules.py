@@ -94,7 +94,7 @@ class CompressedRMSNorm(nn.Module):
 
 
 class CentredOutputs(nn.Module):
-    """Mixed into a linear layer: it writes rows of zero mean, its weight and bias centred anew in each forward pass and stored as they are."""
+    """Mixed into a linear layer: it writes rows of zero mean; weight and bias are stored as they are and centred in each forward pass."""
 
     weight: Tensor
     bias: Tensor | None

@@ -1,4 +1,4 @@
-"""NK921 to NK925: norms that do not do what they are there for. The others stand in `weight_rules.py` and
+"""NK921 to NK925: norms that do not do what they are there for. The others stand in `swap_rules.py`, `weight_rules.py` and
 `statistics_rules.py`."""
 
 from __future__ import annotations
@@ -8,16 +8,17 @@ __all__: list[str] = []
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pl_normkit.findings import Evidence, Place, Severity
-from pl_normkit.graph import Kind, Node, call_arguments
+from pl_normkit.graph import Kind, Node
 from pl_normkit.methods.norm_operators import statistics_rules as statistics_rules
+from pl_normkit.methods.norm_operators import swap_rules as swap_rules
 from pl_normkit.methods.norm_operators import weight_rules as weight_rules
+from pl_normkit.methods.norm_operators.measure import inputs_of
 from pl_normkit.methods.norm_operators.operators.dyt import DynamicTanh
 from pl_normkit.methods.norm_operators.operators.prepbn import ProgressiveBatchNorm
 from pl_normkit.methods.norm_operators.operators.unified import UnifiedNorm
-from pl_normkit.preserve import preserved
 from pl_normkit.rules import Mark, Needs, Observation, Subject, rule
 
 FINISHED = 0.01
@@ -80,7 +81,7 @@ def _eps_ratios(subject: Subject) -> dict[str, float]:
     """For each layer norm or RMS norm that ran, the median of eps over the variance of its rows."""
     assert subject.model is not None
     found: dict[str, float] = {}
-    for path, (norm, x) in _inputs_of(subject, (nn.LayerNorm, nn.RMSNorm)).items():
+    for path, (norm, x) in inputs_of(subject, (nn.LayerNorm, nn.RMSNorm)).items():
         if not isinstance(norm, (nn.LayerNorm, nn.RMSNorm)) or not x.is_floating_point() or type(norm).__name__.endswith("2d"):
             continue
         rows = x.flatten(-len(norm.normalized_shape)).float()
@@ -89,29 +90,6 @@ def _eps_ratios(subject: Subject) -> dict[str, float]:
         if power.numel():
             found[path] = float((eps / power.clamp(min=1e-38)).median())
     return found
-
-
-def _inputs_of(subject: Subject, kinds: tuple[type[nn.Module], ...]) -> dict[str, tuple[nn.Module, Tensor]]:
-    """What each module of `kinds` got last, by path, in one run of the model as it is."""
-    assert subject.model is not None
-    arguments, keywords = call_arguments(subject.example_inputs)
-    seen: dict[str, tuple[nn.Module, Tensor]] = {}
-    handles = []
-    for path, module in subject.model.named_modules():
-        if isinstance(module, kinds):
-
-            def record(module: nn.Module, given: tuple[Tensor, ...], path: str = path) -> None:
-                if given:
-                    seen[path] = module, given[0].detach()
-
-            handles.append(module.register_forward_pre_hook(record))
-    try:
-        with preserved(subject.model, buffers=True), torch.no_grad():
-            subject.model(*arguments, **keywords)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
 
 
 @rule(
@@ -275,7 +253,7 @@ def dynamic_tanh_saturates(subject: Subject) -> Iterator[Observation]:
     if not subject.measure:
         return
     found = {}
-    for path, (norm, x) in _inputs_of(subject, (DynamicTanh,)).items():
+    for path, (norm, x) in inputs_of(subject, (DynamicTanh,)).items():
         assert isinstance(norm, DynamicTanh)
         share = float(((norm.alpha * x).abs() > 2).float().mean())
         if share > SATURATED:

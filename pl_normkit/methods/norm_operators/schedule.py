@@ -60,8 +60,8 @@ class Turning:
 
 
 def turning_norms(model: nn.Module) -> Turning:
-    """The norms of `swap_norms(model, to="prepbn")`, `to="fixed_std"` and `to="sigma_reparam", gain="one"`; both dicts are empty where there
-    are none. A layer whose share is 0 already has turned."""
+    """The norms of `swap_norms(model, to="prepbn")`, `to="fixed_std"` and `to="sigma_reparam", gain="one"`; both dicts are empty where
+    there are none. A layer whose share is 0 already has turned."""
     modules = dict(model.named_modules())
     progressive: dict[str, Turned] = {
         path: module

@@ -8,6 +8,7 @@ normalize and project, arXiv 2407.01800.
     ascent.py          `NormAscent`: sharpness-aware minimization that moves norms only
     clipping.py        `AdaptiveClipping`: gradients clipped by the size of the weights, without the head
     layer_scaling.py   `line_s`: a checkpoint between two, by depth
+    rules.py           NK951: norms chosen by name
     projection.py      `WeightProjection`: weights in front of norms keep their length
 """
 

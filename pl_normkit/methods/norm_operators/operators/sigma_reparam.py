@@ -59,7 +59,7 @@ class SigmaLinear(nn.Linear):
         sigma: Tensor = left @ (self.weight.to(left.dtype) @ right)
         return sigma
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 as in torch
         """`input` of shape (..., in_features); shape (..., out_features)."""
         with torch.autocast(input.device.type, enabled=False):
             if self.training:
@@ -93,13 +93,13 @@ def _make(old: OldNorm, options: Mapping[str, Any]) -> nn.Module:
 OPERATOR = Operator(
     name="sigma_reparam",
     formula="(g / sigma(W)) W x + b, sigma the largest singular value by power iteration, g one learned number a layer",
-    source="Stabilizing Transformer Training by Preventing Attention Entropy Collapse, arXiv 2303.06296 (code, whose PyTorch version starts "
-    "g at sigma too); the mixture of gain='one' is derived",
+    source="Stabilizing Transformer Training by Preventing Attention Entropy Collapse, arXiv 2303.06296 (code: its PyTorch version "
+    "starts g at sigma too); the mixture of gain='one' is derived",
     replaces="linear layers",
     places=_places,
     make=_make,
     kept="yes: g = sigma(W) at the start",
-    when="attention whose entropy collapses, deep transformers without warm-up; its ViT recipe takes all norms out too, which is not done here",
+    when="attention whose entropy collapses, deep transformers without warm-up; its ViT recipe takes all norms out, which is not done here",
     options={"gain": "sigma"},
     needs="nothing; with gain='one' a schedule (`NormSchedule`)",
 )
