@@ -38,8 +38,11 @@ class Draw:
 _FILLED = {"ones": 1.0, "ones_like": 1.0, "new_ones": 1.0, "zeros": 0.0, "zeros_like": 0.0, "new_zeros": 0.0}
 _UNFILLED = frozenset(("empty", "empty_like", "new_empty", "empty_permuted", "empty_strided"))
 _KEEPS = """
-    to _to_copy type_as float half bfloat16 expand expand_as view reshape unsqueeze squeeze contiguous clone alias detach repeat"""
+    to _to_copy type_as float half bfloat16 expand expand_as view reshape unsqueeze squeeze contiguous clone alias detach repeat
+    lift_fresh_copy broadcast_tensors getitem"""
 _KEEPING = frozenset(_KEEPS.split())
+_OF_LISTS = ("tensors", "0")
+"""The arguments of `broadcast_tensors` and of `getitem` on what it gives."""
 
 MASKING = {"mul": "", "masked_fill": "mask", "where": "condition"}
 """Operations that may apply a mask, and by which argument (any of a product's)."""
@@ -49,10 +52,10 @@ def draw_of(name: str, target: torch.fx.Node, operands: Mapping[str, Draw], shap
     """What a call makes of `operands`, by argument; None where that is not known. `name` keeps the mark of in-place operations."""
     op = name.rstrip("_")
     made = _source(name, op, target, operands, shape)
-    if made is not None or "self" not in operands:
+    first = next((operands[argument] for argument in ("self", *_OF_LISTS) if argument in operands), None)
+    if made is not None or first is None:
         first = operands.get("input")
         return _dropped(target, first, shape) if op == "dropout" and first is not None else made
-    first = operands["self"]
     if op in _KEEPING:
         return replace(first, shape=shape)
     scalar = _number(target, 1)

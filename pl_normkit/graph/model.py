@@ -12,12 +12,13 @@ from typing import Any
 from torch import nn
 
 from pl_normkit.errors import TraceError
+from pl_normkit.graph.attention import is_attention
 from pl_normkit.graph.heads import find_heads
 from pl_normkit.graph.nodes import Kind, Node
 from pl_normkit.graph.norms import find_norms
 from pl_normkit.graph.parts import read_partly
 from pl_normkit.graph.paths import last_resize
-from pl_normkit.graph.residual import Sum, as_residual, find_sums, is_attention, joins_features
+from pl_normkit.graph.residual import Sum, as_residual, find_sums, joins_features
 from pl_normkit.graph.sharing import store_in_use
 from pl_normkit.graph.structure import Attention, Branch, Dropout, Fusion, FusionInput, Head, Norm, ResidualAdd
 from pl_normkit.graph.trace import trace

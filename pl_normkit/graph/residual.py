@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-__all__ = ["Sum", "as_residual", "find_sums", "is_attention", "joins_features"]
+__all__ = ["Sum", "as_residual", "find_sums", "joins_features"]
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-
-from pl_normkit.graph.nodes import Kind, Node, kind_of
+from pl_normkit.graph.attention import feeds_attention, is_pointwise, is_score
+from pl_normkit.graph.nodes import Kind, Node
 from pl_normkit.graph.paths import Dominators, between, leading, main_inputs, walk_branch
 from pl_normkit.graph.structure import PASSING, Branch, ResidualAdd
 
 _SLICES = frozenset(("slice", "select", "narrow", "getitem", "index_select"))
 _PARTS = _SLICES | {"chunk", "split", "split_with_sizes", "tensor_split", "unbind"}
-_POINTWISE_KINDS = (*PASSING, Kind.MUL, Kind.ADD, Kind.CAT, Kind.ACTIVATION)
-_ARITHMETIC = """
-    sub rsub div neg addcmul addcdiv lerp pow square sqrt rsqrt reciprocal exp exp2 expm1 log log1p log2 abs sign sin cos
-    maximum minimum where masked_fill floor ceil round remainder nan_to_num sum cumsum prod"""
-_POINTWISE = frozenset(_ARITHMETIC.split())
 _BENDING = frozenset(("exp", "exp2", "expm1", "log", "log1p", "log2", "sin", "cos"))
 _LOOKUPS = frozenset(("embedding", "embedding_bag", "index", "index_select", "gather", "take_along_dim"))
 _LAYERS = (Kind.WEIGHT, Kind.ATTENTION, Kind.NORM, Kind.RESIZE, Kind.POOL, Kind.CAT, Kind.INPUT)
+_LINEAR_KINDS = (Kind.WEIGHT, Kind.VIEW, Kind.DROPOUT, Kind.MUL)
+_RECURRENT = frozenset(("lstm", "gru", "rnn_tanh", "rnn_relu"))
 _CHAIN_LIMIT = 24
 _REGION_LIMIT = 40
 
@@ -118,6 +114,7 @@ def as_residual(found: Sum) -> ResidualAdd | None:
       its way (a time, a class, a memory); what counts is that it leads from the split.
     - a branch ends in the sum. A value that lives on beside it was not added to the stream; the sum serves something else
       (a position that is added again to make queries and keys).
+    - beside a projection a branch is no linear map (a low-rank update of the same layer), and meets no other stream of full size.
     - all ways run at the same resolutions. One that comes back from another joins levels: a fusion.
     - shortcut and branches read the same part of the split, not neighbouring slices (cascades, recurrences).
     - the sum is no attention score, and no sum of contexts that are each weighed by another part of one value (FocalNet).
@@ -126,7 +123,7 @@ def as_residual(found: Sum) -> ResidualAdd | None:
     too far back; then it is the value nearest to the sum, on the way back along the shortcut, from which all branches lead.
     """
     ends = [operand for operand in found.operands if operand not in found.subtracted and operand.numel == found.node.numel]
-    if not ends or _is_score(found) or _is_recurrence(found) or _is_weighed(found):
+    if not ends or is_score(found.operands, found.node) or _is_recurrence(found) or _is_weighed(found):
         return None
     readings = (_residual_of(found, shortcut, branches) for shortcut, branches in _readings(found, ends))
     return next((add for add in readings if add is not None), None)
@@ -179,7 +176,7 @@ def _residual_of(found: Sum, shortcut: Branch, branches: Sequence[Branch]) -> Re
             return None
         if _shortcut_rank(branch) <= rank or _only_rescales(branch) or not _ends_in(found, branch):
             return None
-        if is_projection and branch.end.numel < found.node.numel:
+        if is_projection and (branch.end.numel < found.node.numel or _is_linear(branch) or _meets_another_stream(branch)):
             return None
         if branch.end in found.subtracted and not branch.of_kind(Kind.WEIGHT):
             return None
@@ -221,22 +218,43 @@ def _resizes(side: Branch) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     return [(node.inputs[0].shape[2:], node.shape[2:]) for node in resizes]
 
 
-def _is_pointwise(node: Node) -> bool:
-    return node.kind in _POINTWISE_KINDS or node.op in _POINTWISE or _is_tagged_pointwise(node)
-
-
-def _is_tagged_pointwise(node: Node) -> bool:
-    """Whether torch itself calls the operation pointwise."""
-    called = node.target.target
-    return node.kind is Kind.OTHER and isinstance(called, torch._ops.OpOverload) and torch.Tag.pointwise in called.tags
-
-
 def _only_rescales(branch: Branch) -> bool:
     """Whether a side is arithmetic on the split alone, as in rotary embeddings, response normalization and an activation written out.
 
     Also a value copied back behind the reach of gradients (straight-through estimators).
     """
-    return branch.end.op == "detach" or all(map(_is_pointwise, branch.nodes))
+    return branch.end.op == "detach" or all(map(is_pointwise, branch.nodes))
+
+
+def _is_linear(side: Branch) -> bool:
+    """Whether a side is a linear map: beside another it is a part of one layer (a low-rank update, a convolution to be folded)."""
+    return all(node.kind in _LINEAR_KINDS and (node.kind is Kind.WEIGHT or len(node.inputs) == 1) for node in side.nodes) and not any(
+        _is_lookup(node) or node.op in _RECURRENT for node in side.nodes
+    )
+
+
+def _is_low_rank(sides: Sequence[Branch]) -> bool:
+    """Whether linear maps of one value are summed of which one is narrower inside than at its end."""
+    narrow = (node.numel < side.end.numel for side in sides for node in side.of_kind(Kind.WEIGHT))
+    return all(map(_is_linear, sides)) and not any(node.op in _PARTS for side in sides for node in side.nodes) and any(narrow)
+
+
+def _meets_another_stream(branch: Branch) -> bool:
+    """Whether a value of full size that does not come from the split enters a branch by a sum or product.
+
+    What follows is computed of that stream: of the features that a map modulates, of the next layer's beside a skip connection.
+    """
+    inside = {branch.split, *branch.nodes}
+    return any(
+        source not in inside and source.numel == node.numel and not _leads(branch.split, source)
+        for node in branch.nodes
+        if node.kind in (Kind.ADD, Kind.MUL) and len(node.inputs) > 1
+        for source in node.inputs
+    )
+
+
+def _leads(split: Node, end: Node) -> bool:
+    return leading(split, end, between(split.index, end)) is not None
 
 
 def _ends_in(found: Sum, branch: Branch) -> bool:
@@ -293,7 +311,7 @@ def _slices_behind(end: Node) -> list[Node]:
         node = pending.pop()
         if node.op in _SLICES:
             parts.append(node)
-        elif _is_pointwise(node):
+        elif is_pointwise(node):
             new = [source for source in node.inputs if source not in seen]
             seen.update(new)
             pending += new
@@ -303,22 +321,25 @@ def _slices_behind(end: Node) -> list[Node]:
 def joins_features(found: Sum) -> bool:
     """Whether two operands or more fill the sum, and it is neither an attention score nor arithmetic on one value.
 
-    A broadcast shift (a condition, a position) fuses nothing, nor do embeddings of one token, products that attention or a scan sums up,
-    and the two sides of a gate, `g * a + (1 - g) * b`.
+    A broadcast shift (a condition, a position) fuses nothing, nor do what is looked up in a table, products that attention or a scan sums
+    up, a layer and its low-rank update, the two sides of a gate, `g * a + (1 - g) * b`, features times a scale and a shift that both come
+    from elsewhere, and what is kept from gradients (straight-through).
     """
     rank = len(found.node.shape)
     is_addition = (found.node.kind is Kind.ADD and rank > 1) or (found.node.op == "sum" and rank > 2)
     if not is_addition or sum(operand.shape == found.node.shape for operand in found.operands) < 2:
         return False
-    if _feeds_attention(found.node) or _is_recurrence(found) or _adds_again(found):
+    if feeds_attention(found.node) or _is_recurrence(found) or _adds_again(found):
         return False
     makers = [_maker(operand) for operand in found.operands]
-    if all(map(_is_lookup, makers)) or _is_gated(found) or _is_weighed(found):
+    if any(map(_is_lookup, makers)) or any(map(_is_detached, found.operands)):
+        return False
+    if _is_gated(found) or _is_weighed(found) or _is_modulated(found):
         return False
     if any(maker.kind is Kind.MATMUL for maker in makers) and not any(maker.kind in _LAYERS for maker in makers):
         return False
     sides = [walk_branch(found.split, operand) for operand in found.operands] if found.split is not None else []
-    return not sides or not all(all(map(_is_pointwise, side.nodes)) for side in sides)
+    return not sides or not (all(all(map(is_pointwise, side.nodes)) for side in sides) or _is_low_rank(sides))
 
 
 def _maker(end: Node) -> Node:
@@ -346,6 +367,16 @@ def _is_gated(found: Sum) -> bool:
     )
 
 
+def _is_modulated(found: Sum) -> bool:
+    """Whether one operand is features times a scale, and the other a shift that comes from where the scale does and not the features."""
+    for product in found.operands:
+        shifts = [set(_chain_back(operand)) for operand in found.operands if operand is not product]
+        factors = [set(_chain_back(factor)) for factor in product.inputs] if product.kind is Kind.MUL else []
+        if len(factors) == 2 and all(bool(shift & factors[0]) is not bool(shift & factors[1]) for shift in shifts):
+            return True
+    return False
+
+
 def _is_weighed(found: Sum) -> bool:
     """Whether each operand is scaled by a part of its own of one value (contexts that a layer weighs): none is handed on."""
     weighers = []
@@ -356,6 +387,13 @@ def _is_weighed(found: Sum) -> bool:
         weighers.append({_part(part) for part in map(_before_views, node.inputs) if part.op in _PARTS} if node.kind is Kind.MUL else set())
     sources = [{part[0] for part in parts} for parts in weighers]
     return bool(set.intersection(*sources)) and len(set.union(*weighers)) >= len(weighers)
+
+
+def _is_detached(end: Node) -> bool:
+    node = end
+    while node.kind is Kind.VIEW and node.op != "detach" and len(node.inputs) == 1:
+        node = node.inputs[0]
+    return node.op == "detach"
 
 
 def _before_views(node: Node) -> Node:
@@ -372,55 +410,3 @@ def _adds_again(found: Sum) -> bool:
             if lead is not None and not _ends_in(found, lead):
                 return True
     return False
-
-
-def is_attention(softmax: Node) -> bool:
-    """Whether a softmax weighs the values of an attention written out, and not the experts that a router chooses among."""
-    weighed = (user for score in _scores_from(softmax) for user in score.users)
-    return any(kind_of(user.op, ()) is Kind.MATMUL and len(user.inputs) > 1 for user in weighed) and not _is_router(softmax)
-
-
-def _is_router(softmax: Node) -> bool:
-    """Whether it runs over the features of the layer that made the scores."""
-    node = softmax.inputs[0]
-    while len(node.inputs) == 1 and node.kind is not Kind.WEIGHT and node.shape == node.inputs[0].shape:
-        node = node.inputs[0]
-    features = len(node.shape) - 1 if node.op in ("linear", "addmm", "einsum", "matmul") else 1
-    asks = node.arguments[:1] in (("other",), ("mat2",))  # a learned query times keys
-    is_layer = node.kind is Kind.WEIGHT and len(node.inputs) == 1 and node.shape == softmax.shape and not asks
-    return is_layer and int(softmax.argument("dim", 1, -1)) % len(softmax.shape) == features
-
-
-def _is_score(found: Sum) -> bool:
-    """Whether the sum is a product of queries and keys with a mask or a bias added."""
-    return any(map(_is_product, found.operands)) and _feeds_attention(found.node)
-
-
-def _is_product(end: Node) -> bool:
-    node = end
-    for _ in range(_CHAIN_LIMIT):
-        if node.kind is Kind.MATMUL and len(node.inputs) > 1:
-            return True
-        if not (_is_pointwise(node) or node.op in ("gather", "index")) or not node.inputs:
-            return False
-        node = main_inputs(node)[0]
-    return False
-
-
-def _feeds_attention(node: Node) -> bool:
-    """Whether `node` is an attention score, or a bias added to it."""
-    return any(user.kind is Kind.SOFTMAX and is_attention(user) for score in _scores_from(node) for user in score.users)
-
-
-def _scores_from(start: Node) -> list[Node]:
-    """`start` and what scaling, masking, reshaping, dropping or mixing heads makes of it."""
-    scores = [start]
-    seen = {start}
-    for node in scores:
-        for user in node.users:
-            mixes_heads = user.kind is Kind.WEIGHT and user.shape == node.shape
-            passes = user.kind in (*PASSING, Kind.MUL, Kind.ADD) or user.op in ("div", "masked_fill") or mixes_heads
-            if passes and user not in seen:
-                seen.add(user)
-                scores.append(user)
-    return scores

@@ -89,6 +89,8 @@ class _Reader:
                 if spec is not None and spec.kind is InputKind.PARAMETER and spec.target is not None:
                     name = without_root(spec.target)
                     self._values[target] = _Value(reads=(Read(first_name.get(name, name), ()),))
+                elif spec is not None and spec.kind is InputKind.CONSTANT_TENSOR:
+                    self._values[target] = _Value(draw=_constant(program.constants.get(str(spec.target))))
                 elif spec is None or spec.kind is InputKind.USER_INPUT:
                     self._values[target] = _Value(self._append(target, "input", Kind.INPUT, {}, ()))
         self._read_body(program.graph_module)
@@ -211,12 +213,13 @@ class _Reader:
         if name in SHAPE_ONLY:
             return _Value(draw=draw_of(name, target, {}, _shape_of(target)))
         op = name.rstrip("_") if name.endswith("_") and not name.startswith("__") else name
+        op = "mul" if op == "einsum" and _sums_nothing(str(target.args[0])) else op
         inputs, reads = self._gather(target, op)
         if inputs:
             value = _Value(self._append(target, op, kind_of(op, [read.parameter for read in reads]), inputs, reads))
         else:
             value = _Value(reads=reads, draw=draw_of(name, target, self._draws(target), _shape_of(target)))
-        if op != name:
+        if name.endswith("_") and not name.startswith("__"):
             self._overwrite(target, value)
         return value
 
@@ -292,6 +295,19 @@ class _Reader:
             self._values[changed] = value
             is_view = changed.op == "call_function" and kind_of(_name_of(changed), ()) is Kind.VIEW
             changed = changed.args[0] if is_view and changed.args else None
+
+
+def _sums_nothing(equation: str) -> bool:
+    """Whether an einsum of two operands scales the one by the other, element by element."""
+    given, _, made = equation.replace(" ", "").partition("->")
+    operands = given.split(",")
+    return len(operands) == 2 and any(set(operand) == set(made) for operand in operands) and set(given) - {","} == set(made)
+
+
+def _constant(value: object) -> Draw | None:
+    """A number that was written in the code."""
+    is_known = isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point() and value.device.type == "cpu"
+    return Draw("constant", float(value), tuple(value.shape)) if is_known and type(value) is Tensor else None
 
 
 def _unmark(program: ExportedProgram) -> None:

@@ -40,6 +40,7 @@ DROPOUTS: dict[str, tuple[Callable[[Tensor], Tensor], float, bool]] = {
     "masked_fill": (lambda x: x.masked_fill(torch.rand_like(x) < 0.2, 0.0), 0.2, False),
     "where": (lambda x: torch.where(torch.rand_like(x) < 0.8, x, 0.0), 0.2, False),
     "inverted": (lambda x: x * (1 - torch.bernoulli(torch.full_like(x, 0.2))), 0.2, False),
+    "a distribution's sample": (lambda x: x * torch.distributions.Bernoulli(0.8).sample(x.shape) / 0.8, 0.2, False),
     "whole channels": (lambda x: x * torch.bernoulli(torch.full((2, 8, 1, 1), 0.8)), 0.2, True),
     "whole features of tokens": (lambda x: x.flatten(2) * torch.bernoulli(torch.full((2, 1, 36), 0.8)), 0.2, True),
 }

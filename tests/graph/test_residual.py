@@ -67,6 +67,7 @@ SPELLINGS: dict[str, Callable[..., Any]] = {
     "stack and mean, last dimension": lambda m, x: torch.stack([x, m.branch(x)], dim=-1).mean(-1),
     "python's sum": lambda m, x: sum([x, m.branch(x)]),
     "scaled": lambda m, x: (x + m.branch(x)) / 2**0.5,
+    "einsum that scales": lambda m, x: x + torch.einsum("bchw,c->bchw", m.branch(x), m.norm.weight),
     "parallel branches": lambda m, x: x + m.branch(x) + m.second(x).relu(),
     "resized alike on both sides": lambda m, x: F.interpolate(x, scale_factor=2) + m.branch(F.interpolate(x.relu(), scale_factor=2)),
 }
@@ -204,6 +205,30 @@ def _rotated(m: Written, x: Tensor) -> Tensor:
     return m.out(q * 0.5 + turned * 0.8)
 
 
+def _low_rank(m: Written, x: Tensor) -> Tensor:
+    return m.out(m.q(x) + 2.0 * (x @ m.k.weight[:, :2] @ m.v.weight[:2])).relu()
+
+
+def _modulated(m: Written, x: Tensor, known: Tensor) -> Tensor:
+    h = m.branch(known).relu()
+    return m.up(m.branch(x) * (1 + m.second(h)) + m.project(h))
+
+
+def _skip_connections(m: Written, x: Tensor) -> tuple[Tensor, Tensor]:
+    skips = torch.zeros(())
+    for _ in range(3):
+        z = m.branch(x).tanh()
+        skips = skips + m.project(z)
+        x = x + m.second(z)
+    return m.up(skips.relu()), x
+
+
+def _quantized(m: Written, x: Tensor) -> Tensor:
+    z = m.norm(x)
+    found = m.words(m.q(z).argmax(-1))
+    return m.out(z + (found - z).detach())
+
+
 TIED = torch.ones(2, 6, dtype=torch.long)
 LOOK_ALIKES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], int]] = {
     "attention with an additive mask, twice": (_masked_attention, (TOKENS, torch.zeros(2, 6, 6)), 2),
@@ -229,6 +254,10 @@ LOOK_ALIKES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], int]] = {
     "highway": (_highway, (TOKENS,), 0),
     "contexts, each weighed": (_weighed_contexts, (X,), 0),
     "rotary embedding, in the shape of another value": (_rotated, (TOKENS,), 0),
+    "a layer and its low-rank update": (_low_rank, (TOKENS,), 0),
+    "features modulated by a map": (_modulated, (X, X), 0),
+    "skip connections of all layers": (_skip_connections, (X,), 3),
+    "quantized, straight-through": (_quantized, (TOKENS,), 0),
     "gate as wide as the features": (lambda m, x: torch.lerp(m.branch(x), x, m.second(x).sigmoid()), (X,), 0),
 }
 
@@ -239,7 +268,17 @@ def test_sums_that_only_look_like_one_are_left_out(name: str) -> None:
     assert adds(forward, *inputs) == (expected, 0)
 
 
-NO_FUSIONS = [_own_positions_again, _scan, _gelu_written_out, _normalised_and_back, _linear_attention, _rows_in_place, _highway]
+NO_FUSIONS = [
+    _own_positions_again,
+    _scan,
+    _gelu_written_out,
+    _normalised_and_back,
+    _linear_attention,
+    _rows_in_place,
+    _highway,
+    _low_rank,
+    _quantized,
+]
 
 
 @pytest.mark.parametrize("forward", NO_FUSIONS)
@@ -247,9 +286,11 @@ def test_they_are_no_fusions_either(forward: Callable[..., Any]) -> None:
     assert fusions(forward, TOKENS) == 0
 
 
-@pytest.mark.parametrize(("forward", "x"), [(_embedded, TIED), (_weighed_contexts, X)])
-def test_embeddings_of_one_token_and_weighed_contexts_are_no_fusion(forward: Callable[..., Any], x: Tensor) -> None:
-    assert fusions(forward, x) == 0
+@pytest.mark.parametrize(("forward", "inputs"), [(_embedded, (TIED,)), (_weighed_contexts, (X,)), (_modulated, (X, X))])
+def test_embeddings_of_one_token_weighed_contexts_and_modulation_are_no_fusion(
+    forward: Callable[..., Any], inputs: tuple[Tensor, ...]
+) -> None:
+    assert fusions(forward, *inputs) == 0
 
 
 def test_a_shortcut_that_alone_is_weighed_is_one() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__: list[str] = []
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
@@ -31,7 +31,9 @@ SMALL_BATCH = 2
 )
 def few_values_per_norm(subject: Subject) -> Iterator[Observation]:
     """What it does
-    Finds group norms with fewer than 4 channels per group, and batch norms that are trained on 1 or 2 samples per device.
+    Finds group norms with fewer than 4 channels per group, and batch norms that are trained on 1 or 2 samples per device. As many groups
+    as channels are an instance norm by another name and left out, unless the network has as many groups on more channels elsewhere: then
+    it is a fixed number of groups that met a narrow layer.
 
     Why it hurts
     With few channels per group the norm removes much of the gradient that is constant in space, and all of it at one channel per group;
@@ -63,7 +65,9 @@ def few_values_per_norm(subject: Subject) -> Iterator[Observation]:
     What batch size makes the conversion worth while is not claimed: compare on your own data.
     """
     assert subject.graph is not None
-    narrow = [(norm, size) for norm in subject.graph.norms if norm.kind == "group" and (size := _channels_per_group(norm)) < FEW_CHANNELS]
+    groups = [norm for norm in subject.graph.norms if norm.kind == "group"]
+    narrow = [(norm, _channels_per_group(norm)) for norm in groups if _channels_per_group(norm) < FEW_CHANNELS]
+    narrow = [(norm, size) for norm, size in narrow if size > 1 or not _is_instance_norm(norm, groups)]
     if narrow:
         yield Observation(
             message=f"Group norms have fewer than {FEW_CHANNELS} channels per group",
@@ -87,8 +91,16 @@ def few_values_per_norm(subject: Subject) -> Iterator[Observation]:
 
 
 def _channels_per_group(norm: Norm) -> int:
-    groups = norm.node.argument("num_groups", 1, 1)
-    return int(norm.node.inputs[0].shape[1] // groups)
+    return int(norm.node.inputs[0].shape[1] // _num_groups(norm))
+
+
+def _num_groups(norm: Norm) -> int:
+    return int(norm.node.argument("num_groups", 1, 1))
+
+
+def _is_instance_norm(norm: Norm, norms: Sequence[Norm]) -> bool:
+    """Whether a norm of one channel per group was meant as such (wav2vec 2.0, MedNeXt)."""
+    return all(_channels_per_group(other) == 1 for other in norms if _num_groups(other) == _num_groups(norm))
 
 
 def _batch_was_given(subject: Subject) -> bool:

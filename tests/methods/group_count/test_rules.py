@@ -18,11 +18,21 @@ def _places(model: nn.Module, inputs: Any, **options: Any) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(
-    ("channels", "groups", "expected"), [(64, 32, [["1"]]), (96, 32, [["1"]]), (128, 32, []), (64, 1, []), (8, 8, [["1"]])]
+    ("channels", "groups", "expected"), [(64, 32, [["1"]]), (96, 32, [["1"]]), (128, 32, []), (64, 1, []), (8, 8, [])]
 )
 def test_channels_per_group(channels: int, groups: int, expected: list[list[str]]) -> None:
     model = nn.Sequential(nn.Conv2d(3, channels, 3), nn.GroupNorm(groups, channels))
     assert _places(model, torch.randn(4, 3, 8, 8)) == expected
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [((8, 8), (8, 32), [["1"]]), ((8, 8), (16, 16), []), ((8, 8), (8, 8), []), ((8, 8), (8, 16), [["1", "3"]])],
+    ids=["eight groups everywhere", "instance norms", "instance norms of one width", "eight groups, twice too many"],
+)
+def test_one_channel_per_group(first: tuple[int, int], second: tuple[int, int], expected: list[list[str]]) -> None:
+    layers = [nn.Conv2d(3, first[1], 3), nn.GroupNorm(*first), nn.Conv2d(first[1], second[1], 3), nn.GroupNorm(*second)]
+    assert _places(nn.Sequential(*layers), torch.randn(4, 3, 8, 8)) == expected
 
 
 @pytest.mark.parametrize(("batch", "expected"), [(1, [["1"]]), (2, [["1"]]), (3, []), (16, [])])
