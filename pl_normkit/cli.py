@@ -181,7 +181,11 @@ def _add_lint_options(lint: _Parser) -> None:
     folder = "; without a model a folder with a file for each"
     lint.add_argument("--baseline", type=Path, metavar="FILE", help=f"leave out what this file accepts{folder}")
     lint.add_argument("--write-baseline", type=Path, metavar="FILE", help=f"accept today's findings in this file{folder}")
-    lint.add_argument("--jobs", type=_count, metavar="N", help="without a model: processes at a time (default: one a core)")
+    lint.add_argument("--jobs", type=_count, metavar="N", help="without a model: how many at a time (default: one a core, or what is there)")
+    places = "without a model: where they are audited: processes or gpus of this machine, or a ray cluster"
+    lint.add_argument("--on", choices=("processes", "gpus", "ray"), default="processes", help=places)
+    limit = "without a model: give a model up after so long (default: never)"
+    lint.add_argument("--timeout", type=_seconds, metavar="SECONDS", help=limit)
     lint.add_argument("--no-cache", action="store_true", help="without a model: audit also what has not changed since it was")
     levels = ("note", "warning", "error", "never")
     lint.add_argument("--fail-on", choices=levels, default="note", help="lowest severity that makes the exit code 1")
@@ -196,6 +200,16 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of processes")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds")
+    return seconds
 
 
 def _words(text: str) -> list[str]:

@@ -15,14 +15,14 @@ from pathlib import Path
 from urllib.parse import quote
 
 from pl_normkit.errors import ConfigError
-from pl_normkit.findings import read_baseline, subtract_baseline, write_baseline
+from pl_normkit.findings import Note, read_baseline, subtract_baseline, write_baseline
 from pl_normkit.report import Report
 from pl_normkit.repository import CACHE, Entry, lint_repository, read_entries
 from pl_normkit.selection import Selection, nearest_pyproject
 
 Parse = Callable[[Sequence[str]], argparse.Namespace]
 
-_OF_THE_RUN = ("format", "output", "fail_on", "write_baseline", "jobs", "no_cache", "debug")
+_OF_THE_RUN = ("format", "output", "fail_on", "write_baseline", "jobs", "on", "timeout", "no_cache", "debug")
 
 
 def lint_listed(options: argparse.Namespace, parse: Parse, report_of: Callable[[argparse.Namespace], Report]) -> list[Report]:
@@ -41,7 +41,9 @@ def lint_listed(options: argparse.Namespace, parse: Parse, report_of: Callable[[
     lint = partial(_lint_words, parse, report_of, str(root))
     cache = None if options.no_cache else root / CACHE
     with _progress(len(entries)) as done:
-        reports = lint_repository(entries, lint, root, jobs=options.jobs, cache=cache, done=done)
+        reports = lint_repository(
+            entries, lint, root, jobs=options.jobs, on=options.on, limit=options.timeout, cache=cache, done=done
+        )
     if options.write_baseline:
         options.write_baseline.mkdir(parents=True, exist_ok=True)
         for name, report in reports.items():
@@ -97,7 +99,10 @@ def _file_of(folder: Path, name: str) -> Path:
 def _lint_words(parse: Parse, report_of: Callable[[argparse.Namespace], Report], root: str, words: Sequence[str]) -> Report:
     """In a process of its own, so that the working directory is the repository whatever it was before."""
     os.chdir(root)
-    return report_of(parse(words))
+    try:
+        return report_of(parse(words))
+    except SystemExit as stop:
+        return Report(notes=[Note(f"the code that was run called sys.exit({'' if stop.code is None else stop.code})")])
 
 
 @contextlib.contextmanager

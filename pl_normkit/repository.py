@@ -6,19 +6,20 @@ __all__ = ["Entry", "lint_repository", "read_entries", "within_repository"]
 
 import hashlib
 import importlib.metadata
-import multiprocessing
+import json
 import os
 import sys
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlparse
 
-from pl_normkit.errors import ConfigError, DataError, NormkitError
+from pl_normkit.errors import ConfigError, DataError
 from pl_normkit.findings import Note, Place
+from pl_normkit.jobs import Failure, open_workers, run_jobs
 from pl_normkit.report import Report
 from pl_normkit.report.json_format import from_json
 
@@ -93,6 +94,8 @@ def lint_repository(
     root: Path,
     *,
     jobs: int | None = None,
+    on: str = "processes",
+    limit: float | None = None,
     cache: Path | None = None,
     done: Callable[[Entry], None] = lambda _: None,
 ) -> dict[str, Report]:
@@ -102,7 +105,9 @@ def lint_repository(
         entries: as from `read_entries`.
         lint: from words to a report; an importable function, since other processes call it.
         root: the repository.
-        jobs: processes at a time; one a core by default.
+        jobs: how many at a time; one a core, a GPU or a core of the cluster by default.
+        on: where they run: "processes" of this machine, its "gpus", or a "ray" cluster.
+        limit: seconds after which a model is given up.
         cache: folder of reports of earlier runs; None keeps none. A report is taken from there while the entry, every Python file of the
             repository and the installed versions of all packages are the same. One that says that something failed is not kept.
         done: called with each entry as its report comes in.
@@ -114,67 +119,59 @@ def lint_repository(
     for entry in entries:
         if entry.name in reports:
             done(entry)
-    for entry, report in _in_processes(missing, lint, jobs or os.cpu_count() or 1):
-        reports[entry.name] = report
-        _keep(files[entry.name], report)
-        done(entry)
+    if missing:
+        with open_workers(on, partial(_words_to_report, lint), at_once=_at_once(on, jobs, len(missing))) as workers:
+            for entry, result in run_jobs(workers, missing, limit=limit):
+                reports[entry.name] = _report(result)
+                _keep(files[entry.name], reports[entry.name])
+                done(entry)
     return {entry.name: within_repository(replace(reports[entry.name], subject=entry.name), root, entry) for entry in entries}
 
 
-def _in_processes(entries: Sequence[Entry], lint: Callable[[Sequence[str]], Report], jobs: int) -> Iterator[tuple[Entry, Report]]:
-    """As they come in. A process that dies takes the pool with it: what is left then runs one by one, so that each answers for itself."""
-    left = list(entries)
-    for entry, future in _submitted(entries, lint, jobs):
-        if not isinstance(future.exception(), BrokenProcessPool):
-            left.remove(entry)
-            yield entry, _result(future)
-    for entry in left:
-        for _, future in _submitted([entry], lint, 1):
-            yield entry, _result(future)
+def _at_once(on: str, jobs: int | None, models: int) -> int | None:
+    """No more processes here than models; a cluster says itself how much it can take."""
+    return min(jobs or os.cpu_count() or 1, models) if on == "processes" else jobs
 
 
-def _submitted(entries: Sequence[Entry], lint: Callable[[Sequence[str]], Report], jobs: int) -> Iterator[tuple[Entry, Future[Report]]]:
-    if not entries:
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(jobs, len(entries)), context, initializer=_start_worker, initargs=(tuple(sys.path),)) as pool:
-        futures = {pool.submit(_guarded, lint, entry.words): entry for entry in entries}
-        for future in as_completed(futures):
-            yield futures[future], future
+def _words_to_report(lint: Callable[[Sequence[str]], Report], entry: Entry) -> Report:
+    return lint(entry.words)
 
 
-def _start_worker(path: Sequence[str]) -> None:
-    import torch
-
-    torch.set_num_threads(1)
-    sys.path[:] = path
-
-
-def _guarded(lint: Callable[[Sequence[str]], Report], words: Sequence[str]) -> Report:
+def _report(result: Report | Failure) -> Report:
     """A model that cannot be linted is a note of its report; the others go on."""
-    try:
-        return lint(words)
-    except NormkitError as error:
-        return Report(notes=[Note(str(error))])
-    except SystemExit as stop:
-        return Report(notes=[Note(f"the code that was run called sys.exit({'' if stop.code is None else stop.code})")])
-
-
-def _result(future: Future[Report]) -> Report:
-    try:
-        return future.result()
-    except Exception as error:  # the process died, or what it met is no error of ours
-        return Report(notes=[Note(f"the audit failed with {type(error).__name__}: {error}")])
+    if not isinstance(result, Failure):
+        return result
+    return Report(notes=[Note(str(result.error) if result.error is not None else f"the audit failed: {result.text}")])
 
 
 def _state(root: Path) -> str:
     """A digest of all that an audit depends on beside its words."""
-    packages = sorted(f"{found.name}=={found.version}" for found in importlib.metadata.distributions())
-    sources = sorted(path for path in _files(root) if path.suffix in _SOURCES and path.is_file())
+    installed = list(importlib.metadata.distributions())
+    packages = sorted(f"{found.name}=={found.version}" for found in installed)
+    folders = {root.resolve(), *_python_path(), *(folder for found in installed for folder in _edited_in_place(found))}
+    sources = sorted({path for folder in folders for path in _files(folder) if path.suffix in _SOURCES and path.is_file()})
     return _digest(sys.version, *packages, *map(str, sources), *map(_digest_of_file, sources))
 
 
-_SOURCES = (".py", ".toml", ".json", ".yaml")
+_SOURCES = (".py", ".toml", ".json", ".yaml", ".yml")
+
+
+def _python_path() -> Iterator[Path]:
+    """Folders of code that is not installed and changes without a new version."""
+    for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+        if entry and Path(entry).is_dir():
+            yield Path(entry).resolve()
+
+
+def _edited_in_place(package: importlib.metadata.Distribution) -> Iterator[Path]:
+    """The folder of an editable installation."""
+    try:
+        record = json.loads(package.read_text("direct_url.json") or "{}")
+    except ValueError:
+        return
+    folder = Path(unquote(urlparse(str(record.get("url", ""))).path))
+    if record.get("dir_info", {}).get("editable") and folder.is_dir():
+        yield folder.resolve()
 
 
 def _files(root: Path) -> Iterator[Path]:

@@ -88,7 +88,7 @@ def test_models_are_linted_in_other_processes_and_one_that_fails_stops_no_other(
     assert {name: len(report.findings) for name, report in reports.items()} == {"a": 1, "refuse": 0, "break": 0, "b": 1}
     assert [str(note) for name in ("refuse", "break") for note in reports[name].notes] == [
         "no such model",
-        "the audit failed with ValueError: broken",
+        "the audit failed: ValueError: broken",
     ]
     assert reports["a"].about["process"] != str(os.getpid())
     assert sorted(seen) == ["a", "b", "break", "refuse"]
@@ -120,7 +120,7 @@ def test_what_failed_is_not_cached(tmp_path: Path) -> None:
 
 def test_a_process_that_dies_is_a_note_of_its_own_model(tmp_path: Path) -> None:
     reports = lint_repository([entry("die"), entry("a")], lint, tmp_path, jobs=1)
-    assert "terminated abruptly" in str(reports["die"].notes[0])
+    assert "the process ended abruptly (exit code 3)" in str(reports["die"].notes[0])
     assert (len(reports["a"].findings), list(reports["a"].notes)) == (1, [])
 
 

@@ -50,7 +50,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def here(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The repository as the working directory; nothing but its cache may answer."""
     monkeypatch.chdir(repository)
-    monkeypatch.setattr("pl_normkit.repository.ProcessPoolExecutor", None)
+    monkeypatch.setattr("pl_normkit.repository.open_workers", None)
     return repository
 
 
@@ -145,7 +145,7 @@ def test_a_model_that_fails_stops_no_other(tmp_path: Path, run: Run) -> None:
 def test_bad_words_are_refused_before_a_process_starts(
     tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, table: str, words: tuple[str, ...], message: str
 ) -> None:
-    monkeypatch.setattr("pl_normkit.repository.ProcessPoolExecutor", None)
+    monkeypatch.setattr("pl_normkit.repository.open_workers", None)
     (tmp_path / "pyproject.toml").write_text(table)
     result = run("lint", *words)
     assert result.code == 2
