@@ -116,10 +116,12 @@ class NaNGuard(Callback):
         self._guard.begin(batch, batch_idx)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        self._guard.saw_loss(loss)
+        if self._guard.is_watching:
+            self._guard.saw_loss(loss)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
-        self._guard.judge(optimizer)
+        if self._guard.is_watching:  # code may drive the Trainer's loops by hand, after the fit
+            self._guard.judge(optimizer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._guard.end()

@@ -206,3 +206,14 @@ def test_a_callback_that_was_never_set_up_is_refused() -> None:
 
     with pytest.raises(EditError, match="came too late"):
         fit(Module(), Late())
+
+
+def test_an_optimizer_of_an_earlier_fit_is_left_as_it_is() -> None:
+    module = Module()
+    kept = adamw(module)
+    module.configure = lambda _: [kept]
+    fit(module, GammaDecay())
+    before = [(len(group["params"]), group["weight_decay"]) for group in kept.param_groups]
+    with pytest.warns(NormkitWarning, match="Every parameter has the decay already"):
+        fit(module, GammaDecay())
+    assert [(len(group["params"]), group["weight_decay"]) for group in kept.param_groups] == before

@@ -219,3 +219,11 @@ def test_the_decision_on_the_device_gives_the_same_trajectory(name: str, tmp_pat
     assert equal(expected, state_of(guarded, fit(guarded, Batches(30, bad), tmp_path, guard)))
     assert [event["batch_index"] for event in guard.events] == list(bad)
     assert (guard.budget.steps, guard.budget.skips) == (30, len(bad))
+
+
+def test_a_loop_driven_by_hand_after_the_fit_goes_on(tmp_path: Path) -> None:
+    module, guard = make(), NaNGuard()
+    trainer = fit(module, Batches(2, {}), tmp_path, guard)
+    guard.on_before_backward(trainer, module, torch.tensor(math.nan))
+    guard.on_before_optimizer_step(trainer, module, trainer.optimizers[0])
+    assert guard.events == []

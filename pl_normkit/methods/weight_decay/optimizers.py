@@ -139,6 +139,8 @@ class OptimizerSplitter:
         Adding groups under a scheduler shifts its lists; here every list is rewritten from the old group each new one came from, so
         the schedule is the one that a scheduler built afterwards would follow. Nothing is changed where it raises.
         """
+        if self._is_split(optimizer):
+            return
         known = _unfold(schedulers)
         foreign = [type(scheduler).__name__ for scheduler in known if not _is_torch(scheduler)]
         if foreign or optimizer.state:
@@ -156,6 +158,11 @@ class OptimizerSplitter:
                 values = getattr(scheduler, name, None)
                 if isinstance(values, list) and len(values) == len(parts):
                     setattr(scheduler, name, [values[index] for index in origin])
+
+    def _is_split(self, optimizer: Optimizer) -> bool:
+        """Whether every group has the decay already that its parameters should have: an optimizer of an earlier fit, or one without."""
+        groups = [group for group in optimizer.param_groups if "weight_decay" in group]
+        return all(part["weight_decay"] == group["weight_decay"] for group in groups for part in self._splitter.split(group, {}))
 
     def _split_named(self, optimizer: Optimizer, group: Group) -> list[Group]:
         names = group.get("param_names")

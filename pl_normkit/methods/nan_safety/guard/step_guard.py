@@ -212,6 +212,10 @@ class StepGuard:
         self._run = None
 
     @property
+    def is_watching(self) -> bool:
+        return self._run is not None
+
+    @property
     def running(self) -> Run:
         """What it remembers of the run it watches."""
         if self._run is None:
