@@ -45,13 +45,13 @@ def test_hybrid_is_the_block_written_by_hand(first_block: str) -> None:
     expected = copy.deepcopy(made)
     for own, block in zip(model.model.layers, expected.model.layers, strict=True):
         for name in ("q_proj", "k_proj", "v_proj"):
-            norm = getattr(own.self_attn, name).placed_head_norm
+            norm, layer = getattr(own.self_attn, name).placed_head_norm, getattr(block.self_attn, name)
 
-            def project(x: Tensor, layer: Any = getattr(block.self_attn, name), norm: Any = norm) -> Tensor:
+            def project(x: Tensor, layer: Any = layer, norm: Any = norm) -> Tensor:
                 heads = F.linear(x, layer.weight, layer.bias).unflatten(-1, (-1, 4))
                 return rms(heads, norm.weight, norm.eps).flatten(-2)
 
-            getattr(block.self_attn, name).forward = project
+            layer.forward = project
 
     def formula(x: Tensor, part: Part, layer: int, number: int) -> Tensor:
         norm, branch = part
