@@ -56,7 +56,7 @@ BAKEOFFS = {
         ),
     ),
     "language": Bakeoff(
-        ("SwapNorms('rmsnorm')", "SwapNorms('dyt')"), "val_bits", ("--trainer.max_epochs=2", "--trainer.limit_train_batches=48")
+        ("SwapNorms('rmsnorm')", "SwapNorms('dyt')"), "val_bpb", ("--trainer.max_epochs=2", "--trainer.limit_train_batches=48")
     ),
 }
 

@@ -162,7 +162,7 @@ def rows_of(name: str) -> list[dict[str, Any]]:
             row |= dict.fromkeys(("norms after", "float64", "float32", "parameters"), "") | {"why not": " ".join(str(error).split())[:250]}
         else:
             row |= {"norms after": _norms(new), "float64": f"{double:.1e}", "float32": f"{single:.1e}"}
-            row |= {"parameters": f"{_size(new) / _size(model) - 1:+.2%}", "why not": ""}
+            row |= {"parameters": f"{_size(new) / _size(model) - 1 or 0.0:+.2%}", "why not": ""}
         print(*row.values(), sep=" | ", flush=True)
         rows.append(row)
     return rows
