@@ -32,6 +32,30 @@ def test_each_file_of_the_folder_is_an_operator_and_has_a_reference() -> None:
     assert all(operator.formula and "arXiv" in operator.source and operator.when for operator in operators.operators().values())
 
 
+FILE = """
+from torch import nn
+
+from pl_normkit.methods.norm_operators.operators import Operator
+from pl_normkit.methods.norm_operators.places import row_norms
+
+OPERATOR = Operator("nothing", "x", "arXiv 0000.00000", "layer norms", row_norms, lambda old, options: nn.Identity(), "no", "never")
+"""
+
+
+def test_a_file_more_is_an_operator_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "one_more_norm.py").write_text(FILE)
+    monkeypatch.setattr(operators, "__path__", [*operators.__path__, str(tmp_path)])
+    operators.operators.cache_clear()
+    try:
+        model = nn.Sequential(nn.LayerNorm(4))
+        swap_norms(model, "nothing")
+        assert type(model[0]) is nn.Identity
+        with pytest.raises(ConfigError, match="nothing has no option 'alpha'"):
+            swap_norms(model, "nothing", alpha=1)
+    finally:
+        operators.operators.cache_clear()
+
+
 @pytest.mark.parametrize("to", sorted(reference_norms.ROWS))
 @pytest.mark.parametrize("shape", [(3, WIDTH), (2, 3, 5, WIDTH), (2, WIDTH, 3, 5)], ids=str)
 def test_values_and_gradients_equal_the_formula(to: str, shape: tuple[int, ...]) -> None:
