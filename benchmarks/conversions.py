@@ -1,4 +1,4 @@
-"""What exact conversions save: time of a forward pass before and after, in turns. Writes results/conversions.csv.
+"""What exact conversions save: time of a forward pass before and after, in turns, and size. Writes results/conversions.csv.
 
     python benchmarks/conversions.py [--rounds 9]
 
@@ -22,7 +22,7 @@ import torch
 import transformers
 from torch import nn
 
-from pl_normkit import fold_norms, to_rmsnorm
+from pl_normkit import fold_norms, to_crmsnorm, to_rmsnorm, to_scalenorm
 from pl_normkit.errors import NothingMatchedError
 
 RESULTS = Path(__file__).parent / "results" / "conversions.csv"
@@ -66,7 +66,23 @@ def both(model: nn.Module, inputs: Any) -> None:
     fold_norms(model, inputs, keep_keys=False)
 
 
-CONVERSIONS: dict[str, Callable[[nn.Module, Any], None]] = {"fold_norms": fold, "to_rmsnorm": rms, "both": both}
+def crms(model: nn.Module, inputs: Any) -> None:
+    to_crmsnorm(model, inputs)
+
+
+def scale(model: nn.Module, inputs: Any) -> None:
+    if any(isinstance(module, nn.LayerNorm) for module in model.modules()):
+        to_rmsnorm(model, inputs)
+    to_scalenorm(model, inputs)
+
+
+CONVERSIONS: dict[str, Callable[[nn.Module, Any], None]] = {
+    "fold_norms": fold,
+    "to_rmsnorm": rms,
+    "both": both,
+    "to_crmsnorm": crms,
+    "to_scalenorm": scale,
+}
 
 
 def converted(make: Callable[[], tuple[nn.Module, Any]]) -> tuple[dict[str, nn.Module], Any]:
@@ -98,14 +114,20 @@ def rows_of(name: str, rounds: int) -> list[dict[str, Any]]:
         if number >= 0:
             for kind, found in ratios.items():
                 found.append(taken[kind] / taken[""])
-    return [_row(name, kind, found) for kind, found in ratios.items()]
+    return [_row(name, kind, found, size(models[kind]) / size(models[""])) for kind, found in ratios.items()]
 
 
-def _row(name: str, kind: str, ratios: list[float]) -> dict[str, Any]:
+def size(model: nn.Module) -> int:
+    """Bytes of the parameters, shared ones once."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def _row(name: str, kind: str, ratios: list[float], size_ratio: float) -> dict[str, Any]:
     low, median, high = statistics.quantiles(ratios, n=4)
     verdict = "gain" if median < GAIN and high < 1 else "no gain here"
     row = {"model": name, "conversion": kind, "ratio": round(median, 3), "low": round(low, 3), "high": round(high, 3), "verdict": verdict}
-    print(f"| {name} | `{kind}` | {median:.3f} | {low:.3f} to {high:.3f} | {verdict} |")
+    row["size"] = f"{size_ratio:.5f}"
+    print(f"| {name} | `{kind}` | {median:.3f} | {low:.3f} to {high:.3f} | {size_ratio:.5f} | {verdict} |")
     return row
 
 
@@ -115,7 +137,7 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    print("| model | conversion | time, median ratio | quartiles | |\n|---|---|---|---|---|")
+    print("| model | conversion | time, median ratio | quartiles | size | |\n|---|---|---|---|---|---|")
     rows = [row for name in MODELS for row in rows_of(name, rounds)]
     with RESULTS.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0].keys())

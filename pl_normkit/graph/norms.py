@@ -127,14 +127,14 @@ def _spellings(node: Node) -> set[Node]:
 
 def _uncentred(node: Node) -> Node:
     """The value that `x - mean(x)` centres, any other node itself."""
-    if node.kind is Kind.MUL and node.parameters and len(node.inputs) == 1:
-        node = node.inputs[0]
-    if node.op != "sub" or len(node.inputs) != 2:
+    is_scaled = node.kind is Kind.MUL and node.parameters and len(node.inputs) == 1
+    centred = node.inputs[0] if is_scaled else node
+    if centred.op != "sub" or len(centred.inputs) != 2:
         return node
-    mean = node.inputs[1]
+    mean = centred.inputs[1]
     while mean.kind is Kind.VIEW and len(mean.inputs) == 1:
         mean = mean.inputs[0]
-    return node.inputs[0] if mean.op in ("mean", "var_mean", "std_mean", "sum", "div", "mul") else node
+    return centred.inputs[0] if mean.op in ("mean", "var_mean", "std_mean", "sum", "div", "mul") else node
 
 
 def _centred_kind(statistic: Node) -> Statistics:

@@ -42,6 +42,7 @@ RMS: dict[str, Callable[..., Tensor]] = {
     "x * x": lambda m, x: x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6) * m.gamma,
     "sum of squares over n": lambda m, x: x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) / 8 + 1e-6) * m.gamma,
     "in float32": lambda m, x: m.gamma * (x.float() * torch.rsqrt(mean_square(x.float()) + 1e-6)).type_as(x),
+    "gain first": lambda m, x: m.gamma * x * torch.rsqrt(mean_square(x) + 1e-6),
     "norm": lambda m, x: x / (x.norm(2, dim=-1, keepdim=True) * 8**-0.5 + 1e-6) * m.gamma,
     "torch.linalg": lambda m, x: x / (torch.linalg.vector_norm(x, dim=-1, keepdim=True) / 8**0.5).clamp(min=1e-6) * m.gamma,
     "F.normalize": lambda m, x: F.normalize(x, dim=-1) * 8**0.5 * m.gamma,

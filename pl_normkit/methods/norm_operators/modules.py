@@ -70,7 +70,9 @@ class CompressedRMSNorm(nn.Module):
     ([1.0], [1.0, -1.0])
     """
 
-    is_norm = True
+    is_norm = True  # for `pl_normkit.norm_modules`
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
 
     def __init__(
         self, width: int, eps: float, weight: nn.Parameter | None = None, bias: nn.Parameter | None = None, *, whole: bool = False

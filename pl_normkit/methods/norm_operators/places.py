@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["batch_norms", "old_norm", "row_norms", "why_no_batch_norm"]
+__all__ = ["batch_norms", "is_with_activation", "old_norm", "row_norms", "why_hooked", "why_no_batch_norm"]
 
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -28,7 +28,9 @@ def row_norms(model: nn.Module, graph: ModelGraph | None) -> Iterator[Place]:
         if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or _name_of(module) in _ROWS | _CHANNELS_FIRST:
             yield Place(path, _why_no_rows(module, path))
         elif is_written_rms_norm(module):
-            yield Place(path, "it has hooks" if module._forward_hooks or module._forward_pre_hooks else "")
+            yield Place(path, why_hooked(module, path))
+        elif _is_unknown(module):
+            yield Place(path, f"{type(module).__name__} does not compute gamma x / rms(x) with gamma as it is stored")
 
 
 def batch_norms(model: nn.Module, graph: ModelGraph | None) -> Iterator[Place]:
@@ -41,9 +43,25 @@ def batch_norms(model: nn.Module, graph: ModelGraph | None) -> Iterator[Place]:
 def why_no_batch_norm(module: nn.Module, path: str) -> str:
     if type(module) not in _BATCH:
         return f"{type(module).__name__} may do more than a norm"
+    return why_hooked(module, path)
+
+
+def is_with_activation(module: nn.Module) -> bool:
+    """Whether it is timm's batch norm with dropout and activation in one module."""
+    return _name_of(module) == ("timm.layers.norm_act", "BatchNormAct2d")
+
+
+def why_hooked(module: nn.Module, path: str) -> str:
+    """Why a module whose kind is right cannot be replaced, "" where it can."""
     if module._forward_hooks or module._forward_pre_hooks:
         return "it has hooks"
     return "" if path else "the model itself cannot be replaced"
+
+
+def _is_unknown(module: nn.Module) -> bool:
+    """Whether a module of another library is called an RMS norm, and is none that is known (Gemma's)."""
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.ndim == 1 and "RMSNorm" in type(module).__name__ and not getattr(type(module), "is_norm", False)
 
 
 def _name_of(module: nn.Module) -> tuple[str, str]:
@@ -55,9 +73,7 @@ def _why_no_rows(module: nn.Module, path: str) -> str:
         return f"{type(module).__name__} may do more than a norm"
     if len(module.normalized_shape) != 1:  # type: ignore[arg-type]
         return "it normalizes several dimensions"
-    if module._forward_hooks or module._forward_pre_hooks:
-        return "it has hooks"
-    return "" if path else "the model itself cannot be replaced"
+    return why_hooked(module, path)
 
 
 def old_norm(module: nn.Module) -> OldNorm:

@@ -66,6 +66,8 @@ def to_scalenorm(model: nn.Module, example_inputs: Any, *, filter_fn: Filter | N
     skipped: list[Change] = []
     for path, norm in {norm.module: norm for norm in graph.norms if norm.kind in ("layer", "rms")}.items():
         module = get_module(model, path)
+        if isinstance(module, ScaleNorm):
+            continue
         reason = _why_not(module, norm, reasons)
         if filter_fn is not None and not filter_fn(module, path):
             reason = "not chosen by the filter"

@@ -1,4 +1,7 @@
-"""One rank: a training step of norms with batch statistics on its part of the tokens. Started by `test_norm_ranks.py`."""
+"""One rank: a training step of norms with batch statistics on its part of the tokens, and one of every operator under DDP.
+
+Started by `test_norm_ranks.py`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from pl_normkit import norm_inputs, swap_norms
+from tests.methods.norm_operators.operator_nets import ALL, given, made
 
 NORMS = ("powernorm", "unified", "prepbn", "fixed_std")
 WIDTH = 5
@@ -35,10 +39,28 @@ def steps(to: str, x: Tensor, mask: Tensor) -> dict[str, Tensor]:
     return {"y": y.detach(), "gradient": x.grad, **dict(model.named_buffers())}
 
 
+def ddp_step(to: str, rank: int) -> dict[str, Tensor]:
+    """Parameters after a step of DDP in which ranks have other samples; DDP raises for a parameter without a gradient."""
+    torch.manual_seed(0)
+    model, x = made(to)
+    x = x * (1 + rank)
+    with given(model, len(x)):
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        for _ in range(2):
+            model.zero_grad()
+            wrapped(x).square().mean().backward()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    assert parameter.grad is not None
+                    parameter.sub_(0.01 * parameter.grad)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
 def main() -> None:
     rank, folder = int(sys.argv[1]), Path(sys.argv[2])
     distributed.init_process_group("gloo", store=distributed.FileStore(str(folder / "store"), 2), rank=rank, world_size=2)
     torch.save({to: steps(to, *batch(rank)) for to in NORMS}, folder / f"{rank}.pt")
+    torch.save({to: ddp_step(to, rank) for to in ALL}, folder / f"ddp{rank}.pt")
     distributed.destroy_process_group()
 
 

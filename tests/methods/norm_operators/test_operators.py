@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +15,9 @@ from pl_normkit.errors import ConfigError, DataError, NothingMatchedError
 from pl_normkit.methods.norm_operators import norm_inputs, operators, swap_norms
 from pl_normkit.methods.norm_operators.operators import unified as unified_file
 from pl_normkit.methods.norm_operators.places import old_norm
-from pl_normkit.methods.norm_operators.rows import RowNorm
 from tests.methods.norm_operators import reference_norms
+from tests.methods.norm_operators.operator_nets import IMAGES, LINEAR, ROWS, WIDTH, Net, RowFirst, given, random
 from tests.methods.norm_operators.tiny_models import trained_like
-
-WIDTH = 7
-ROWS = {**reference_norms.ROWS, "powernorm": None, "unified": None}
-IMAGES = {"groupnorm", "bcn", "ibn_a", "evonorm", "weight_standardized"}
-LINEAR = {"sigma_reparam"}
-
-
-class RowFirst(nn.Module):
-    """A layer norm over the second dimension, as timm writes it."""
-
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__()
-        self.norm = norm
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.norm(x)
-        return result
 
 
 def swapped_row(to: str, *, axis: int = -1, **options: Any) -> nn.Module:
@@ -46,22 +26,34 @@ def swapped_row(to: str, *, axis: int = -1, **options: Any) -> nn.Module:
     return trained_like(model).train()
 
 
-@contextmanager
-def given(model: nn.Module, samples: int) -> Iterator[None]:
-    """The time, where a norm takes one."""
-    takes_time = any(isinstance(module, RowNorm) and "time" in module.takes for module in model.modules())
-    with norm_inputs(model, time=torch.full((samples,), 0.5).double()) if takes_time else norm_inputs(model):
-        yield
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def test_each_file_of_the_folder_is_an_operator_and_has_a_reference() -> None:
     files = {file.stem for file in Path(operators.__file__).parent.glob("*.py")} - {"__init__"}
     assert set(operators.operators()) == files == set(ROWS) | IMAGES | LINEAR
     assert all(operator.formula and "arXiv" in operator.source and operator.when for operator in operators.operators().values())
+
+
+FILE = """
+from torch import nn
+
+from pl_normkit.methods.norm_operators.operators import Operator
+from pl_normkit.methods.norm_operators.places import row_norms
+
+OPERATOR = Operator("nothing", "x", "arXiv 0000.00000", "layer norms", row_norms, lambda old, options: nn.Identity(), "no", "never")
+"""
+
+
+def test_a_file_more_is_an_operator_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "one_more_norm.py").write_text(FILE)
+    monkeypatch.setattr(operators, "__path__", [*operators.__path__, str(tmp_path)])
+    operators.operators.cache_clear()
+    try:
+        model = nn.Sequential(nn.LayerNorm(4))
+        swap_norms(model, "nothing")
+        assert type(model[0]) is nn.Identity
+        with pytest.raises(ConfigError, match="nothing has no option 'alpha'"):
+            swap_norms(model, "nothing", alpha=1)
+    finally:
+        operators.operators.cache_clear()
 
 
 @pytest.mark.parametrize("to", sorted(reference_norms.ROWS))
@@ -215,24 +207,6 @@ def test_prepbn_evaluates_as_a_gain_and_a_shift_and_tracks_as_torch() -> None:
 # -- norms of images
 
 
-class Net(nn.Module):
-    """Two stages of residual blocks with batch norm, odd maps, a channel number that 32 does not divide."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU())
-        self.first = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1))
-        self.down = nn.Conv2d(6, 10, 3, stride=2, padding=1)
-        self.second = nn.Sequential(nn.Conv2d(10, 10, 3, padding=1, bias=False), nn.BatchNorm2d(10), nn.ReLU(), nn.Conv2d(10, 10, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        x = x + self.first(x)
-        x = self.down(x)
-        result: Tensor = x + self.second(x)
-        return result
-
-
 def image_net(to: str, **options: Any) -> tuple[Net, Any]:
     net = trained_like(Net()).train()
     return net, swap_norms(net, to, example_inputs=random(2, 3, 9, 7), **options)
@@ -314,54 +288,7 @@ def test_weight_standardization_takes_convolutions_in_front_of_norms() -> None:
     compare(conv, x, nn.functional.conv2d(x, torch.stack(filters), conv.bias, padding=1))
 
 
-# -- what runs do to modules
-
-
-def made(to: str) -> tuple[nn.Module, Tensor]:
-    if to in ROWS or to in LINEAR:
-        model = nn.Sequential(nn.Linear(5, WIDTH), RowFirst(nn.LayerNorm(WIDTH)), nn.Linear(WIDTH, 2))
-        x = random(6, 5).float()
-    else:
-        model, x = Net(), random(2, 3, 9, 7).float()
-    swap_norms(model, to, example_inputs=x)
-    return model, x
-
-
-@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # torch's RMS norm under autocast
-@pytest.mark.parametrize("to", sorted({*ROWS, *IMAGES, *LINEAR}))
-def test_copies_checkpoints_autocast_and_export(to: str) -> None:
-    model, x = made(to)
-    optimizer = torch.optim.SGD(model.parameters(), 0.01)
-    with given(model, len(x)), torch.autocast("cpu", torch.bfloat16):
-        for _ in range(2):
-            optimizer.zero_grad()
-            loss = model(x).float().square().mean()
-            loss.backward()
-            optimizer.step()
-    assert math.isfinite(loss.item())
-    twin, (fresh, _) = copy.deepcopy(model), made(to)
-    fresh.load_state_dict(model.state_dict(), strict=True)
-    with given(model, len(x)), given(twin, len(x)), given(fresh, len(x)):
-        expected = [model.train()(x), model.eval()(x)]
-        for other in (twin, fresh):  # training moves buffers alike
-            for theirs, mine in zip([other.train()(x), other.eval()(x)], expected, strict=True):
-                assert torch.equal(theirs, mine)
-        exported = torch.export.export(model, (x,)).module()
-        torch.testing.assert_close(exported(x), expected[1], rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # asked by torch._dynamo
-@pytest.mark.parametrize("to", ["prepbn", "powernorm"])
-def test_compiled_training_equals_eager(to: str) -> None:
-    model, x = made(to)
-    twin = copy.deepcopy(model)
-    compiled = torch.compile(twin, backend="aot_eager")
-    for _ in range(2):
-        for net, call in ((model, model), (twin, compiled)):
-            net.zero_grad()
-            call(x).square().mean().backward()
-        for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
-            torch.testing.assert_close(theirs.grad, mine.grad, rtol=1e-4, atol=1e-5)
+# -- what is refused
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import copy
 import math
 
 import pytest
+import timm
 import torch
 import transformers
 from torch import Tensor, nn
@@ -86,13 +87,30 @@ def test_rms_norms_of_transformers_are_known_by_what_they_compute(name: str, cou
     x, gamma = torch.randn(3, 6), model[1].weight
     before = model(x).detach()
     if not count:
-        with pytest.raises(NothingMatchedError):
+        with pytest.raises(NothingMatchedError, match="GemmaRMSNorm does not compute gamma x / rms"):
             swap_norms(model, "rmsnorm")
         return
     swap_norms(model, "rmsnorm")
     assert type(model[1]) is nn.RMSNorm
     assert model[1].weight is gamma
     torch.testing.assert_close(model(x).detach(), before)
+
+
+def test_batch_norms_with_activation_become_group_norms_with_the_same() -> None:
+    """timm's EfficientNets have no other batch norms."""
+    model = trained_like(timm.create_model("efficientnet_lite0", num_classes=3)).train()
+    old, x = model.bn1, torch.randn(2, 32, 5, 7, dtype=torch.float64)
+    act, drop = type(old.act), type(old.drop)
+    before = copy.deepcopy(model.state_dict())
+    changes = swap_norms(model, "groupnorm", groups=8)
+    assert changes.skipped == []
+    assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    assert (type(model.bn1.act), type(model.bn1.drop), model.bn1.num_groups) == (act, drop, 8)
+    expected = nn.functional.group_norm(x, 8, old.weight, old.bias, old.eps).clamp(0, 6)
+    torch.testing.assert_close(model.bn1(x), expected)
+    assert not any("running" in name for name in model.state_dict())
+    changes.undo()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 class Own(nn.LayerNorm):
