@@ -14,7 +14,7 @@ from pl_normkit.graph.structure import PASSING, Branch, ResidualAdd
 
 _SLICES = frozenset(("slice", "select", "narrow", "getitem", "index_select"))
 _PARTS = _SLICES | {"chunk", "split", "split_with_sizes", "tensor_split", "unbind"}
-_BENDING = frozenset(("exp", "exp2", "expm1", "log", "log1p", "log2", "sin", "cos"))
+_BENDING = frozenset(("gap", "exp", "exp2", "expm1", "log", "log1p", "log2", "sin", "cos"))
 _LOOKUPS = frozenset(("embedding", "embedding_bag", "index", "index_select", "gather", "take_along_dim"))
 _LAYERS = (Kind.WEIGHT, Kind.ATTENTION, Kind.NORM, Kind.RESIZE, Kind.POOL, Kind.CAT, Kind.INPUT)
 _LINEAR_KINDS = (Kind.WEIGHT, Kind.VIEW, Kind.DROPOUT, Kind.MUL)

@@ -310,7 +310,18 @@ def _part_in_place(m: Written, x: Tensor) -> Tensor:
     return m.out(x)
 
 
-@pytest.mark.parametrize(("forward", "x", "expected"), [(_coupled, X, (2, 0)), (_part_in_place, TOKENS, (1, 0))])
+def _joined_twice(m: Written, x: Tensor) -> Tensor:
+    first, rest = x[:, :2], x[:, 2:]
+    for _ in range(2):
+        normed = m.norm(torch.cat([first, rest], 1))
+        mixed = m.out(torch.cat([normed[:, 2:], normed[:, :2]], 1).relu())
+        first, rest = (mixed + torch.cat([first, rest], 1)).split([2, 4], 1)
+    return m.q(torch.cat([rest, first], 1))
+
+
+@pytest.mark.parametrize(
+    ("forward", "x", "expected"), [(_joined_twice, TOKENS, (2, 0)), (_coupled, X, (2, 0)), (_part_in_place, TOKENS, (1, 0))]
+)
 def test_streams_that_hold_a_part_of_the_value(forward: Callable[..., Any], x: Tensor, expected: tuple[int, int]) -> None:
     assert adds(forward, x) == expected
 

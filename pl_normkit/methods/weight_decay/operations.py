@@ -204,7 +204,12 @@ def _region(add: ResidualAdd, nodes: Sequence[Node]) -> set[Node]:
 
 
 def _is_weight_layer(node: Node) -> bool:
-    """A weight layer with something to learn (a fixed blur kernel is none), be it in the network that makes its kernel."""
+    """A weight layer with something to learn (a fixed blur kernel is none), be it in the network that makes its kernel.
+
+    A module that could not be read (`graph.gaps`) is taken for one.
+    """
+    if node.op == "gap":
+        return True
     if node.kind is Kind.WEIGHT:
         return bool(node.reads) or "weight" in node.arguments
     return node.kind is Kind.OTHER and any(_role_by_argument(read.path[-1]) is Role.WEIGHT for read in node.reads)
