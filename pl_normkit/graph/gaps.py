@@ -149,7 +149,7 @@ def _shapes(called_with: Any) -> Any:
 def _stand_ins(gaps: Mapping[str, nn.Module], record: _Record) -> Iterator[None]:
     """Let one operation stand for each call of a module of `gaps` within the block."""
     _calls.clear()
-    before = {path: vars(module).get("forward") for path, module in gaps.items()}
+    before: dict[str, Any] = {path: vars(module).get("forward") for path, module in gaps.items()}
     try:
         for path, module in gaps.items():
             module.forward = _Gap(record.results[path])
