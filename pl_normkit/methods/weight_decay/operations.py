@@ -421,7 +421,21 @@ def _as_factor(_: Read, last: Step, node: Node, context: Context) -> Role:
         return Role.LAYER_SCALE
     if extents == 0 and not any(_is_weight_layer(after) for after in context.graph.downstream(node)):
         return Role.TEMPERATURE
+    if extents > 1 and _becomes_kernel(node):
+        return Role.WEIGHT
     return Role.GAIN if extents <= 1 else Role.UNKNOWN
+
+
+def _becomes_kernel(node: Node) -> bool:
+    """Whether what `node` gives is the kernel or matrix of a layer, scaled and in another shape (modulated convolutions)."""
+    while node.users:
+        user = node.users[-1]
+        if user.kind is Kind.WEIGHT:
+            return dict(zip(user.inputs, user.arguments, strict=True)).get(node) == "weight"
+        if user.kind not in (Kind.MUL, Kind.VIEW) and user.op != "div":
+            return False
+        node = user
+    return False
 
 
 def _in_addcmul(read: Read, last: Step, node: Node, context: Context) -> Role:
