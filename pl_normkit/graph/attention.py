@@ -15,7 +15,7 @@ from pl_normkit.graph.structure import PASSING
 _POINTWISE_KINDS = (*PASSING, Kind.MUL, Kind.ADD, Kind.CAT, Kind.ACTIVATION)
 _ARITHMETIC = """
     sub rsub div neg addcmul addcdiv lerp pow square sqrt rsqrt reciprocal exp exp2 expm1 log log1p log2 abs sign sin cos
-    maximum minimum where masked_fill floor ceil round remainder nan_to_num sum cumsum prod"""
+    maximum minimum where masked_fill floor ceil round remainder nan_to_num sum cumsum prod logsumexp amax amin max min"""
 _POINTWISE = frozenset(_ARITHMETIC.split())
 _CHAIN_LIMIT = 24
 

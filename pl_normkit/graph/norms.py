@@ -67,7 +67,7 @@ def _written_out(node: Node) -> Norm | None:
         signal = next(source for source in node.inputs if source is not root)
         if statistic is None or root.numel >= signal.numel or not _is_of(statistic, signal):
             continue
-        gamma, beta = _affine_around(node, signal)
+        gamma, beta = _affine_around(node, signal, is_scaled_before=_measured(statistic) is signal)
         if statistic.op in _LENGTHS and not gamma:
             return None
         is_centred = statistic.op in _VARIANCES | _DEVIATIONS or _uncentred(signal) is not signal
@@ -104,10 +104,13 @@ def _is_square(node: Node) -> bool:
 
 def _is_of(statistic: Node, signal: Node) -> bool:
     """Whether the statistic is taken over the signal, centred or not."""
+    return bool(_spellings(_measured(statistic)) & _spellings(signal))
+
+
+def _measured(statistic: Node) -> Node:
+    """The value whose statistic it is."""
     source = statistic.inputs[0]
-    if statistic.op in _MEANS:
-        source = source.inputs[0]
-    return bool(_spellings(source) & _spellings(signal))
+    return source.inputs[0] if statistic.op in _MEANS else source
 
 
 def _spellings(node: Node) -> set[Node]:
@@ -147,9 +150,10 @@ def _centred_kind(statistic: Node) -> Statistics:
     return "instance" if rank > 3 and reduced == set(range(2, rank)) else "layer"
 
 
-def _affine_around(node: Node, signal: Node) -> tuple[str, str]:
+def _affine_around(node: Node, signal: Node, *, is_scaled_before: bool) -> tuple[str, str]:
+    """Names of the scale and the shift; a product that the statistic is taken of is no scale of the norm (a modulated kernel)."""
     gamma = beta = ""
-    if signal.kind is Kind.MUL and signal.parameters and len(signal.inputs) == 1:
+    if signal.kind is Kind.MUL and signal.parameters and len(signal.inputs) == 1 and not is_scaled_before:
         gamma = _per_feature(signal)
     for _ in range(_LIMIT):
         if len(node.users) != 1 or len(node.users[0].inputs) != 1:

@@ -1,4 +1,4 @@
-"""What can be read of a model that `torch.export` refuses in training mode: the eval graph, or its parts one by one."""
+"""What can be read of a model that `torch.export` refuses in training mode: the eval graph, all but some modules, or its parts."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pl_normkit.errors import TraceError
 from pl_normkit.graph.export import Arguments, call_arguments, place_arguments
+from pl_normkit.graph.gaps import read_with_gaps
 from pl_normkit.graph.nodes import Node
 from pl_normkit.graph.trace import trace_call
 from pl_normkit.preserve import preserved
@@ -23,17 +24,31 @@ _PLAIN = (Tensor, int, float, bool, str, type(None))
 _NAMED = 6
 
 
-def read_partly(model: nn.Module, example_inputs: Any) -> tuple[list[Node], str] | None:
+def read_partly(model: nn.Module, example_inputs: Any, error: TraceError) -> tuple[list[Node], str] | None:
     """Operations, and in words what they leave out; None where nothing could be read.
 
-    The eval graph is read as in training: its dropouts have their probabilities. Parts are traced with the inputs that a forward pass
-    in eval mode gives them, the outermost that can be; what leads from one to the other is not seen.
+    The eval graph is read as in training: its dropouts have their probabilities. Where that cannot be had either, the modules that are
+    in the way, as `error` tells, are one operation each (`gaps`), and their children are read by themselves. Failing that, parts are
+    traced with the inputs that a forward pass in eval mode gives them, the outermost that can be; what joins them is not seen.
     """
+    arguments = call_arguments(example_inputs)
     try:
-        nodes = trace_call(model, call_arguments(example_inputs), training=False, as_in_training=True)
+        nodes = trace_call(model, arguments, training=False, as_in_training=True)
     except TraceError:
-        return _read_parts(model, example_inputs)
+        read = read_with_gaps(model, arguments, error)
+        return _read_parts(model, example_inputs) if read is None else _with_insides(model, example_inputs, *read)
     return nodes, "read in eval mode instead: what runs in training alone (stochastic depth, masking of inputs, targets) is not seen"
+
+
+def _with_insides(model: nn.Module, example_inputs: Any, nodes: list[Node], gaps: list[str]) -> tuple[list[Node], str]:
+    """The model with what can be read within its gaps behind it."""
+    called = _record_calls(model, example_inputs)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for gap in gaps:
+        for path, part in _trace_children(model.get_submodule(gap), gap, called):
+            if part is not None:
+                _append_part(nodes, part, path, model.get_submodule(path), names)
+    return nodes, f"read with one operation in place of each of these, whose parts are read by themselves: {_listed(gaps)}"
 
 
 def _read_parts(model: nn.Module, example_inputs: Any) -> tuple[list[Node], str] | None:

@@ -14,7 +14,7 @@ from pl_normkit.graph.structure import PASSING, Branch, ResidualAdd
 
 _SLICES = frozenset(("slice", "select", "narrow", "getitem", "index_select"))
 _PARTS = _SLICES | {"chunk", "split", "split_with_sizes", "tensor_split", "unbind"}
-_BENDING = frozenset(("exp", "exp2", "expm1", "log", "log1p", "log2", "sin", "cos"))
+_BENDING = frozenset(("gap", "exp", "exp2", "expm1", "log", "log1p", "log2", "sin", "cos"))
 _LOOKUPS = frozenset(("embedding", "embedding_bag", "index", "index_select", "gather", "take_along_dim"))
 _LAYERS = (Kind.WEIGHT, Kind.ATTENTION, Kind.NORM, Kind.RESIZE, Kind.POOL, Kind.CAT, Kind.INPUT)
 _LINEAR_KINDS = (Kind.WEIGHT, Kind.VIEW, Kind.DROPOUT, Kind.MUL)
@@ -52,10 +52,17 @@ def find_sums(nodes: Sequence[Node]) -> list[Sum]:
             continue
         operands, subtracted = _addends(node)
         if len(operands) > 1:
-            flat, absorbed = _flatten(node, operands)
-            inner |= absorbed
-            sums.append(Sum(node, tuple(flat), dominators.common(flat), frozenset(absorbed), frozenset(subtracted)))
+            found = _sum(node, *_flatten(node, operands), subtracted, dominators)
+            if found.absorbed and as_residual(found) is None:  # a branch that itself ends in such an addition (an adapter)
+                nested = _sum(node, operands, set(), subtracted, dominators)
+                found = found if as_residual(nested) is None else nested
+            inner |= found.absorbed
+            sums.append(found)
     return sums[::-1]
+
+
+def _sum(node: Node, operands: Sequence[Node], absorbed: set[Node], subtracted: Sequence[Node], dominators: Dominators) -> Sum:
+    return Sum(node, tuple(operands), dominators.common(operands), frozenset(absorbed), frozenset(subtracted))
 
 
 def _addends(node: Node) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
@@ -117,13 +124,14 @@ def as_residual(found: Sum) -> ResidualAdd | None:
     - beside a projection a branch is no linear map (a low-rank update of the same layer), and meets no other stream of full size.
     - all ways run at the same resolutions. One that comes back from another joins levels: a fusion.
     - shortcut and branches read the same part of the split, not neighbouring slices (cascades, recurrences).
-    - the sum is no attention score, and no sum of contexts that are each weighed by another part of one value (FocalNet).
+    - the sum is no attention score, no scale and shift of features (FiLM at full size, couplings of a flow), and no sum of contexts that
+      are each weighed by another part of one value (FocalNet).
 
     The split is the last value that all paths to the operands pass. Where values from elsewhere enter a branch there is none, or one
     too far back; then it is the value nearest to the sum, on the way back along the shortcut, from which all branches lead.
     """
     ends = [operand for operand in found.operands if operand not in found.subtracted and operand.numel == found.node.numel]
-    if not ends or is_score(found.operands, found.node) or _is_recurrence(found) or _is_weighed(found):
+    if not ends or is_score(found.operands, found.node) or _is_recurrence(found) or _is_weighed(found) or _is_modulated(found):
         return None
     readings = (_residual_of(found, shortcut, branches) for shortcut, branches in _readings(found, ends))
     return next((add for add in readings if add is not None), None)
@@ -191,7 +199,7 @@ def _is_plain(shortcut: Branch) -> bool:
     What a value looks up in a table hands nothing of the value on, nor does its product with a fixed matrix (the first state of a scan).
     """
     weights = shortcut.of_kind(Kind.WEIGHT)
-    if any(_is_lookup(node) or (node.kind is Kind.MATMUL and len(node.inputs) == 1) for node in shortcut.nodes):
+    if any(_is_lookup(node) or _adds_up(node) or (node.kind is Kind.MATMUL and len(node.inputs) == 1) for node in shortcut.nodes):
         return False
     is_separable = len(weights) == 2 and "conv" in weights[0].op and weights[0].argument("groups", 6, 1) > 1
     bends = [node for node in shortcut.nodes if node.kind in (Kind.ACTIVATION, Kind.ATTENTION, Kind.SOFTMAX) or node.op in _BENDING]
@@ -203,6 +211,11 @@ def _is_plain(shortcut: Branch) -> bool:
 def _is_lookup(node: Node) -> bool:
     """Whether the value enters as the index alone."""
     return node.op in _LOOKUPS and not {"self", "input"} & set(node.arguments)
+
+
+def _adds_up(node: Node) -> bool:
+    """Whether a value is summed over a dimension: what is left is no longer the value."""
+    return node.op == "sum" and len(node.inputs) == 1 and node.inputs[0].op != "stack" and node.numel < node.inputs[0].numel
 
 
 def _shortcut_rank(side: Branch) -> tuple[int, int, int]:
@@ -368,13 +381,18 @@ def _is_gated(found: Sum) -> bool:
 
 
 def _is_modulated(found: Sum) -> bool:
-    """Whether one operand is features times a scale, and the other a shift that comes from where the scale does and not the features."""
+    """Whether one operand is features times a scale, and the other a shift that is made beside the scale and apart from the features."""
     for product in found.operands:
-        shifts = [set(_chain_back(operand)) for operand in found.operands if operand is not product]
-        factors = [set(_chain_back(factor)) for factor in product.inputs] if product.kind is Kind.MUL else []
-        if len(factors) == 2 and all(bool(shift & factors[0]) is not bool(shift & factors[1]) for shift in shifts):
+        factors = [_chain_back(factor) for factor in product.inputs] if product.kind is Kind.MUL else []
+        shifts = [_chain_back(operand) for operand in found.operands if operand is not product]
+        if len(factors) == 2 and all(_is_beside_one(shift, *factors) for shift in shifts):
             return True
     return False
+
+
+def _is_beside_one(shift: Sequence[Node], first: Sequence[Node], second: Sequence[Node]) -> bool:
+    meetings = [max((node.index for node in set(shift) & set(factor)), default=-1) for factor in (first, second)]
+    return meetings[0] != meetings[1] and max(meetings) < shift[0].index
 
 
 def _is_weighed(found: Sum) -> bool:

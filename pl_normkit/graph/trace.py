@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["call_arguments", "trace", "trace_call"]
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -77,6 +77,7 @@ class _Reader:
     _values: dict[torch.fx.Node, _Value] = field(default_factory=dict)
     _results: dict[torch.fx.Node, list[_Value]] = field(default_factory=dict)
     _blocks: dict[int, _Block] = field(default_factory=dict)
+    _joined: dict[Hashable, Node] = field(default_factory=dict)
 
     def read(self, program: ExportedProgram) -> list[Node]:
         if self.calls:
@@ -216,7 +217,7 @@ class _Reader:
         op = "mul" if op == "einsum" and _sums_nothing(str(target.args[0])) else op
         inputs, reads = self._gather(target, op)
         if inputs:
-            value = _Value(self._append(target, op, kind_of(op, [read.parameter for read in reads]), inputs, reads))
+            value = _Value(self._made(target, op, inputs, reads))
         else:
             value = _Value(reads=reads, draw=draw_of(name, target, self._draws(target), _shape_of(target)))
         if name.endswith("_") and not name.startswith("__"):
@@ -264,6 +265,21 @@ class _Reader:
         if not inputs and kind_of(op, ()) is Kind.VIEW:
             return {}, tuple(Read(read.parameter, read.path[:-1]) for read in reads.values())
         return inputs, tuple(reads.values())
+
+    def _made(self, target: torch.fx.Node, op: str, inputs: dict[Node, str], reads: tuple[Read, ...]) -> Node:
+        """A new operation, unless it concatenates what was concatenated before: both are one value."""
+        kind = kind_of(op, [read.parameter for read in reads])
+        if kind is not Kind.CAT or reads:
+            return self._append(target, op, kind, inputs, reads)
+        key = (op, tuple(inputs), tuple(self._order_of(target)), tuple(map(repr, target.args[1:])), repr(target.kwargs))
+        if key not in self._joined:
+            self._joined[key] = self._append(target, op, kind, inputs, reads)
+        return self._joined[key]
+
+    def _order_of(self, target: torch.fx.Node) -> Iterator[Node | torch.fx.Node]:
+        for leaf in tree_leaves(target.args[0]):
+            value = self._values.get(leaf)
+            yield leaf if value is None or value.node is None else value.node
 
     def _append(self, target: torch.fx.Node, op: str, kind: Kind, inputs: dict[Node, str], reads: tuple[Read, ...]) -> Node:
         mask = mask_on(op, self._draws(target), _shape_of(target)) if op in MASKING else None

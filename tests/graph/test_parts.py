@@ -13,6 +13,7 @@ from pl_normkit import audit
 from pl_normkit.errors import TraceError
 from pl_normkit.findings import NoteKind
 from pl_normkit.graph import ModelGraph
+from pl_normkit.methods.weight_decay.find import read_graph
 from tests.conftest import DropoutBlock
 from tests.graph.networks import Block, Classifier, Counting, state_of
 
@@ -59,6 +60,79 @@ class Checked(nn.Module):
         if not torch.isfinite(features).all():
             features = features.clamp(-1e4, 1e4)
         return self.head(features)
+
+
+class Experts(nn.Module):
+    """Runs the experts that were hit alone, so that which ones depends on values; returns more than a tensor."""
+
+    def __init__(self, count: int = 3) -> None:
+        super().__init__()
+        self.router = nn.Linear(8, count)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)) for _ in range(count))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, str]:
+        tokens = x.flatten(0, 1)
+        chosen = self.router(tokens).argmax(-1)
+        y = torch.zeros_like(tokens)
+        for index in chosen.unique():
+            rows = torch.where(chosen == index)[0]
+            y.index_add_(0, rows, self.experts[int(index)](tokens[rows]))
+        return y.view_as(x), chosen, "top 1"
+
+
+class Counted(nn.Module):
+    """Cuts the input to a length that is among the inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, length: Tensor) -> Tensor:
+        seen = x[:, : int(length.max())]
+        return self.mix(nn.functional.pad(seen, (0, 0, 0, x.shape[1] - seen.shape[1]))).relu()
+
+
+class Sparse(nn.Module):
+    """Blocks of two, of which some modules cannot be exported."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(4))
+        self.mixers = nn.ModuleList(Counted() for _ in range(2))
+        self.experts = nn.ModuleList(Experts() for _ in range(2))
+        self.last, self.drop = nn.LayerNorm(8), nn.Dropout(0.1)
+
+    def forward(self, x: Tensor, length: Tensor) -> Tensor:
+        for index in range(2):
+            x = x + self.drop(self.mixers[index](self.norms[2 * index](x), length))
+            x = x + self.experts[index](self.norms[2 * index + 1](x))[0]
+        return self.last(x)
+
+
+SPARSE_INPUTS = torch.randn(2, 5, 8), torch.tensor([5, 3])
+
+
+def test_modules_that_cannot_be_exported_are_one_operation_each_in_a_graph_that_is_whole() -> None:
+    torch.manual_seed(0)
+    model = Sparse()
+    before = state_of(model)
+    graph = ModelGraph.from_model(model, SPARSE_INPUTS, partly=True)
+
+    assert state_of(model) == before
+    assert [add.kind for add in graph.residual_adds] == ["identity"] * 4
+    assert [dropout.p for dropout in graph.dropouts] == [0.1, 0.1]  # as in training
+    assert [node.index for node in graph.nodes] == list(range(len(graph.nodes)))
+    assert all(name in graph.unseen for name in ("mixers.0", "experts.1"))
+
+
+def test_their_parts_have_roles_and_norms_before_them_stand_within_a_branch() -> None:
+    torch.manual_seed(0)
+    model = Sparse()
+    roles = read_graph(model, ModelGraph.from_model(model, SPARSE_INPUTS, partly=True)).roles
+
+    assert {roles[f"norms.{index}.weight"] for index in range(4)} == {"gamma_branch"}
+    assert roles["last.weight"] == "gamma_trunk"
+    assert {str(role) for name, role in roles.items() if "experts" in name or "mix" in name} == {"weight", "bias"}
 
 
 @pytest.mark.parametrize(

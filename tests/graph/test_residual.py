@@ -229,6 +229,27 @@ def _quantized(m: Written, x: Tensor) -> Tensor:
     return m.out(z + (found - z).detach())
 
 
+def _coupling(m: Written, x: Tensor) -> Tensor:
+    a, b = x.chunk(2, -1)
+    scale, shift = m.q(torch.cat([a, a], -1)).relu().chunk(2, -1)
+    return m.out(torch.cat([a, b * scale.tanh().exp() + shift], -1))
+
+
+def _forward_algorithm(m: Written, x: Tensor) -> Tensor:
+    scores = m.q(x)
+    state = scores[:, 0]
+    for step in range(1, x.shape[1]):
+        state = torch.logsumexp(state[:, :, None] + m.k.weight, 1) + scores[:, step]
+    return state
+
+
+def _adapted(m: Written, x: Tensor) -> Tensor:
+    for _ in range(2):
+        h = m.q(m.norm(x)).relu()
+        x = x + (h + m.k(m.v(h).relu()))
+    return m.out(x)
+
+
 TIED = torch.ones(2, 6, dtype=torch.long)
 LOOK_ALIKES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], int]] = {
     "attention with an additive mask, twice": (_masked_attention, (TOKENS, torch.zeros(2, 6, 6)), 2),
@@ -258,6 +279,11 @@ LOOK_ALIKES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], int]] = {
     "features modulated by a map": (_modulated, (X, X), 0),
     "skip connections of all layers": (_skip_connections, (X,), 3),
     "quantized, straight-through": (_quantized, (TOKENS,), 0),
+    "coupling of a flow": (_coupling, (TOKENS,), 0),
+    "forward algorithm": (_forward_algorithm, (TOKENS,), 0),
+    "blocks that end in an adapter": (_adapted, (TOKENS,), 4),
+    "running sums of samples": (lambda m, x: (y := m.q(x), y.sum((1, 2)) + m.k(y).relu().sum((1, 2))), (TOKENS,), 0),
+    "branch times a mask of full size": (lambda m, x, mask: m.up(x + m.branch(x) * mask), (X, X), 1),
     "gate as wide as the features": (lambda m, x: torch.lerp(m.branch(x), x, m.second(x).sigmoid()), (X,), 0),
 }
 
@@ -310,7 +336,18 @@ def _part_in_place(m: Written, x: Tensor) -> Tensor:
     return m.out(x)
 
 
-@pytest.mark.parametrize(("forward", "x", "expected"), [(_coupled, X, (2, 0)), (_part_in_place, TOKENS, (1, 0))])
+def _joined_twice(m: Written, x: Tensor) -> Tensor:
+    first, rest = x[:, :2], x[:, 2:]
+    for _ in range(2):
+        normed = m.norm(torch.cat([first, rest], 1))
+        mixed = m.out(torch.cat([normed[:, 2:], normed[:, :2]], 1).relu())
+        first, rest = (mixed + torch.cat([first, rest], 1)).split([2, 4], 1)
+    return m.q(torch.cat([rest, first], 1))
+
+
+@pytest.mark.parametrize(
+    ("forward", "x", "expected"), [(_joined_twice, TOKENS, (2, 0)), (_coupled, X, (2, 0)), (_part_in_place, TOKENS, (1, 0))]
+)
 def test_streams_that_hold_a_part_of_the_value(forward: Callable[..., Any], x: Tensor, expected: tuple[int, int]) -> None:
     assert adds(forward, x) == expected
 

@@ -67,10 +67,12 @@ def _constants(shortcut: Branch) -> Iterator[float]:
 def attends_without_norm(graph: ModelGraph, attention: Attention) -> bool:
     """Whether queries and keys are linear in a sum of the residual stream that no norm has seen.
 
-    What stands before the first residual addition, such as embeddings, is no such sum; convolutions are left out.
+    What stands before the first residual addition, such as embeddings, is no such sum, nor is one that starts from what a norm gave
+    (positions that a convolution adds within the branch); convolutions are left out.
     """
-    sums = {add.node for add in graph.residual_adds if any(branch.of_kind(Kind.WEIGHT) for branch in add.branches)}
     norms = {norm.node for norm in graph.norms}
+    layers = [add for add in graph.residual_adds if any(branch.of_kind(Kind.WEIGHT) for branch in add.branches)]
+    sums = {add.node for add in layers if _before_views(add.split) not in norms}
     norm_modules = {norm.module for norm in graph.norms if norm.module}
     seen: set[Node] = set()
     waiting = list(attention.node.inputs[:2] if attention.fused else attention.node.inputs)
@@ -87,6 +89,12 @@ def attends_without_norm(graph: ModelGraph, attention: Attention) -> bool:
         else:
             waiting.extend(node.inputs)
     return reached
+
+
+def _before_views(node: Node) -> Node:
+    while node.kind is Kind.VIEW and len(node.inputs) == 1:
+        node = node.inputs[0]
+    return node
 
 
 def gain_of(node: Node, model: nn.Module) -> float | None:

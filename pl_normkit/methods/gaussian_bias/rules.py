@@ -113,11 +113,23 @@ def _knows_positions(attention: Attention) -> bool:
     if attention.fused:
         mask = node.argument("attn_mask", 3, None)
         return (mask is not None and not lets_all_pass(mask)) or any(_is_rotated(operand) for operand in node.inputs[:2])
+    if _weights_are_added_to(node):
+        return True
     while node.kind is not Kind.MATMUL and node.inputs:
         if node.kind is Kind.ADD or node.op in ("masked_fill", "where"):
             return True
         node = node.inputs[0]
     return any(_is_rotated(operand) for operand in node.inputs[:2])
+
+
+def _weights_are_added_to(softmax: Node) -> bool:
+    """Whether the weights of positions join those of content behind the softmax (ConViT)."""
+    node = softmax
+    while len(node.users) == 1 and node.users[0].kind is not Kind.MATMUL:
+        node = node.users[0]
+        if node.kind is Kind.ADD:
+            return True
+    return False
 
 
 def _is_rotated(node: Node) -> bool:

@@ -204,7 +204,12 @@ def _region(add: ResidualAdd, nodes: Sequence[Node]) -> set[Node]:
 
 
 def _is_weight_layer(node: Node) -> bool:
-    """A weight layer with something to learn (a fixed blur kernel is none), be it in the network that makes its kernel."""
+    """A weight layer with something to learn (a fixed blur kernel is none), be it in the network that makes its kernel.
+
+    A module that could not be read (`graph.gaps`) is taken for one.
+    """
+    if node.op == "gap":
+        return True
     if node.kind is Kind.WEIGHT:
         return bool(node.reads) or "weight" in node.arguments
     return node.kind is Kind.OTHER and any(_role_by_argument(read.path[-1]) is Role.WEIGHT for read in node.reads)
@@ -416,7 +421,21 @@ def _as_factor(_: Read, last: Step, node: Node, context: Context) -> Role:
         return Role.LAYER_SCALE
     if extents == 0 and not any(_is_weight_layer(after) for after in context.graph.downstream(node)):
         return Role.TEMPERATURE
+    if extents > 1 and _becomes_kernel(node):
+        return Role.WEIGHT
     return Role.GAIN if extents <= 1 else Role.UNKNOWN
+
+
+def _becomes_kernel(node: Node) -> bool:
+    """Whether what `node` gives is the kernel or matrix of a layer, scaled and in another shape (modulated convolutions)."""
+    while node.users:
+        user = node.users[-1]
+        if user.kind is Kind.WEIGHT:
+            return dict(zip(user.inputs, user.arguments, strict=True)).get(node) == "weight"
+        if user.kind not in (Kind.MUL, Kind.VIEW) and user.op != "div":
+            return False
+        node = user
+    return False
 
 
 def _in_addcmul(read: Read, last: Step, node: Node, context: Context) -> Role:

@@ -89,9 +89,28 @@ def without_norms(build: Callable[[], nn.Module], ending: str) -> nn.Module:
     return model
 
 
+class Placed(nn.Module):
+    """A block of attention that adds what a layer says of positions to what its norm gave, as CSATv2 does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.places, self.attention = nn.LayerNorm(8), nn.Linear(8, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        placed = normed + self.places(normed).relu()
+        return x + self.attention(placed, placed, placed, need_weights=False)[0]
+
+
+def placed() -> nn.Module:
+    return nn.Sequential(nn.Embedding(32, 8), Placed(), Placed())
+
+
 UNNORMED: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "gpt2": (lambda: without_norms(GPT2.build, "ln_1"), ["transformer.h.1.attn", "transformer.h.2.attn"]),
     "llama": (lambda: without_norms(LLAMA.build, "input_layernorm"), ["model.layers.1.self_attn"]),
+    "positions added behind the norm": (placed, []),
+    "positions added in its place": (lambda: without_norms(placed, "norm"), ["1.attention", "2.attention"]),
     "only the norms of the feed-forward part": (lambda: without_norms(GPT2.build, "ln_2"), []),
 }
 
@@ -100,8 +119,9 @@ UNNORMED: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
 def test_attention_without_a_norm_before_it(case: str) -> None:
     build, places = UNNORMED[case]
     model = build()
-    graph = ModelGraph.from_model(model, tokens())
-    assert [place.module for finding in found("NK907", model, tokens(), graph) for place in finding.places] == places
+    inputs = tokens()["input_ids"] if isinstance(model, nn.Sequential) else tokens()
+    graph = ModelGraph.from_model(model, inputs)
+    assert [place.module for finding in found("NK907", model, inputs, graph) for place in finding.places] == places
 
 
 def bert() -> nn.Module:

@@ -194,7 +194,12 @@ def trained(model: nn.Module) -> nn.Module:
     return model
 
 
+def gated_positions() -> nn.Module:
+    return timm.create_model("convit_tiny", depth=3, local_up_to_layer=2, embed_dim=16, num_heads=4, img_size=64)
+
+
 QUIET: dict[str, Callable[[], nn.Module]] = {
+    "weights of positions behind the softmax": gated_positions,
     "trained": lambda: trained(small()),
     "biased": lambda: (model := small(), add_gaussian_bias(model))[0],
     "no position": lambda: small(pos_embed="none"),

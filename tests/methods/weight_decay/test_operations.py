@@ -383,6 +383,24 @@ def _factors_on_activations() -> Case:
 
 
 @case
+def _modulated_kernels() -> Case:
+    """StyleGAN's convolution: the kernel is scaled by a style, and divided by its own length."""
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        kernel = net.kernel * (net.style(x.mean(1))[:, None, :, None] + 1)
+        kernel = kernel * torch.rsqrt(kernel.pow(2).sum((2, 3), keepdim=True) + 1e-8)
+        y = F.conv1d(x.transpose(1, 2).reshape(1, -1, x.shape[1]), kernel.flatten(0, 1), padding=1, groups=len(x))
+        return net.out(y.view(*x.shape[::2], -1).transpose(1, 2))
+
+    parts = {"kernel": p(8, 8, 3), "style": nn.Linear(8, 8), "out": nn.Linear(8, 8)}
+    return (
+        Net(forward, **parts),
+        TOKENS,
+        {"kernel": R.WEIGHT, **{f"{name}.{leaf}": role for name in ("style", "out") for leaf, role in _BOTH}},
+    )
+
+
+@case
 def _what_the_forward_pass_does_not_read() -> Case:
     parts = {"used": nn.Linear(8, 8), "spare": nn.Linear(8, 8), "cell": nn.GRUCell(8, 8), "norm": nn.LayerNorm(8), "bare": p(8)}
     roles = {f"{layer}.{leaf}": role for layer in ("used", "spare") for leaf, role in _BOTH}
