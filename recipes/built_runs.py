@@ -22,7 +22,7 @@ from pl_normkit.recipes.arms import Arm, name_arms
 from pl_normkit.recipes.command_line import silence_lightning
 from pl_normkit.recipes.comparison_report import Comparison
 from pl_normkit.recipes.paired_runs import RunStore
-from pl_normkit.recipes.trial import Probe, Trial, train_arms
+from pl_normkit.recipes.trial import Probe, Trial, train_arms, train_here
 
 Build = Callable[[Arm, int], tuple[LightningModule, LightningDataModule]]
 """From an arm and a seed to a new module and new data."""
@@ -49,7 +49,8 @@ def compare_runs(
         make_data: builds a new LightningDataModule; called with the arm's `data` arguments, and with `seed` where `split_per_seed`.
         arms: name -> what that arm has of its own. One without anything, "without", is added.
         seeds: how many (0, 1, ...), or which.
-        metric: name of a logged metric or a probe, chosen before the runs are seen, that decides; more names are shown beside it.
+        metric: name of a logged metric or a probe, chosen before the runs are seen, that decides; more names are shown beside it. Known
+            without `probes`: "variance_ratio", "recalibration_gap", "fusion_scale" and "time_awareness".
         trainer: arguments of the Trainer. Logger, checkpoints, bars and the sanity check are off unless they say otherwise.
         probes: name -> a function of the trained module and the data, such as one of the `measure_...`, for a metric of that name.
         split_per_seed: also draw the data's split anew for each seed, so that the interval speaks of other splits as well.
@@ -82,8 +83,8 @@ def compare_runs(
         "versions": versions(),
     }
     store = RunStore(Path(out) if out is not None else None, settings)
-    train = train_built(build, trainer or {})
-    train_arms(train, named, numbers, metrics, store, Console(quiet=True), probes)
+    train = train_here(train_built(build, trainer or {}), named, metrics, probes)
+    train_arms(train, named, numbers, metrics, store, Console(quiet=True))
     return Comparison(store.runs, list(named), numbers, metrics)
 
 
