@@ -173,6 +173,8 @@ def _add_lint_options(lint: _Parser) -> None:
     )
     lint.add_argument("--input", action="append", default=[], metavar="SIZES", help=sizes)
     lint.add_argument("--real", action="store_true", help="build in memory, so that findings carry measurements on noise")
+    probes = "comma-separated probes whose curves the html page shows: variance_shift, fusion_scales, time_awareness, gamma_norms; ALL"
+    lint.add_argument("--probe", type=_words, metavar="NAMES", help=f"{probes}; needs --real (default: none)")
     lint.add_argument("--format", choices=_FORMATS, default="text", help="form of the report")
     lint.add_argument("--output", type=Path, metavar="FILE", help="where the report is written (default: standard output)")
     chosen = "comma-separated codes, prefixes or names; DEFAULT, ALL (default: DEFAULT, or what pyproject.toml selects)"

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-__all__ = ["Command", "LintPart", "command", "lint_part", "load_commands", "load_lint_parts", "model_command"]
+__all__ = [
+    "Command",
+    "LintPart",
+    "command",
+    "lint_part",
+    "lint_probe",
+    "load_commands",
+    "load_lint_parts",
+    "load_lint_probes",
+    "model_command",
+]
 
 import argparse
 import warnings
@@ -50,6 +60,10 @@ class Command:
     run: Run
 
 
+Measure = Callable[["nn.Module", Any], Any]
+"""From a model and its example inputs to something that `Report.with_probes` can draw."""
+
+_probes: dict[str, tuple[str, Measure]] = {}
 _parts: dict[str, LintPart] = {}
 _commands: dict[str, Command] = {}
 
@@ -62,6 +76,16 @@ def lint_part(arguments: Arguments) -> Callable[[Fill], Fill]:
         first = next(iter(arguments))
         _refuse_second(first, _parts.setdefault(first, part).fill, fill)
         return fill
+
+    return register
+
+
+def lint_probe(name: str, title: str) -> Callable[[Measure], Measure]:
+    """Register the decorated function as what `pl-normkit lint --probe NAME` measures and draws under `title`."""
+
+    def register(measure: Measure) -> Measure:
+        _refuse_second(name, _probes.setdefault(name, (title, measure))[1], measure)
+        return measure
 
     return register
 
@@ -134,6 +158,12 @@ def load_lint_parts() -> list[LintPart]:
     """The parts that all rooms give, by their first option."""
     load_of_rooms("commands")
     return [_parts[flag] for flag in sorted(_parts)]
+
+
+def load_lint_probes() -> dict[str, tuple[str, Measure]]:
+    """Name -> (title, probe) of all rooms."""
+    load_of_rooms("commands")
+    return dict(sorted(_probes.items()))
 
 
 def load_commands() -> list[Command]:

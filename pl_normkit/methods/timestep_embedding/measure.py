@@ -98,6 +98,14 @@ class TimeAwareness:
         """A JSON object; what is not finite becomes null."""
         return json.dumps(_finite(asdict(self)), indent=2, allow_nan=False)
 
+    def curves(self) -> dict[str, dict[str, float]]:
+        """For the page of a report: the share of the time that each norm leaves, with circular padding, and what arrives there."""
+        reached = [norm for norm in self.norms if not math.isnan(norm.circular)]
+        return {
+            "share that leaves the norm": {norm.module: norm.circular for norm in reached},
+            "sensitivity that arrives": {norm.module: norm.arriving for norm in reached},
+        }
+
     def __str__(self) -> str:
         width = max([len(norm.module) for norm in self.norms] + [4])
         lines = [f"{'norm':{width}}  channels  groups  arriving   leaving  share  circular  verdict"]
