@@ -57,6 +57,28 @@ def compare_runs(
         out: folder of `runs.csv`, `curves.csv` and `settings.json`; a comparison that was stopped goes on from there.
 
     Raises ConfigError for arguments that the functions do not take, and where a run does not log `metric`.
+
+    >>> import torch
+    >>> from torch.utils.data import DataLoader, TensorDataset
+    >>> class Line(LightningModule):
+    ...     def __init__(self, lr: float = 0.1) -> None:
+    ...         super().__init__()
+    ...         self.layer, self.lr = torch.nn.Linear(1, 1), lr
+    ...     def training_step(self, batch, _):
+    ...         return (self.layer(batch[0]) - batch[1]).square().mean()
+    ...     def validation_step(self, batch, _):
+    ...         self.log("val_loss", (self.layer(batch[0]) - batch[1]).square().mean())
+    ...     def configure_optimizers(self):
+    ...         return torch.optim.SGD(self.parameters(), self.lr)
+    >>> class Points(LightningDataModule):
+    ...     def train_dataloader(self):
+    ...         x = torch.linspace(-1, 1, 16)[:, None]
+    ...         return DataLoader(TensorDataset(x, 3 * x), 4)
+    ...     val_dataloader = train_dataloader
+    >>> trainer = {"max_epochs": 2, "accelerator": "cpu"}
+    >>> found = compare_runs(Line, Points, {"slow": Arm(module={"lr": 0.001})}, 3, metric="val_loss", trainer=trainer)
+    >>> [(contrast.arm, contrast.against, contrast.difference.mean > 0) for contrast in found.contrasts]
+    [('slow', 'without', True)]
     """
     metrics = [metric] if isinstance(metric, str) else list(metric)
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
