@@ -3,8 +3,8 @@
     python benchmarks/timestep_toy.py             # benchmarks/results/timestep_toy.csv, about three minutes of one (busy) core
     python benchmarks/timestep_toy.py --seeds 1   # a minute, without intervals
 
-Each number is the mean loss of the last 100 of 500 steps, averaged over seeds, with Student's 95 % interval. Padding is circular, so that
-nothing leaks; the time comes in as (sin 2 pi t, cos 2 pi t) through one linear layer.
+A row a run, with the mean loss of its last 100 of 500 steps; printed are means over seeds with Student's 95 % interval. Padding is
+circular, so that nothing leaks; the time comes in as (sin 2 pi t, cos 2 pi t) through one linear layer.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from time import process_time
 
 import torch
 from scipy.stats import t as student
@@ -81,28 +82,34 @@ def loss_of(norm: str, injection: str, is_shared: bool, seed: int, steps: int = 
     return statistics.mean(losses[-100:])
 
 
-def summarize(losses: list[float]) -> dict[str, str]:
-    """Mean and 95 % interval, which one seed does not have."""
-    mean, count = statistics.mean(losses), len(losses)
-    half = student.ppf(0.975, count - 1) * statistics.stdev(losses) / math.sqrt(count) if count > 1 else math.nan
-    return {"loss": f"{mean:.4f}", "low": f"{mean - half:.4f}", "high": f"{mean + half:.4f}", "seeds": str(count)}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    seeds = range(parser.parse_args().seeds)
-    rows = []
-    for time in ("shared", "per sample"):
-        for norm in NORMS:
-            for injection in INJECTIONS if norm in AROUND else INJECTIONS[:2]:
-                losses = [loss_of(norm, injection, time == "shared", seed) for seed in seeds]
-                rows.append({"time": time, "norm": norm, "injection": injection, **summarize(losses)})
-                print(*rows[-1].values(), flush=True)
+    options = parser.parse_args()
+    rows: list[dict[str, str]] = []
+    for seed in range(options.seeds):
+        for time in ("shared", "per sample"):
+            for norm in NORMS:
+                for injection in INJECTIONS if norm in AROUND else INJECTIONS[:2]:
+                    began = process_time()
+                    loss = loss_of(norm, injection, time == "shared", seed)
+                    run = {"time": time, "norm": norm, "injection": injection, "seed": str(seed)}
+                    rows.append({**run, "loss": f"{loss:.4f}", "seconds": f"{process_time() - began:.1f}"})
     with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+    settings = {(row["time"], row["norm"], row["injection"]): None for row in rows}
+    for setting in settings:
+        losses = [float(row["loss"]) for row in rows if (row["time"], row["norm"], row["injection"]) == setting]
+        print(*setting, *interval(losses))
+
+
+def interval(losses: list[float]) -> tuple[str, str, str]:
+    """Mean and 95 % interval, which one seed does not have."""
+    mean, count = statistics.mean(losses), len(losses)
+    half = student.ppf(0.975, count - 1) * statistics.stdev(losses) / math.sqrt(count) if count > 1 else math.nan
+    return f"{mean:.4f}", f"{mean - half:.4f}", f"{mean + half:.4f}"
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["first_samples", "inputs_in"]
+__all__ = ["as_transferred", "first_samples", "inputs_in"]
 
 import dataclasses
 import inspect
@@ -27,7 +27,7 @@ def first_samples(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
     with preserved(pl_module), objects_kept(*pl_module.modules()):
         try:
             batch = _joint_batch(_loaders(trainer))
-            return None if batch is None else _as_transferred(pl_module, batch)
+            return None if batch is None else as_transferred(pl_module, batch)
         except Exception:  # data that is not ready yet, or that fails, is the run's own affair: it will say so itself
             return None
 
@@ -58,7 +58,8 @@ def _joint_batch(loaders: Any) -> Any:
         return loaders.collate_fn(samples)
 
 
-def _as_transferred(pl_module: pl.LightningModule, batch: Any) -> Any:
+def as_transferred(pl_module: pl.LightningModule, batch: Any) -> Any:
+    """A batch of a loader as Lightning gives it to the step."""
     batch = pl_module._on_before_batch_transfer(batch)
     device = next((parameter.device for parameter in pl_module.parameters()), None)
     return pl_module._apply_batch_transfer_handler(batch, device=device)

@@ -5,7 +5,7 @@
 
 What the rooms under `pl_normkit.methods` export can be imported from here too (`from pl_normkit import place_dropout`). Every name is
 loaded when it is first asked for, so that this import costs less than `import torch`. Callbacks live in `pl_normkit.callbacks`,
-modules and losses in `pl_normkit.nn`, recipes in `pl_normkit.recipes`.
+modules and losses in `pl_normkit.nn`, recipes in `pl_normkit.recipes`; `compare_runs` and `Arm` come from there and need Lightning.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ if TYPE_CHECKING:
     from pl_normkit.methods.wiring import *
     from pl_normkit.receptive_field import ReceptiveField as ReceptiveField
     from pl_normkit.receptive_field import effective_receptive_field as effective_receptive_field
+    from pl_normkit.recipes.arms import Arm as Arm
+    from pl_normkit.recipes.built_runs import compare_runs as compare_runs
     from pl_normkit.report import Report as Report
     from pl_normkit.restoring import restore_edits as restore_edits
     from pl_normkit.run_audit import RunAudit as RunAudit
@@ -64,6 +66,8 @@ _CORE = {
     "pl_normkit.errors": ("NormkitError", "NormkitWarning"),
     "pl_normkit.findings": ("Evidence", "Finding", "FixSafety", "Note", "NoteKind", "Place", "Severity"),
     "pl_normkit.receptive_field": ("ReceptiveField", "effective_receptive_field"),
+    "pl_normkit.recipes.arms": ("Arm",),
+    "pl_normkit.recipes.built_runs": ("compare_runs",),
     "pl_normkit.report": ("Report",),
     "pl_normkit.restoring": ("restore_edits",),
     "pl_normkit.run_audit": ("RunAudit",),

@@ -172,6 +172,8 @@ def _add_lint_options(lint: _Parser) -> None:
     )
     lint.add_argument("--input", action="append", default=[], metavar="SIZES", help=sizes)
     lint.add_argument("--real", action="store_true", help="build in memory, so that findings carry measurements on noise")
+    probes = "comma-separated probes whose curves the html page shows: variance_shift, fusion_scales, time_awareness, gamma_norms; ALL"
+    lint.add_argument("--probe", type=_words, metavar="NAMES", help=f"{probes}; needs --real (default: none)")
     lint.add_argument("--format", choices=_FORMATS, default="text", help="form of the report")
     lint.add_argument("--output", type=Path, metavar="FILE", help="where the report is written (default: standard output)")
     chosen = "comma-separated codes, prefixes or names; DEFAULT, ALL (default: DEFAULT, or what pyproject.toml selects)"
@@ -181,7 +183,9 @@ def _add_lint_options(lint: _Parser) -> None:
     folder = "; without a model a folder with a file for each"
     lint.add_argument("--baseline", type=Path, metavar="FILE", help=f"leave out what this file accepts{folder}")
     lint.add_argument("--write-baseline", type=Path, metavar="FILE", help=f"accept today's findings in this file{folder}")
-    lint.add_argument("--jobs", type=_count, metavar="N", help="without a model: how many at a time (default: one a core, or what is there)")
+    lint.add_argument(
+        "--jobs", type=_count, metavar="N", help="without a model: how many at a time (default: one a core, or what is there)"
+    )
     places = "without a model: where they are audited: processes or gpus of this machine, or a ray cluster"
     lint.add_argument("--on", choices=("processes", "gpus", "ray"), default="processes", help=places)
     limit = "without a model: give a model up after so long (default: never)"
@@ -282,7 +286,7 @@ def _hand_over(options: argparse.Namespace) -> int:
     known = _recipes()
     words = [word for word in options.words if word != "--debug"]
     if options.handed == "compare" and ":" in options.recipe:
-        return int(importlib.import_module("pl_normkit.recipes.comparing").compare_built(options.recipe, words))
+        return int(importlib.import_module("pl_normkit.recipes.comparing").compare(options.recipe, words))
     if options.recipe not in known:
         what = f"there is no recipe {options.recipe!r}" if options.recipe else f"{options.handed} needs the name of a recipe"
         raise ConfigError(what, fix=nearest(options.recipe, known) or f"recipes: {', '.join(known)}")
@@ -293,7 +297,7 @@ def _hand_over(options: argparse.Namespace) -> int:
         raise ConfigError(f"the recipe {options.recipe!r} needs {package}", fix=f"pip install {package}") from error
     if options.handed == "run":
         return int(importlib.import_module("pl_normkit.recipes.export").run_or_export(recipe.RECIPE, words))
-    return int(importlib.import_module("pl_normkit.recipes.comparing").compare(recipe.RECIPE, words))
+    return int(importlib.import_module("pl_normkit.recipes.comparing").compare(options.recipe, words))
 
 
 if __name__ == "__main__":

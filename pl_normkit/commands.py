@@ -7,8 +7,10 @@ __all__ = [
     "LintPart",
     "command",
     "lint_part",
+    "lint_probe",
     "load_commands",
     "load_lint_parts",
+    "load_lint_probes",
     "model_command",
     "run_drawing",
     "run_drawings",
@@ -68,6 +70,10 @@ Draw = Callable[[Path, Path], list[str]]
 _CORE = ("pl_normkit.receptive_field.commands", "pl_normkit.report.commands")
 """Commands of what is no room."""
 
+Measure = Callable[["nn.Module", Any], Any]
+"""From a model and its example inputs to something that `Report.with_probes` can draw."""
+
+_probes: dict[str, tuple[str, Measure]] = {}
 _parts: dict[str, LintPart] = {}
 _commands: dict[str, Command] = {}
 _drawings: list[Draw] = []
@@ -95,6 +101,16 @@ def run_drawing(draw: Draw) -> Draw:
 def run_drawings() -> list[Draw]:
     """The drawings of all rooms that are loaded."""
     return list(_drawings)
+
+
+def lint_probe(name: str, title: str) -> Callable[[Measure], Measure]:
+    """Register the decorated function as what `pl-normkit lint --probe NAME` measures and draws under `title`."""
+
+    def register(measure: Measure) -> Measure:
+        _refuse_second(name, _probes.setdefault(name, (title, measure))[1], measure)
+        return measure
+
+    return register
 
 
 def command(name: str, help: str, arguments: Arguments) -> Callable[[Run], Run]:  # noqa: A002 - argparse's word
@@ -165,6 +181,12 @@ def load_lint_parts() -> list[LintPart]:
     """The parts that all rooms give, by their first option."""
     load_of_rooms("commands")
     return [_parts[flag] for flag in sorted(_parts)]
+
+
+def load_lint_probes() -> dict[str, tuple[str, Measure]]:
+    """Name -> (title, probe) of all rooms."""
+    load_of_rooms("commands")
+    return dict(sorted(_probes.items()))
 
 
 def load_commands() -> list[Command]:

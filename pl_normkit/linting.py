@@ -8,7 +8,7 @@ import argparse
 import contextlib
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,15 @@ from typing import Any
 from torch import nn
 
 from pl_normkit.auditing import audit_subject
-from pl_normkit.commands import LintPart, load_lint_parts
-from pl_normkit.errors import ConfigError, NormkitWarning
-from pl_normkit.findings import read_baseline, subtract_baseline, write_baseline
+from pl_normkit.commands import LintPart, Measure, load_lint_parts, load_lint_probes
+from pl_normkit.errors import ConfigError, NormkitError, NormkitWarning, nearest
+from pl_normkit.findings import Note, NoteKind, read_baseline, subtract_baseline, write_baseline
 from pl_normkit.graph import ModelGraph
 from pl_normkit.importing import users_code
 from pl_normkit.inputs import parse_inputs
 from pl_normkit.listed_models import lint_listed
 from pl_normkit.output import CalmStream, calm, say, screen
+from pl_normkit.preserve import preserved
 from pl_normkit.report import Report
 from pl_normkit.report.several import in_form
 from pl_normkit.selection import Selection
@@ -65,9 +66,36 @@ def lint(options: argparse.Namespace, parse: Callable[[Sequence[str]], argparse.
 def report_of(options: argparse.Namespace) -> Report:
     """What the options of one subject say, baselines apart. Raises NormkitError for bad input."""
     selection = Selection.from_pyproject().override(options.select, options.ignore, _patterns(options.per_module_ignore))
+    probes = _probes(options)
     with _foreign_words_apart():
-        found = audit_subject(_subject(options), selection)
+        subject = _subject(options)
+        found = audit_subject(subject, selection)
+        if subject.model is not None:
+            found = _measured(found, subject.model, subject.example_inputs, probes)
     return replace(found, subject=options.model or found.subject)
+
+
+def _probes(options: argparse.Namespace) -> dict[str, tuple[str, Measure]]:
+    """Those that --probe names. Raises ConfigError for others, and where there are no weights to measure."""
+    known = load_lint_probes()
+    names = list(known) if options.probe == ["ALL"] else options.probe or []
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(f"there is no probe {unknown[0]!r}", fix=nearest(unknown[0], known) or f"probes: {', '.join(known)}, ALL")
+    if names and (options.model is None or not options.real):
+        raise ConfigError("probes measure a model with its weights", where="--probe", fix="name a model, and give --real")
+    return {name: known[name] for name in names}
+
+
+def _measured(report: Report, model: nn.Module, inputs: Any, probes: Mapping[str, tuple[str, Measure]]) -> Report:
+    """With the curves of the probes; one that cannot measure this model is a note."""
+    for name, (title, measure) in probes.items():
+        try:
+            with preserved(model, buffers=True):
+                report = report.with_probes({title: measure(model, inputs)})
+        except Exception as error:
+            what = error.what if isinstance(error, NormkitError) else f"{type(error).__name__}: {error}"
+            report = replace(report, notes=[*report.notes, Note(f"the probe {name} measured nothing: {what}", NoteKind.NOT_RUN)])
+    return report
 
 
 def _lint_one(options: argparse.Namespace) -> Report:

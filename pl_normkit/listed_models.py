@@ -41,9 +41,7 @@ def lint_listed(options: argparse.Namespace, parse: Parse, report_of: Callable[[
     lint = partial(_lint_words, parse, report_of, str(root))
     cache = None if options.no_cache else root / CACHE
     with _progress(len(entries)) as done:
-        reports = lint_repository(
-            entries, lint, root, jobs=options.jobs, on=options.on, limit=options.timeout, cache=cache, done=done
-        )
+        reports = lint_repository(entries, lint, root, jobs=options.jobs, on=options.on, limit=options.timeout, cache=cache, done=done)
     if options.write_baseline:
         options.write_baseline.mkdir(parents=True, exist_ok=True)
         for name, report in reports.items():

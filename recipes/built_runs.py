@@ -22,7 +22,7 @@ from pl_normkit.recipes.arms import Arm, name_arms
 from pl_normkit.recipes.command_line import silence_lightning
 from pl_normkit.recipes.comparison_report import Comparison
 from pl_normkit.recipes.paired_runs import RunStore
-from pl_normkit.recipes.trial import Probe, Trial, train_arms
+from pl_normkit.recipes.trial import Probe, Trial, train_arms, train_here
 
 Build = Callable[[Arm, int], tuple[LightningModule, LightningDataModule]]
 """From an arm and a seed to a new module and new data."""
@@ -49,13 +49,36 @@ def compare_runs(
         make_data: builds a new LightningDataModule; called with the arm's `data` arguments, and with `seed` where `split_per_seed`.
         arms: name -> what that arm has of its own. One without anything, "without", is added.
         seeds: how many (0, 1, ...), or which.
-        metric: name of a logged metric or a probe, chosen before the runs are seen, that decides; more names are shown beside it.
+        metric: name of a logged metric or a probe, chosen before the runs are seen, that decides; more names are shown beside it. Known
+            without `probes`: "variance_ratio", "recalibration_gap", "fusion_scale" and "time_awareness".
         trainer: arguments of the Trainer. Logger, checkpoints, bars and the sanity check are off unless they say otherwise.
         probes: name -> a function of the trained module and the data, such as one of the `measure_...`, for a metric of that name.
         split_per_seed: also draw the data's split anew for each seed, so that the interval speaks of other splits as well.
         out: folder of `runs.csv`, `curves.csv` and `settings.json`; a comparison that was stopped goes on from there.
 
     Raises ConfigError for arguments that the functions do not take, and where a run does not log `metric`.
+
+    >>> import torch
+    >>> from torch.utils.data import DataLoader, TensorDataset
+    >>> class Line(LightningModule):
+    ...     def __init__(self, lr: float = 0.1) -> None:
+    ...         super().__init__()
+    ...         self.layer, self.lr = torch.nn.Linear(1, 1), lr
+    ...     def training_step(self, batch, _):
+    ...         return (self.layer(batch[0]) - batch[1]).square().mean()
+    ...     def validation_step(self, batch, _):
+    ...         self.log("val_loss", (self.layer(batch[0]) - batch[1]).square().mean())
+    ...     def configure_optimizers(self):
+    ...         return torch.optim.SGD(self.parameters(), self.lr)
+    >>> class Points(LightningDataModule):
+    ...     def train_dataloader(self):
+    ...         x = torch.linspace(-1, 1, 16)[:, None]
+    ...         return DataLoader(TensorDataset(x, 3 * x), 4)
+    ...     val_dataloader = train_dataloader
+    >>> trainer = {"max_epochs": 2, "accelerator": "cpu"}
+    >>> found = compare_runs(Line, Points, {"slow": Arm(module={"lr": 0.001})}, 3, metric="val_loss", trainer=trainer)
+    >>> [(contrast.arm, contrast.against, contrast.difference.mean > 0) for contrast in found.contrasts]
+    [('slow', 'without', True)]
     """
     metrics = [metric] if isinstance(metric, str) else list(metric)
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
@@ -82,8 +105,8 @@ def compare_runs(
         "versions": versions(),
     }
     store = RunStore(Path(out) if out is not None else None, settings)
-    train = train_built(build, trainer or {})
-    train_arms(train, named, numbers, metrics, store, Console(quiet=True), probes)
+    train = train_here(train_built(build, trainer or {}), named, metrics, probes)
+    train_arms(train, named, numbers, metrics, store, Console(quiet=True))
     return Comparison(store.runs, list(named), numbers, metrics)
 
 

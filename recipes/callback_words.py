@@ -14,7 +14,7 @@ from pl_normkit import callbacks as own_callbacks
 from pl_normkit.errors import ConfigError, nearest
 from pl_normkit.importing import LiteralCall, import_dotted, literal_calls
 
-_FORM = 'write names with literal arguments: --with "StochasticPooling(keep=0.5),DropoutPlacement"'
+_FORM = 'write names with literal arguments: --with "StochasticPooling(keep=0.1),DropoutPlacement"'
 
 
 @dataclass(frozen=True)

@@ -2,218 +2,83 @@
 
 from __future__ import annotations
 
-__all__ = ["compare", "compare_built"]
+__all__ = ["compare"]
 
-import argparse
-import ast
-import contextlib
-import hashlib
-import inspect
-import io
-import re
-import signal
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from itertools import pairwise
-from pathlib import Path
-from typing import Any
+from collections.abc import Generator, Iterable, Sequence
+from functools import partial
 
-import lightning as L
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
+from rich.progress import Progress
 
-from pl_normkit.errors import ConfigError
-from pl_normkit.importing import import_object
-from pl_normkit.recipes.arms import WITHOUT, Arm, parse_arms
-from pl_normkit.recipes.built_runs import check_arguments, describe_arm, train_built, versions
-from pl_normkit.recipes.command_line import RecipeCLI, name_configs, run_recipe
+from pl_normkit.errors import NormkitError
+from pl_normkit.jobs import Failure, open_workers, run_jobs
+from pl_normkit.output import say
+from pl_normkit.recipes.comparison_plan import Plan, read_plan
 from pl_normkit.recipes.comparison_report import Comparison
-from pl_normkit.recipes.paired_runs import RunStore, digest_settings
-from pl_normkit.recipes.recipe import Recipe
-from pl_normkit.recipes.trial import Trial, train_arms
-
-_QUIET = (
-    "--trainer.logger=false",
-    "--trainer.callbacks=null",
-    "--trainer.enable_progress_bar=false",
-    "--trainer.enable_model_summary=false",
-    "--trainer.num_sanity_val_steps=0",
-)
-"""Before the user's options, which may take any of it back. The audit of the default callbacks would speak in every run."""
+from pl_normkit.recipes.paired_runs import PairedRun, RunStore
+from pl_normkit.recipes.trial import Key, quiet_lightning, train_arms, train_here
 
 
-def compare(recipe: Recipe, args: Sequence[str]) -> int:
-    """Run the command with the arguments after `compare RECIPE`. Returns 0, or another code where a signal ended a run.
+def compare(target: str, args: Sequence[str]) -> int:
+    """Train all runs that the words ask for, print and draw what they say.
 
-    Runs that the output folder already holds, from the same command, are not trained again. Raises NormkitError for bad input.
+    Runs that the output folder already holds, from the same command, are not trained again.
+
+    Args:
+        target: name of a recipe, or `package.module:function` that builds a module and its data.
+        args: what stands after it.
+
+    Returns 0, or another code where a signal ended a run. Raises NormkitError for bad input, and where runs came to no end.
     """
     try:
-        options, rest = _parse(recipe.name, f"Every other option goes to the recipe: see pl-normkit run {recipe.name} fit --help.", args)
+        plan = read_plan(target, args)
     except SystemExit as stop:  # --help, or an option of ours that argparse has refused
         return int(stop.code or 0)
-    rest = name_configs(recipe, rest)
-    arms = {name: replace(arm, options=name_configs(recipe, arm.options)) for name, arm in parse_arms(options.words, options.arms).items()}
-
-    def train(trial: Trial) -> int:
-        return run_recipe(replace(recipe, cli=_trial_cli(recipe.cli, trial)), _command(rest, trial.arm, trial.seed, options))
-
-    if not {"--help", "-h", "--print_config"} & {word.partition("=")[0] for word in rest}:
-        for arm in arms.values():
-            _check_options(recipe, arm, _command(rest, arm, 0, options))
-    every = [word for arm in arms.values() for word in arm.options]
-    settings = {"recipe": recipe.name, "options": rest, "configs": _digest_configs([*rest, *every])}
-    return _compare(recipe.name, arms, options, options.metrics or [recipe.metric], settings, train)
-
-
-def compare_built(spec: str, args: Sequence[str]) -> int:
-    """Run the command with the arguments after `compare package.module:function`, which builds a module and its data.
-
-    Options `--trainer.NAME` go to the Trainer, all others to the function. Returns 0, or another code where a signal ended a run. Raises
-    NormkitError for bad input.
-    """
-    about = f"Options --trainer.NAME=VALUE go to the Trainer, every other --NAME=VALUE to {spec}, which returns a module and its data."
-    try:
-        options, rest = _parse(spec, about, args)
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    function = import_object(spec)
-    if not options.metrics:
-        raise ConfigError("name the metric that decides", where="--metric", fix="the name of what your module logs, such as val_loss")
-    shared, trainer = _read_options(rest)
-    arms = {}
-    for name, arm in parse_arms(options.words, options.arms).items():
-        own, of_trainer = _read_options(arm.options)
-        if of_trainer:
-            raise ConfigError("the arms share one Trainer", where=f"--arm {name}", fix="give --trainer options to all of them")
-        check_arguments(function, {**shared, **own, **({"seed": 0} if options.split_per_seed else {})}, name)
-        arms[name] = Arm(arm.callbacks, module=own)
-
-    def build(arm: Arm, seed: int) -> Any:
-        return function(**{**shared, **arm.module, **({"seed": seed} if options.split_per_seed else {})})
-
-    source = inspect.getsourcefile(function)
-    code = hashlib.sha256(Path(source).read_bytes()).hexdigest() if source else ""
-    settings = {"build": spec, "code": code, "options": rest}
-    train = train_built(build, trainer)
-
-    def train_unless_stopped(trial: Trial) -> int:
-        try:
-            train(trial)
-        except SIGTERMException:
-            return 128 + signal.SIGTERM
-        return 0
-
-    try:
-        return _compare(spec.partition(":")[2], arms, options, options.metrics, settings, train_unless_stopped)
-    except SystemExit as stop:  # so Lightning ends an interrupted training
-        return int(stop.code or 0)
-
-
-def _parse(name: str, epilog: str, args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        prog=f"pl-normkit compare {name}",
-        allow_abbrev=False,
-        description="Train runs without and with callbacks or other options, that share seed, initial weights and the order of the data.",
-        epilog=epilog,
-    )
-    words = 'an arm: "A,B", "A(option=1),package.module.C", or "name=A"; may be repeated'
-    parser.add_argument("--with", dest="words", action="append", default=[], metavar="CALLBACKS", help=words)
-    arm = 'an arm of other options: "name:--model.lr=0.01 --with=A"; may be repeated'
-    parser.add_argument("--arm", dest="arms", action="append", default=[], metavar="NAME:OPTIONS", help=arm)
-    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="runs of each arm: seeds 0 to N - 1 (default: 5)")
-    metric = "the logged metric that decides, named before the runs are seen; more after commas are shown beside it"
-    parser.add_argument("--metric", metavar="NAMES", default="", help=metric)
-    parser.add_argument("--split-per-seed", action="store_true", help="draw the data's split anew for each seed (its option `seed`)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the CSV files and the picture (default: in runs/compare)")
-    options, rest = parser.parse_known_args(args)
-    options.metrics = [name.strip() for name in options.metric.split(",") if name.strip()]
-    if options.seeds < 1:
-        raise ConfigError("a comparison needs at least one pair", where="--seeds", evidence=str(options.seeds), fix="take 5")
-    if any(word.partition("=")[0] == "--seed_everything" for word in rest):
-        raise ConfigError("a comparison chooses its seeds itself", where="--seed_everything", fix="give their number with --seeds")
-    return options, rest
-
-
-def _command(rest: Sequence[str], arm: Arm, seed: int, options: argparse.Namespace) -> list[str]:
-    split = [f"--data.seed={seed}"] if options.split_per_seed else []
-    return ["fit", *_QUIET, *rest, *arm.options, *split, f"--seed_everything={seed}"]
-
-
-def _check_options(recipe: Recipe, arm: Arm, command: Sequence[str]) -> None:
-    """Raise ConfigError for options that the recipe refuses, before the other arms are trained for nothing."""
-    if arm.options:
-        with contextlib.redirect_stdout(io.StringIO()):
-            run_recipe(recipe, [*command, "--print_config"])
-
-
-def _digest_configs(words: Sequence[str]) -> dict[str, str]:
-    files = [value for flag, value in pairwise(words) if flag in ("--config", "-c")]
-    files += [word.partition("=")[2] for word in words if word.startswith("--config=")]
-    return {file: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files if Path(file).is_file()}
-
-
-def _compare(
-    name: str,
-    arms: Mapping[str, Arm],
-    options: argparse.Namespace,
-    metrics: Sequence[str],
-    settings: dict[str, Any],
-    train: Callable[[Trial], int | None],
-) -> int:
-    """Train all runs, print and draw what they say."""
-    described = {each: describe_arm(arm) for each, arm in arms.items() if each != WITHOUT}
-    settings |= {"arms": described, "metrics": list(metrics), "split per seed": options.split_per_seed, "versions": versions()}
-    label = re.sub(r"[^\w.+-]", "_", "-".join(described))[:60]
-    folder = options.out or Path("runs") / "compare" / f"{name}-{label}-{digest_settings(settings)}"
-    store = RunStore(folder, settings)
-    console, seeds = Console(), range(options.seeds)
-    code = train_arms(train, arms, seeds, metrics, store, console)
+    store, console = RunStore(plan.folder, plan.settings), Console()
+    train = train_here(plan.train, plan.arms, plan.metrics) if plan.on == "here" else partial(_train_elsewhere, plan, target, args)
+    code = train_arms(train, plan.arms, plan.seeds, plan.metrics, store, console)
     if code is not None:
         return code
-    comparison = Comparison(store.runs, list(arms), seeds, metrics)
+    comparison = Comparison(store.runs, list(plan.arms), plan.seeds, plan.metrics)
     comparison.print(console)
-    console.print(f"runs:       {folder / 'runs.csv'}", soft_wrap=True, highlight=False)
-    picture = folder / "comparison.png"
+    console.print(f"runs:       {plan.folder / 'runs.csv'}", soft_wrap=True, highlight=False)
+    picture = plan.folder / "comparison.png"
     drawn = comparison.draw(picture)
     console.print(f"picture:    {picture if drawn else 'none, matplotlib is not installed'}", soft_wrap=True, highlight=False)
     return 0
 
 
-def _read_options(words: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options of the function that builds, and those of the Trainer, from `--name=value` and `--name value`."""
-    own: dict[str, Any] = {}
-    trainer: dict[str, Any] = {}
-    waiting = list(words)
-    while waiting:
-        word = waiting.pop(0)
-        name, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or not (equals or waiting):
-            raise ConfigError("the options cannot be used", evidence=word, fix="write --name=value")
-        kind, name = (trainer, name.removeprefix("trainer.")) if name.startswith("trainer.") else (own, name)
-        kind[name] = _read_value(value if equals else waiting.pop(0))
-    return own, trainer
+def _train_elsewhere(
+    plan: Plan, target: str, args: Sequence[str], keys: Iterable[Key], progress: Progress
+) -> Generator[tuple[Key, PairedRun | int], None, None]:
+    """Each run in a process of its own, or on a node: it reads the same words again, since a plan cannot be sent."""
+    lost = []
+    task = progress.add_task(f"trained on {plan.on}", total=None)
+    with open_workers(plan.on, partial(_train_one, target, list(args)), at_once=plan.jobs, is_heavy=True) as workers:
+        for key, result in run_jobs(workers, keys):
+            if isinstance(result, Failure) and result.error is not None:
+                raise result.error
+            if isinstance(result, Failure) and not result.is_lost:
+                say(result.trace or result.text)
+                raise NormkitError("a run failed", where=_name(key), evidence=result.text)
+            if isinstance(result, PairedRun):
+                yield key, result
+            else:
+                lost.append(f"{_name(key)}: {result.text if isinstance(result, Failure) else f'it was ended (exit code {result})'}")
+    progress.remove_task(task)
+    if lost:
+        evidence = "; ".join(lost)
+        raise NormkitError(
+            f"{len(lost)} of the runs came to no end", where=str(plan.folder), evidence=evidence, fix="the same command goes on with them"
+        )
 
 
-def _read_value(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return {"true": True, "false": False, "null": None}.get(text, text)
+def _name(key: Key) -> str:
+    return f"seed {key[0]} {key[1]}"
 
 
-def _trial_cli(base: type[RecipeCLI], trial: Trial) -> type[RecipeCLI]:
-    """The recipe's command line, which runs `trial` instead of a fit with checkpoints and a summary."""
-
-    class TrialCLI(base):  # type: ignore[misc,valid-type]
-        def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-            trainer: L.Trainer = self.build_bare_trainer(**kwargs)
-            return trainer
-
-        def before_fit(self) -> None:
-            super().before_fit()
-            trial.begin(self.trainer, self.model, self.datamodule)
-
-        def after_fit(self) -> None:
-            trial.end(self.trainer, self.model, self.datamodule)
-
-    return TrialCLI
+def _train_one(target: str, args: Sequence[str], key: Key) -> PairedRun | int:
+    plan = read_plan(target, args)
+    with quiet_lightning(), Progress(disable=True) as progress:
+        ((_, result),) = train_here(plan.train, plan.arms, plan.metrics)([key], progress)
+    return result

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["Probe", "Trial", "train_arms"]
+__all__ = ["Key", "Probe", "Training", "Trial", "quiet_lightning", "train_arms", "train_here"]
 
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,8 +23,13 @@ from pl_normkit.recipes.arms import WITHOUT, Arm
 from pl_normkit.recipes.editing import add_callbacks, editing_callbacks
 from pl_normkit.recipes.own_randomness import isolate_train_data
 from pl_normkit.recipes.paired_runs import PairedRun, RunStore
+from pl_normkit.recipes.run_probes import PROBES, measure_by_name
 
 Probe = Callable[[L.LightningModule, L.LightningDataModule], float]
+Key = tuple[int, str]
+"""Seed and arm."""
+Training = Callable[[Iterable[Key], Progress], Generator[tuple[Key, PairedRun | int], None, None]]
+"""Trains runs: from their keys, taken one by one, to each with its result, as they come in."""
 
 
 @dataclass
@@ -60,14 +65,16 @@ class Trial:
         seconds = time.perf_counter() - self.started
         logged = {name: float(value) for name, value in trainer.callback_metrics.items() if name in self.metrics}
         trained = _digest_weights(module)
+        known, edits, curve = sorted(trainer.callback_metrics), self._count_edits(trainer), tuple(self.curve)
         logged |= {name: float(probe(module, data)) for name, probe in self.probes.items()}
+        named = [name for name in self.metrics if name not in logged and name in PROBES]
+        logged |= {name: measure_by_name(name, module, data, self.metrics) for name in named}
         missing = [name for name in self.metrics if name not in logged]
         if missing:
-            known = sorted(trainer.callback_metrics)
             fix = "let the run end on a validation: whole epochs (--trainer.max_epochs), with --trainer.limit_val_batches above 0"
             raise ConfigError(f"the run logged no {missing[0]}", evidence=f"it logged {', '.join(known) or 'nothing'}", fix=fix)
         values = {name: logged[name] for name in self.metrics}
-        self.result = PairedRun(self.seed, self.name, values, seconds, self.weights, trained, self._count_edits(trainer), tuple(self.curve))
+        self.result = PairedRun(self.seed, self.name, values, seconds, self.weights, trained, edits, curve)
 
     def _count_edits(self, trainer: L.Trainer) -> int | None:
         own = {id(callback) for callback in self.added}
@@ -103,37 +110,43 @@ class _Watch(L.Callback):
             self.task = None
 
 
-def train_arms(
-    train: Callable[[Trial], int | None],
-    arms: Mapping[str, Arm],
-    seeds: Sequence[int],
-    metrics: Sequence[str],
-    store: RunStore,
-    console: Console,
-    probes: Mapping[str, Probe] | None = None,
-) -> int | None:
-    """Train what `store` lacks. The exit code of a run that came to no end: the options asked for something else (--help,
-    --print_config), or a signal ended it.
+def train_here(
+    train: Callable[[Trial], int | None], arms: Mapping[str, Arm], metrics: Sequence[str], probes: Mapping[str, Probe] | None = None
+) -> Training:
+    """In this process, one after the other; an exit code in place of a run that came to no end: the options asked for something else
+    (--help, --print_config), or a signal ended it.
     """
+
+    def train_all(keys: Iterable[Key], progress: Progress) -> Generator[tuple[Key, PairedRun | int], None, None]:
+        for seed, name in keys:
+            trial = Trial(seed, name, arms[name], metrics, progress, probes or {})
+            code = train(trial)
+            yield (seed, name), trial.result if trial.result is not None else code or 0
+
+    return train_all
+
+
+def train_arms(
+    train: Training, arms: Mapping[str, Arm], seeds: Sequence[int], metrics: Sequence[str], store: RunStore, console: Console
+) -> int | None:
+    """Train what `store` lacks. The exit code of a run that came to no end."""
     # Callbacks go first, so that one that does not fit the network says so at once. Each second seed the other way round: what slows a
     # machine as it goes hits all arms alike.
     order = [(seed, name) for seed in seeds for name in (list(arms)[::-1] if seed % 2 == 0 else arms)]
     missing = [key for key in order if key not in store.runs]
     if len(missing) < len(order):
         console.print(f"{len(order) - len(missing)} of {len(order)} runs were found in {store.folder}", soft_wrap=True, highlight=False)
-    with _quiet_lightning(), Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    with quiet_lightning(), Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         overall = progress.add_task("runs", total=len(order), completed=len(order) - len(missing))
-        for seed, name in missing:
-            if not _is_idle(name, store):
-                trial = Trial(seed, name, arms[name], metrics, progress, probes or {})
-                code = train(trial)
-                if trial.result is None:
-                    return code or 0
-                _check_weights(trial.result, arms, store)
-                store.add(trial.result)
-                run = trial.result
+        wanted = (key for key in missing if not _is_idle(key[1], store))  # asked for one by one, as others end
+        with closing(train(wanted, progress)) as results:
+            for (seed, name), run in results:
+                if isinstance(run, int):
+                    return run
+                _check_weights(run, arms, store)
+                store.add(run)
                 console.print(f"seed {seed} {name}: {metrics[0]} {run.metrics[metrics[0]]:.4f} in {run.seconds:.1f} s", highlight=False)
-            progress.advance(overall)
+                progress.advance(overall)
     return None
 
 
@@ -167,7 +180,7 @@ def _digest_weights(module: torch.nn.Module) -> str:
 
 
 @contextmanager
-def _quiet_lightning() -> Iterator[None]:
+def quiet_lightning() -> Iterator[None]:
     """Without the lines on devices and seeds that every Trainer logs."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]

@@ -17,6 +17,7 @@ from experiment import Experiment
 from experiments import EXPERIMENTS
 from page import draw_differences, write_page
 from rich.console import Console
+from studies import read_studies
 
 from pl_normkit.recipes.comparison_report import Comparison
 
@@ -36,8 +37,9 @@ def main() -> None:
             _run(experiment, given.seeds)
     if given.seeds is None:
         done = {experiment.name: _read(experiment) for experiment in EXPERIMENTS if _path(experiment).exists()}
-        draw_differences(EXPERIMENTS, done, ROOT / "docs" / "value.png")
-        write_page(EXPERIMENTS, done, ROOT / "docs" / "value.md")
+        studies = read_studies(RESULTS.parent)
+        draw_differences(EXPERIMENTS, done, studies, ROOT / "docs" / "value.png")
+        write_page(EXPERIMENTS, done, studies, ROOT / "docs" / "value.md")
 
 
 def _run(experiment: Experiment, seeds: int | None) -> None:

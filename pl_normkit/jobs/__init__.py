@@ -59,7 +59,9 @@ def open_workers(
     Raises ConfigError for a place that does not exist or is not there.
     """
     if place not in PLACES:
-        raise ConfigError(f"there is no place {place!r} to run at", where="--on", fix=nearest(place, PLACES) or f"places: {', '.join(PLACES)}")
+        raise ConfigError(
+            f"there is no place {place!r} to run at", where="--on", fix=nearest(place, PLACES) or f"places: {', '.join(PLACES)}"
+        )
     workers = _workers(place, work, at_once, is_heavy, setup)
     try:
         yield workers

@@ -79,7 +79,7 @@ def _connect(ray: Any) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            ray.init(logging_level="ERROR", log_to_driver=True)
+            ray.init(logging_level="ERROR", log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         evidence, address = str(error).splitlines()[:1], os.environ.get("RAY_ADDRESS", "")
         raise ConfigError("the Ray cluster does not answer", where=f"RAY_ADDRESS={address}", evidence="".join(evidence)) from error

@@ -85,9 +85,7 @@ def effective_receptive_field(
     return ReceptiveField(total / mass if mass > 0 else torch.zeros_like(total), unit.layer, unit.grid, unit.position, count)
 
 
-def _find_unit(
-    model: nn.Module, images: Tensor, layer: str | None, position: tuple[int, int] | None
-) -> tuple[Unit, torch.memory_format]:
+def _find_unit(model: nn.Module, images: Tensor, layer: str | None, position: tuple[int, int] | None) -> tuple[Unit, torch.memory_format]:
     """The unit, and the faster memory format that the model takes: on a CPU channels-last, unless it looks at its input as contiguous."""
     if images.device.type == "cpu":
         try:

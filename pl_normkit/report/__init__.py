@@ -6,8 +6,8 @@ __all__ = ["Report", "merge_reports"]
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from pl_normkit.findings import Finding, Note, NoteKind, Severity
 from pl_normkit.report.landmarks import Landmark, RunResult
@@ -87,11 +87,28 @@ class Report:
 
         return to_github(self)
 
-    def to_html(self) -> str:
-        """A self-contained page: summary, findings to fold out and filter, map of the network, curves, edits, pictures."""
+    def to_html(self, probes: Mapping[str, Any] | None = None) -> str:
+        """A self-contained page: summary, findings to fold out and filter, map of the network, curves, edits, pictures.
+
+        Args:
+            probes: title -> what a probe measured, drawn below the map along the same depth: what `measure_variance_shift`,
+                `measure_fusion_scales`, `measure_time_awareness`, `measure_gamma_norms` or `HealthMeter.after_step` gave, or any module
+                paths with numbers.
+
+        Raises ConfigError for a result that holds no numbers by module.
+
+        >>> "Shift at the norms" in Report().to_html(probes={"Shift at the norms": {"layer1.bn": 0.8, "layer2.bn": 1.1}})
+        True
+        """
         from pl_normkit.report.html import to_html
 
-        return to_html(self)
+        return to_html(self.with_probes(probes or {}))
+
+    def with_probes(self, probes: Mapping[str, Any]) -> Report:
+        """The same report with more curves; see `to_html`."""
+        from pl_normkit.report.probe_curves import curves_of_probes
+
+        return replace(self, curves={**self.curves, **curves_of_probes(probes)})
 
     def _repr_html_(self) -> str:
         """How a notebook shows the report."""

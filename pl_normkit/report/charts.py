@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["bars", "line_chart", "network_map"]
+__all__ = ["bars", "depth_chart", "line_chart", "network_map"]
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -60,6 +60,34 @@ def network_map(landmarks: Sequence[Landmark], marked: Mapping[str, Collection[s
         kind = "found" if codes else "plain"
         parts.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{y}" r="{6 if codes else 4}"><title>{title}</title></circle>')
     return _svg("map", _WIDTH, len(kinds) * _ROW + 16, parts, "map of the network along depth")
+
+
+def depth_chart(curve: Mapping[str, float], landmarks: Sequence[Landmark]) -> str:
+    """A curve over the depth of the map, so that it can be read below it; "" where a module of the curve has no landmark.
+
+    A block stands where its first landmark does.
+    """
+    depths = {path: _depth_of(path, landmarks) for path in curve}
+    points = [(depth, curve[path], path) for path, depth in depths.items() if depth is not None and math.isfinite(curve[path])]
+    if not points or None in depths.values():
+        return ""
+    points.sort(key=lambda point: point[0])
+    last, low, high = max(landmark.depth for landmark in landmarks) or 1, min(y for _, y, _ in points), max(y for _, y, _ in points)
+    placed = [
+        (_LABEL + x / last * (_WIDTH - 8 - _LABEL), 100 - (y - low) / ((high - low) or 1) * 80, f"{label} {y:.4g}")
+        for x, y, label in points
+    ]
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in placed)
+    dots = [f'<circle class="plain" cx="{x:.1f}" cy="{y:.1f}" r="3"><title>{escape(title)}</title></circle>' for x, y, title in placed]
+    axes = [f'<text x="{_LABEL - 12}" y="24" text-anchor="end">{high:.4g}</text>']
+    if high > low:
+        axes.append(f'<text x="{_LABEL - 12}" y="104" text-anchor="end">{low:.4g}</text>')
+    return _svg("curve", _WIDTH, 112, [f'<polyline points="{line}"/>', *dots, *axes], "curve along depth")
+
+
+def _depth_of(path: str, landmarks: Sequence[Landmark]) -> int | None:
+    inside = [landmark.depth for landmark in landmarks if landmark.module == path or landmark.module.startswith(f"{path}.")]
+    return min(inside, default=None)
 
 
 def line_chart(points: Sequence[tuple[float, float]], labels: Sequence[str] = ()) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pl_normkit
 from pl_normkit.findings import Finding, FixSafety, Place
-from pl_normkit.report.charts import bars, line_chart, network_map
+from pl_normkit.report.charts import bars, depth_chart, line_chart, network_map
 from pl_normkit.report.source_lines import SourceLine, lines_around
 from pl_normkit.rules import Rule, load_rules
 
@@ -39,10 +39,21 @@ def to_html(report: Report) -> str:
         families=sorted({finding.code[:3] for finding in report.findings}),
         notes=_notes_by_kind(report),
         network=network_map(report.landmarks, _codes_by_module(report)),
-        curves={title: line_chart(list(enumerate(curve.values())), list(curve)) for title, curve in report.curves.items()},
+        map_curves=_charts_below_map(report),
+        curves={title: line_chart(list(enumerate(curve.values())), list(curve)) for title, curve in _other_curves(report).items()},
         run_curves={name: line_chart(points) for name, points in report.run.curves.items()} if report.run else {},
         pictures={title: base64.b64encode(png).decode() for title, png in report.pictures.items()},
     )
+
+
+def _charts_below_map(report: Report) -> dict[str, str]:
+    charts = {title: depth_chart(curve, report.landmarks) for title, curve in report.curves.items()}
+    return {title: chart for title, chart in charts.items() if chart}
+
+
+def _other_curves(report: Report) -> Mapping[str, Mapping[str, float]]:
+    """Those that do not lie along the landmarks."""
+    return {title: curve for title, curve in report.curves.items() if not depth_chart(curve, report.landmarks)}
 
 
 def _file(loader: Any, environment: Any, name: str) -> str:

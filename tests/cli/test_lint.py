@@ -123,3 +123,25 @@ def test_a_rule_that_fails_gives_2_with_the_other_findings(run: Run, make_rule: 
     result = run(*LINT, "--format", "json")
     document = json.loads(result.out)
     assert (result.code, [found["code"] for found in document["findings"]], len(document["notes"])) == (2, ["NK101"], 1)
+
+
+def test_probes_are_measured_and_drawn(run: Run) -> None:
+    """By name or all; one that has nothing to measure is a note that fails nothing."""
+    result = run("lint", "userpkg.models:build", "--input", "3,16,16", "--real", "--probe", "ALL", "--format", "json")
+    report = json.loads(result.out)
+    assert result.code == 1
+    assert set(report["curves"]["Variance that a norm sees, eval over train mode"]) == {"1.bn1", "1.bn2", "2.bn1", "2.bn2"}
+    assert any(title.startswith("Scale of the norms by role: ") for title in report["curves"])
+    assert "the probe time_awareness measured nothing" in result.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--real", "--probe", "variance_shifts"), "did you mean 'variance_shift'"),
+        (("--probe", "variance_shift"), "give --real"),
+    ],
+)
+def test_probes_that_cannot_be_measured(run: Run, words: tuple[str, ...], message: str) -> None:
+    result = run("lint", "userpkg.models:build", "--input", "3,16,16", *words)
+    assert (result.code, message in result.err) == (2, True)

@@ -8,15 +8,20 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import nn
 
-from pl_normkit import Report, audit
+from pl_normkit import Report, audit, measure_gamma_norms, measure_variance_shift
+from pl_normkit.block_health import BlockHealth
+from pl_normkit.errors import ConfigError
 from pl_normkit.findings import Evidence, Finding, FixSafety, Note, NoteKind, Place, Severity
-from pl_normkit.report.charts import bars, line_chart, network_map
+from pl_normkit.report.charts import bars, depth_chart, line_chart, network_map
 from pl_normkit.report.landmarks import Landmark, RunResult, Score, Table
+from pl_normkit.report.probe_curves import curves_of_probes
 from pl_normkit.report.source_lines import lines_around
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
@@ -43,7 +48,7 @@ REPORT = Report(
     {HOSTILE: b"\x89PNG"},
     {"inputs": HOSTILE},
     [Landmark("norm", LONG, "", 3), Landmark("dropout", HOSTILE, HOSTILE, 9)],
-    {HOSTILE: {"a": 1.0, HOSTILE: float("nan"), "b": 3.0}},
+    {HOSTILE: {"a": 1.0, HOSTILE: float("nan"), "b": 3.0}, f"{HOSTILE} {LONG}": {LONG: 1.0, HOSTILE: 2.0}},
     RunResult([Score(HOSTILE, 0.5, HOSTILE)], HOSTILE, {HOSTILE: [(0, 1.0), (1, 0.5)]}, [Table(HOSTILE, [HOSTILE], [[HOSTILE]])], HOSTILE),
 )
 
@@ -114,6 +119,53 @@ def test_the_map_marks_where_findings_stand() -> None:
 def test_a_curve_leaves_out_what_is_not_finite() -> None:
     assert line_chart([(0, 1.0), (1, float("nan")), (2, 3.0)]).count("<circle") == 2
     assert line_chart([(0, float("inf"))]) == ""
+
+
+class Ratio(NamedTuple):
+    module: str
+    ratio: float
+
+
+@pytest.mark.parametrize(
+    ("result", "curves"),
+    [
+        ({"a": 1, "b": 2.5}, {"t": {"a": 1.0, "b": 2.5}}),
+        ({"last": {"a": 1.0}, "none": {}}, {"t: last": {"a": 1.0}}),
+        ({"a": BlockHealth(0.5, None, 0.1)}, {"t: gradient norm": {"a": 0.5}, "t: dead share": {"a": 0.1}}),
+        ([Ratio("a", 2.0), Ratio("a", 4.0), Ratio("b", 1.0)], {"t": {"a": 4.0, "b": 1.0}}),
+        (SimpleNamespace(curves={"by block": {"a": 1.0}}), {"t: by block": {"a": 1.0}}),
+        (SimpleNamespace(curves=lambda: {"by block": {"a": 1.0}}), {"t: by block": {"a": 1.0}}),
+        ({}, {"t": {}}),
+    ],
+)
+def test_results_of_probes_are_curves(result: object, curves: dict[str, dict[str, float]]) -> None:
+    assert curves_of_probes({"t": result}) == curves
+
+
+@pytest.mark.parametrize("result", [3.0, "text", ["text"], {"a": "text"}, None])
+def test_what_holds_no_numbers_by_module_is_refused(result: object) -> None:
+    with pytest.raises(ConfigError, match="cannot be drawn"):
+        curves_of_probes({"t": result})
+
+
+def test_a_curve_along_the_landmarks_lies_below_the_map() -> None:
+    """A block stands where its first landmark does; a curve with a module that has none is drawn apart."""
+    landmarks = [Landmark("norm", "a.bn", "", 0), Landmark("norm", "b.bn1", "", 5), Landmark("norm", "b.bn2", "", 10)]
+    svg = depth_chart({"b": 4.0, "a.bn": 2.0, "b.bn2": 3.0}, landmarks)
+    assert re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', svg) == [("150.0", "100.0"), ("391.0", "20.0"), ("632.0", "60.0")]
+    assert depth_chart({"a.bn": 2.0, "elsewhere": 3.0}, landmarks) == ""
+    page = Report(landmarks=landmarks).to_html({"Shift": {"a.bn": 2.0}, "Apart": {"elsewhere": 1.0}})
+    assert "Shift" in page.partition("Map of the network")[2].partition("</section>")[0]
+    assert "Apart" in page.partition("Map of the network")[2].partition("</section>")[2]
+
+
+def test_probes_of_a_real_network_are_drawn_on_its_map(faulty_net: nn.Module) -> None:
+    batch = torch.randn(8, 3, 8, 8)
+    probes = {"Shift": measure_variance_shift(faulty_net, batch), "Scales": measure_gamma_norms(faulty_net, batch)}
+    report = audit(faulty_net, batch).with_probes(probes)
+    assert set(report.curves["Shift"]) == {landmark.module for landmark in report.landmarks if landmark.kind == "norm"}
+    below = report.to_html().partition("Map of the network")[2].partition("</section>")[0]
+    assert below.count("<figcaption>") == len(report.curves) > 1
 
 
 def test_an_audit_fills_the_page(faulty_net: nn.Module) -> None:

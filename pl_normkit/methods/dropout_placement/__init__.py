@@ -7,6 +7,7 @@ states the two placements; the graph criteria here are derived from them.
     find.py     the slots of a branch and the heads, and what each dropout's place is worth
     measure.py  what dropout does to the variance that a norm sees, and the strength of one before a pool
     fix.py      moves dropouts
+    commands.py `lint --probe variance_shift`
 """
 
 from __future__ import annotations

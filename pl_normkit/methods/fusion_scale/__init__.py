@@ -8,6 +8,7 @@ body was not; what is derived here says so.
     joins.py             which fusions join features of several levels, and what each of their branches is
     measure.py           mean and standard deviation of every branch over the data
     fix.py               `equalize_scales`
+    commands.py          `lint --probe fusion_scales`
     stages.py            the same in the two stages of a training run
     calibrate.py         statistics in execution order, with the earlier equalizers active
     fold.py              equalizers into the convolutions that read them

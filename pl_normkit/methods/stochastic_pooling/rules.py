@@ -68,7 +68,7 @@ def dropout_after_average_pool(subject: Subject) -> Iterator[Observation]:
             message=f"dropout acts on globally average-pooled features in {len(found)} place{'s' if len(found) > 1 else ''}",
             places=[Place(item.node.module, item.node.source) for item in found],
             evidence=[Evidence(f"drop probability of {strongest.module}", strongest.p, is_measured=False)],
-            advice="try stochastic_pooling(model, keep=0.5) without this dropout",
+            advice="try stochastic_pooling(model, keep=0.1) without this dropout",
         )
 
 

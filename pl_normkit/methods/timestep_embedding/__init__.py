@@ -8,6 +8,7 @@ a norm can remove a time that is added or concatenated just before it; formulas,
     measure.py  `measure_time_awareness`: two times on one input, norm by norm and end to end
     modules.py  positional, after-norm and scale-and-shift injection for networks of your own
     fix.py      `apply_positional_time`, `apply_time_bias`, `apply_fewer_groups`
+    commands.py `lint --probe time_awareness`
     rules.py    NK801 to NK804
 """
 

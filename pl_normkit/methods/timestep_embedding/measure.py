@@ -98,6 +98,14 @@ class TimeAwareness:
         """A JSON object; what is not finite becomes null."""
         return json.dumps(_finite(asdict(self)), indent=2, allow_nan=False)
 
+    def curves(self) -> dict[str, dict[str, float]]:
+        """For the page of a report: the share of the time that each norm leaves, with circular padding, and what arrives there."""
+        reached = [norm for norm in self.norms if not math.isnan(norm.circular)]
+        return {
+            "share that leaves the norm": {norm.module: norm.circular for norm in reached},
+            "sensitivity that arrives": {norm.module: norm.arriving for norm in reached},
+        }
+
     def __str__(self) -> str:
         width = max([len(norm.module) for norm in self.norms] + [4])
         lines = [f"{'norm':{width}}  channels  groups  arriving   leaving  share  circular  verdict"]
@@ -131,7 +139,7 @@ class TimeAwareness:
 def measure_time_awareness(
     model: nn.Module,
     batch: Any,
-    times: Sequence[Any],
+    times: Sequence[Any] | None = None,
     *,
     time: int | str | None = None,
     loss: Callable[[Any], Tensor] | None = None,
@@ -170,6 +178,7 @@ def measure_time_awareness(
     model = unwrapped(model)
     arguments = call_arguments(batch)
     key = _time_argument(arguments) if time is None else time
+    times = _own_times(_argument(arguments, key)) if times is None else times
     if len(times) != 2:
         raise ConfigError("two times are compared", where="times", evidence=f"{len(times)} were given")
     first, second = (_with_time(arguments, key, value) for value in times)
@@ -354,6 +363,11 @@ def _argument(arguments: Call, key: int | str) -> Any:
     if not known:
         raise ConfigError("the batch has no such argument", where="time", evidence=repr(key))
     return keywords[key] if isinstance(key, str) else positional[key]
+
+
+def _own_times(own: Any) -> tuple[Any, Any]:
+    """Those of the batch, and each given to the next sample."""
+    return own, own.roll(1, 0) if isinstance(own, Tensor) and own.dim() else own
 
 
 def _with_time(arguments: Call, key: int | str, value: Any) -> Call:

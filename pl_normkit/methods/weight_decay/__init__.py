@@ -30,6 +30,7 @@ __all__ = [
     "Role",
     "describe_decay",
     "gamma_norms",
+    "measure_gamma_norms",
     "param_groups",
     "parameter_roles",
     "plot_gamma_norms",
@@ -38,7 +39,7 @@ __all__ = [
 
 from pl_normkit.methods.weight_decay.find import ModelRoles, parameter_roles, read_model
 from pl_normkit.methods.weight_decay.fix import describe_decay, param_groups
-from pl_normkit.methods.weight_decay.measure import gamma_norms, plot_gamma_norms
+from pl_normkit.methods.weight_decay.measure import gamma_norms, measure_gamma_norms, plot_gamma_norms
 from pl_normkit.methods.weight_decay.optimizers import OptimizerSplitter
 from pl_normkit.methods.weight_decay.policy import PRESETS, DecayLine, DecayPolicy
 from pl_normkit.methods.weight_decay.roles import Role

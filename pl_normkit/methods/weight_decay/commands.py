@@ -1,4 +1,4 @@
-"""What this room adds to the command line: `lint --optimizer`, `roles` and a drawing of `report`."""
+"""What this room adds to the command line: `lint --optimizer`, `lint --probe gamma_norms`, `roles` and a drawing of `report`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from pl_normkit.commands import lint_part, model_command, run_drawing
+from pl_normkit.commands import lint_part, lint_probe, model_command, run_drawing
 from pl_normkit.errors import ConfigError
 from pl_normkit.methods.weight_decay.find import read_model
-from pl_normkit.methods.weight_decay.measure import HISTORY_FILE, plot_gamma_norms, read_history
+from pl_normkit.methods.weight_decay.measure import HISTORY_FILE, measure_gamma_norms, plot_gamma_norms, read_history
 from pl_normkit.methods.weight_decay.optimizer_text import build_optimizer
 from pl_normkit.methods.weight_decay.policy import PRESETS, resolve_policy
 
@@ -42,6 +42,11 @@ def _roles(options: argparse.Namespace, model: nn.Module, inputs: Any) -> int:
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())  # noqa: T201
     return 0
+
+
+@lint_probe("gamma_norms", "Scale of the norms by role")
+def _gamma_norms(model: nn.Module, inputs: Any) -> Any:
+    return measure_gamma_norms(model, inputs)
 
 
 @run_drawing

@@ -8,6 +8,7 @@ __all__ = [
     "add_gamma_norms",
     "draw_history",
     "gamma_norms",
+    "measure_gamma_norms",
     "plot_gamma_norms",
     "read_history",
     "squared_gamma_norms",
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from pl_normkit.errors import DataError
-from pl_normkit.methods.weight_decay.find import ModelRoles
+from pl_normkit.methods.weight_decay.find import ModelRoles, read_model
 from pl_normkit.methods.weight_decay.roles import GAMMAS, Role
 from pl_normkit.wrappers import unwrapped_name
 
@@ -69,6 +70,26 @@ def gamma_norms(model: nn.Module, known: ModelRoles) -> dict[Role, float]:
     {<Role.GAMMA_TRUNK: 'gamma_trunk'>: 2.0}
     """
     return {role: float(square) ** 0.5 for role, square in squared_gamma_norms(model, known).items()}
+
+
+def measure_gamma_norms(model: nn.Module, example_inputs: Any = None) -> dict[str, dict[str, float]]:
+    """Root mean square of the scale of every norm, by role and by path of the norm; what `Report.to_html(probes=...)` draws.
+
+    Args:
+        model: with real weights.
+        example_inputs: for the trace that tells the roles; None where the model needs none.
+
+    >>> import torch
+    >>> measure_gamma_norms(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), torch.zeros(2, 3, 8, 8))
+    {'gamma_trunk': {'1': 1.0}}
+    """
+    roles = {unwrapped_name(name): role for name, role in read_model(model, example_inputs).roles.items()}
+    found: dict[str, dict[str, float]] = {}
+    for name, parameter in model.named_parameters():
+        role = roles.get(unwrapped_name(name))
+        if role in GAMMAS:
+            found.setdefault(role.value, {})[name.rpartition(".")[0]] = float(parameter.detach().float().square().mean()) ** 0.5
+    return found
 
 
 def squared_gamma_norms(model: nn.Module, known: ModelRoles) -> dict[Role, Tensor]:

@@ -17,9 +17,7 @@ def _places(model: nn.Module, inputs: Any, **options: Any) -> list[list[str]]:
     return [[place.module for place in finding.places] for finding in found]
 
 
-@pytest.mark.parametrize(
-    ("channels", "groups", "expected"), [(64, 32, [["1"]]), (96, 32, [["1"]]), (128, 32, []), (64, 1, []), (8, 8, [])]
-)
+@pytest.mark.parametrize(("channels", "groups", "expected"), [(64, 32, [["1"]]), (96, 32, [["1"]]), (128, 32, []), (64, 1, []), (8, 8, [])])
 def test_channels_per_group(channels: int, groups: int, expected: list[list[str]]) -> None:
     model = nn.Sequential(nn.Conv2d(3, channels, 3), nn.GroupNorm(groups, channels))
     assert _places(model, torch.randn(4, 3, 8, 8)) == expected
