@@ -20,11 +20,22 @@ else:
     from lightning.pytorch.callbacks import Callback as _LightningCallback
 
     class Callback(_LightningCallback):
-        """A callback for the Trainers of both Lightnings: each takes only instances of its own class."""
+        """A callback for the Trainers of both Lightnings: each takes only instances of its own class.
+
+        Attributes:
+            _of_a_run: names of attributes that belong to a run that is going on, and are None before it.
+        """
+
+        _of_a_run: tuple[str, ...] = ()
 
         def __new__(cls, *args: Any, **kwargs: Any) -> Any:
             _join_other_lightning()
             return super().__new__(cls)
+
+        def __getstate__(self) -> dict[str, Any]:
+            """A copy, also in another process, starts outside of any run; `log` and `log_dict` are the module's, hung on by Lightning."""
+            own = {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}
+            return own | dict.fromkeys(self._of_a_run)
 
 
 def _join_other_lightning() -> None:

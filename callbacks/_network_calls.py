@@ -6,6 +6,7 @@ __all__ = ["NetworkCall", "NetworkCalls", "networks_in", "rehearse"]
 
 import inspect
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -167,7 +168,7 @@ def _rehearse_once(
 
     is_miscounted = False
     with ExitStack() as stack:
-        kept = objects_kept(*pl_module.modules())
+        kept = objects_kept(*pl_module.modules(), *_of_its_classes(pl_module))
         for context in (preserved(pl_module, buffers=True), kept, torch.no_grad(), warnings.catch_warnings()):
             stack.enter_context(context)
         warnings.simplefilter("ignore")
@@ -184,6 +185,12 @@ def _rehearse_once(
         except Exception as error:  # the run itself will say so, if it fails there too
             is_miscounted = isinstance(error, ValueError) and "values to unpack" in str(error)
         return watching.finish(), is_miscounted
+
+
+def _of_its_classes(pl_module: nn.Module) -> list[Any]:
+    """Lists and the like that a step fills and all instances share."""
+    own = [kind for kind in type(pl_module).__mro__ if kind.__module__.partition(".")[0] not in ("torch", "lightning", "pytorch_lightning")]
+    return [value for kind in own for value in vars(kind).values() if isinstance(value, (list, dict, set, deque))]
 
 
 def _step_arguments(step: Callable[..., Any], batch: Any) -> tuple[Any, ...]:

@@ -43,6 +43,8 @@ class DepthProfile(Callback):
         ConfigError: for steps below 1 and for an unknown panel.
     """
 
+    _of_a_run = ("_probe", "_capture")
+
     def __init__(
         self, every_n_steps: int = 100, panels: Sequence[str] = ("variance", "ratio", "angle", "largest"), *, gradient_every: int = 10
     ) -> None:

@@ -52,6 +52,8 @@ class GammaDecay(Callback):
         EditError: when an optimizer that exists already has stepped, or has a scheduler that torch did not make.
     """
 
+    _of_a_run = ("_splitter",)
+
     def __init__(
         self,
         weight_decay: float | None = None,

@@ -32,6 +32,8 @@ class GradientHealth(Callback):
     Raises: ConfigError for a number of steps below 1.
     """
 
+    _of_a_run = ("_meter",)
+
     def __init__(self, every_n_steps: int = 50) -> None:
         if type(every_n_steps) is not int or every_n_steps < 1:
             raise ConfigError("every_n_steps must be a positive whole number", evidence=repr(every_n_steps))

@@ -47,6 +47,8 @@ class ModelAudit(StepHooks, EvaluationHooks):
     Raises: ConfigError for an unknown rule, pattern or option; AuditFailedError when a finding reaches `fail_on`.
     """
 
+    _of_a_run = ("_watched", "_evaluation", "_stop_waiting")
+
     def __init__(
         self,
         example_inputs: Any = None,

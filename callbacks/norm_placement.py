@@ -45,6 +45,8 @@ class NormPlacement(Callback):
         EditError: in `setup`, as `place_norms`.
     """
 
+    _of_a_run = ("_stop_waiting",)
+
     def __init__(
         self, kind: str, example_inputs: Any = None, *, retrain: bool = False, filter_fn: Filter | None = None, **options: Any
     ) -> None:
@@ -57,11 +59,11 @@ class NormPlacement(Callback):
         self.changes = Changes()
         self._records: list[dict[str, Any]] = []
         self._has_said = False
-        self._stop_waiting: Callable[[], None] = lambda: None
+        self._stop_waiting: Callable[[], None] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         fit = fit_of(self, trainer, pl_module)
-        self._stop_waiting()
+        self._stop()
         self._stop_waiting = after(pl_module, "on_load_checkpoint", lambda checkpoint: self._restore(pl_module, checkpoint))
         if stage == "fit":
             fit.edit(self, lambda: self._place(fit, fit.calls(self.example_inputs)), _LOOKED_FOR, reads_inputs=True)
@@ -87,7 +89,11 @@ class NormPlacement(Callback):
             self.changes, self._records = restore_records(pl_module, records), records
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._stop_waiting()
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._stop_waiting is not None:
+            self._stop_waiting()
 
     @property
     def summary(self) -> str:

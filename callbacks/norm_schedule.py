@@ -33,6 +33,8 @@ class NormSchedule(Callback):
     Raises: ConfigError for numbers out of range.
     """
 
+    _of_a_run = ("_norms",)
+
     def __init__(self, steps: int, start: int = 0) -> None:
         if type(steps) is not int or steps < 1 or type(start) is not int or start < 0:
             raise ConfigError("steps must be a positive whole number and start none below 0", evidence=f"{steps!r}, {start!r}")

@@ -46,17 +46,16 @@ class PositionalVariance(Callback):
         ConfigError: for a threshold that is not positive, or no batch.
     """
 
+    _of_a_run = ("_found", "_capture")
+
     def __init__(self, threshold: float = TOLERANCE, batches: int = 8, required: bool = True) -> None:
         if threshold <= 0.0 or batches < 1:
             raise ConfigError("threshold is above 0 and batches at least 1", evidence=f"{threshold} and {batches}")
-        self.threshold = threshold
-        self.batches = batches
-        self.required = required
+        self.threshold, self.batches, self.required = threshold, batches, required
         self.rho: float | None = None
         self._found: tuple[nn.Module, PositionalSite] | None = None
         self._capture: NetworkCalls | None = None
-        self._watching = ExitStack()
-        self._has_failed = False
+        self._watching, self._has_failed = ExitStack(), False
         self._passes = PairedPasses(0)  # wants nothing until a fit is set up
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

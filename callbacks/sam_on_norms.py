@@ -40,6 +40,8 @@ class SAMOnNorms(Callback):
             step), `accumulate_grad_batches` other than 1, and strategies that shard parameters or hold the gradients themselves.
     """
 
+    _of_a_run = ("ascent", "_waiting")
+
     def __init__(
         self, rho: float = 0.5, kind: AscentKind = "l2", eta: float = 0.01, normalize_bias: bool = False, example_inputs: Any = None
     ) -> None:

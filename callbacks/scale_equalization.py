@@ -51,6 +51,8 @@ class ScaleEqualization(Callback):
         DataError: as `equalize_scales`.
     """
 
+    _of_a_run = ("_staged",)
+
     def __init__(
         self,
         mode: Mode = "explicit",

@@ -7,6 +7,7 @@ __all__ = ["Change", "Changes", "Undo"]
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from html import escape
+from typing import Any
 
 Undo = Callable[[], None]
 
@@ -49,6 +50,10 @@ class Changes:
         while self._undo:
             self._undo[-1]()
             self._undo.pop()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, also in another process, tells what was done; only the original, which knows the model, takes it back."""
+        return vars(self) | {"_undo": []}
 
     def __bool__(self) -> bool:
         """Whether anything was changed."""

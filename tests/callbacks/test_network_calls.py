@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import numpy as np
@@ -153,6 +153,21 @@ def test_steps_by_hand_run_without_their_optimizers() -> None:
     weights = {key: value.clone() for key, value in module.state_dict().items()}
     assert [call.network for call in rehearse(trainer_of(module), module, X)] == [module.net, module.teacher]
     assert all(torch.equal(weights[key], value) for key, value in module.state_dict().items())
+
+
+def test_a_rehearsal_leaves_what_instances_share() -> None:
+    class Noting(Module):
+        seen: ClassVar[list[Any]] = []
+        counts: ClassVar[dict[str, int]] = {"steps": 0}
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.seen.append(batch_idx)
+            self.counts["steps"] += 1
+            return super().training_step(batch, batch_idx)
+
+    module = Noting(lambda m, b: m.net(b))
+    assert rehearse(trainer_of(module), module, X) != []
+    assert (Noting.seen, Noting.counts) == ([], {"steps": 0})
 
 
 def test_a_rehearsal_leaves_nothing() -> None:

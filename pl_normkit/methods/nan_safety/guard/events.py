@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["EventLog"]
+__all__ = ["EventLog", "end_of_run"]
 
 import logging
 import warnings
@@ -14,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pl_normkit.errors import NormkitWarning
+from pl_normkit.errors import NonFiniteError, NormkitWarning
 from pl_normkit.methods.nan_safety.diagnosis.first_bad import Diagnosis, Record
 from pl_normkit.methods.nan_safety.diagnosis.replay import save_replay
 from pl_normkit.methods.nan_safety.diagnosis.rerun import Batch, diagnose_batches
@@ -126,3 +126,15 @@ def _from_all_ranks(diagnosis: Diagnosis) -> dict[int, Diagnosis]:
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, diagnosis)
     return dict(enumerate(found))
+
+
+def end_of_run(event: dict[str, Any], exceeded: str, *, stays: bool) -> NonFiniteError:
+    """The error that ends a run after an event: its cause stays, a budget is exceeded, or the policy wants it."""
+    lasting = "a parameter or optimizer state is not finite: every further step would be bad" if stays else ""
+    return NonFiniteError(
+        lasting or exceeded or "a training step is not finite; it was not made",
+        where=f"step {event['step']}, batch {event['batch_index']}, ranks {event['ranks']}",
+        evidence=str(event["first"]),
+        fix=f"pl-normkit replay {event['file']}" if event["file"] else "see NaNGuard.events",
+        silence="" if stays else 'NaNGuard(policy="skip", max_skips=None, max_skips_per_1000=None)',
+    )

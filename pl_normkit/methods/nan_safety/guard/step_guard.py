@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pl_normkit.errors import ConfigError, NonFiniteError
+from pl_normkit.errors import ConfigError
 from pl_normkit.methods.nan_safety.diagnosis.first_bad import Diagnosis
 from pl_normkit.methods.nan_safety.diagnosis.replay import RandomState
 from pl_normkit.methods.nan_safety.diagnosis.rerun import Batch
@@ -36,7 +36,7 @@ from pl_normkit.methods.nan_safety.guard.budget import SkipBudget, SpikeWatch
 from pl_normkit.methods.nan_safety.guard.causes import bad_gradient, lasting_cause
 from pl_normkit.methods.nan_safety.guard.decision import Verdict, gradients, measure, shared
 from pl_normkit.methods.nan_safety.guard.device_flags import DeviceFlags
-from pl_normkit.methods.nan_safety.guard.events import EventLog
+from pl_normkit.methods.nan_safety.guard.events import EventLog, end_of_run
 from pl_normkit.methods.nan_safety.guard.losses_seen import Seen
 from pl_normkit.methods.nan_safety.guard.raw_steps import RawSteps
 from pl_normkit.methods.nan_safety.guard.running import Run, SkipStep, Step, Surroundings, device_of, drop_gradients
@@ -94,6 +94,13 @@ class StepGuard:
         self._undo: list[Callable[[], Any]] = []
         self._run: Run | None = None
         self._flags = DeviceFlags(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, also in another process, starts outside of any run; its counts and settings go with it."""
+        return vars(self) | {"_undo": [], "_run": None, "_flags": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _flags=DeviceFlags(self))
 
     # -- the loop
 
@@ -388,11 +395,8 @@ class StepGuard:
         if spiked is not None:
             self.spikes += 1
             median = self._spike_watch.median(run.index(spiked))
-            found: Any = (
-                Diagnosis("spike", detail=f"the gradient norm is {verdict.norm:.4g}, its running median {median:.4g}"),
-                None,
-                batch,
-            )
+            detail = f"the gradient norm is {verdict.norm:.4g}, its running median {median:.4g}"
+            found: Any = (Diagnosis("spike", detail=detail), None, batch)
         elif verdict.stays:
             found = (cause or Diagnosis("unknown", detail="the parameter that is not finite is on another rank"), None, batch)
         elif run.around.sharded:
@@ -429,14 +433,7 @@ class StepGuard:
             run.snapshot.uses_for_cause += 1
             can_go_back = run.snapshot.uses_for_cause <= ROLLBACKS
         if self.policy == "raise" or exceeded or (stays and not can_go_back):
-            lasting = "a parameter or optimizer state is not finite: every further step would be bad" if stays else ""
-            raise NonFiniteError(
-                lasting or exceeded or "a training step is not finite; it was not made",
-                where=f"step {event['step']}, batch {event['batch_index']}, ranks {event['ranks']}",
-                evidence=str(event["first"]),
-                fix=f"pl-normkit replay {event['file']}" if event["file"] else "see NaNGuard.events",
-                silence="" if stays else 'NaNGuard(policy="skip", max_skips=None, max_skips_per_1000=None)',
-            )
+            raise end_of_run(event, exceeded, stays=stays)
         if can_go_back and run.snapshot is not None:
             run.snapshot.restore(self.lr_factor)
             run.shadow.accept()
