@@ -8,6 +8,11 @@ import math
 from collections import deque
 from collections.abc import Mapping
 from statistics import median
+from typing import Any
+
+from torch import Tensor
+
+from pl_normkit.methods.depth_profile.profile import DepthProfile
 
 LOW, FALL, WITHIN = 0.05, 0.5, 100
 SPIKE, USUAL = 2.0, 5
@@ -42,6 +47,23 @@ class EntropyCollapse:
             self._spiked_at = step
         if math.isfinite(value):
             before.append(value)
+
+    def add_output(self, output: Any, step: int) -> None:
+        """Take the loss of a training step: a tensor, or one under "loss"."""
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            self.add_value("loss", float(loss.detach()), step)
+
+    def judge(self, profile: DepthProfile, step: int) -> str:
+        """What is wrong with the entropies of a profile, "" where nothing is."""
+        entropies = {row.module: row.entropy for row in profile.additions if row.entropy is not None}
+        collapsed = self.add_entropies(entropies, step)
+        if not collapsed:
+            return ""
+        return (
+            f"Attention in {', '.join(collapsed[:3])} has collapsed (entropy {entropies[collapsed[0]]:.2g} of the largest) while the loss "
+            f"spiked (step {step}). Lower the learning rate, or normalize queries and keys"
+        )
 
     def add_entropies(self, entropies: Mapping[str, float], step: int) -> list[str]:
         """Take the normalized entropies of attentions, and say which have collapsed while something spiked within the last 100 steps."""

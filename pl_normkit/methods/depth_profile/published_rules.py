@@ -326,8 +326,8 @@ def patch_embedding_gradient(subject: Subject) -> Iterator[Observation]:
 
     Source
     Derived: the cut of 10 is ours; small ViTs of timm lay at 0.5 to 1.6 at their start, and below 6 two steps later. Blocks with
-    LayerScale, which get next to no gradient at the start, are not judged. Published: two norms around the embedding improve well-tuned ViTs
-    (abstract).
+    LayerScale, which get next to no gradient at the start, are not judged. Published: two norms around the embedding improve
+    well-tuned ViTs (abstract).
     """
     layers, model, graph = subject.once(layers_of), subject.model, subject.graph
     patches = _patch_embedding(graph) if graph is not None else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
 from pl_normkit.methods.depth_profile import EntropyCollapse
 
@@ -33,3 +34,14 @@ def test_alarm(case: str) -> None:
     assert [watch.add_entropies({"block": entropy, "other": 0.5}, step) for step, entropy in entropies] == [
         ["block"] if is_alarm else [] for is_alarm in expected
     ]
+
+
+def test_what_a_step_gives() -> None:
+    """A tensor, or one under "loss"; anything else is no reading."""
+    watch = EntropyCollapse()
+    for step, output in enumerate([torch.tensor(1.0), {"loss": torch.tensor(1.0)}, None, torch.ones(2), 3.0, *[torch.tensor(1.0)] * 2]):
+        watch.add_output(output, step)
+    watch.add_output(torch.tensor(9.0), 7)
+    assert watch.add_entropies({"block": 0.01}, 8) == []  # four readings before it are too few
+    watch.add_output({"loss": torch.tensor(9.0)}, 9)
+    assert watch.add_entropies({"block": 0.01}, 10) == ["block"]
