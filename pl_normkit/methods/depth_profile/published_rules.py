@@ -101,9 +101,7 @@ def scaled_norms_conflict(subject: Subject) -> Iterator[Observation]:
 
     Example
     ```python
-    from pl_normkit import place_norms
     from pl_normkit.nn import CausalTransformer
-    import torch
 
     model = CausalTransformer(256, width=16, depth=2, heads=2, length=8, placement="lns")
     for block in model.blocks:  # the start of GPT-2, made for plain pre-norm
