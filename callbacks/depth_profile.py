@@ -13,7 +13,7 @@ import torch
 from pl_normkit.callbacks._lightning import Callback, is_sharded
 from pl_normkit.callbacks._network_calls import NetworkCall, NetworkCalls
 from pl_normkit.errors import ConfigError, NormkitError, NormkitWarning, NothingMatchedError, nearest
-from pl_normkit.methods.depth_profile import DepthProbe, StuckGradients
+from pl_normkit.methods.depth_profile import DepthProbe, EntropyCollapse, StuckGradients
 from pl_normkit.methods.depth_profile import DepthProfile as Profile
 from pl_normkit.methods.depth_profile.profile import PANELS, gradient_ratio
 from pl_normkit.wrappers import unwrapped
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 
 class DepthProfile(Callback):
-    """Measures the residual stream every `every_n_steps` steps, logs a few numbers and a figure, and warns once of a run that is stuck.
+    """Measures the residual stream every `every_n_steps` steps, logs a few numbers and a figure, and warns once of a run that is stuck
+    and, where `panels` names an entropy, of attention that collapses while the loss spikes.
 
     The network is traced on the inputs of the first batch; later measurements are one more forward pass without gradients, after the
     step. The gradients that the run has anyway are read every `gradient_every` steps, with accumulation once an optimizer step. The
@@ -37,7 +38,7 @@ class DepthProfile(Callback):
 
     Attributes:
         profile: the last profile of this rank, None before the first.
-        is_stuck: whether the warning was given.
+        is_stuck, has_collapsed: whether the warning was given.
 
     Raises:
         ConfigError: for steps below 1 and for an unknown panel.
@@ -58,9 +59,9 @@ class DepthProfile(Callback):
 
     def _forget(self) -> None:
         self.profile: Profile | None = None
-        self.is_stuck = False
+        self.is_stuck = self.has_collapsed = False
         self._probe: DepthProbe | None = None
-        self._watch = StuckGradients()
+        self._watch, self._collapse = StuckGradients(), EntropyCollapse()
         self._ratio: float | None = None
         self._capture: NetworkCalls | None = None
         self._measured_at = -1
@@ -83,15 +84,15 @@ class DepthProfile(Callback):
         self._ratio = gradient_ratio(self._probe.live_gradients())
         if self._probe.keeps_width and self._watch.add(self._ratio) and not self.is_stuck:
             self.is_stuck = True
-            if trainer.is_global_zero:
-                warnings.warn(
-                    f"The first quarter of the blocks gets {self._watch.value:.2g} of the gradient of the last quarter (step "
-                    f"{trainer.global_step}): runs like this got stuck. Lower the learning rate or warm it up over more steps (NK901)",
-                    NormkitWarning,
-                    stacklevel=2,
-                )
+            self._say(
+                trainer,
+                f"The first quarter of the blocks gets {self._watch.value:.2g} of the gradient of the last quarter (step "
+                f"{trainer.global_step}): runs like this got stuck. Lower the learning rate or warm it up over more steps (NK901)",
+            )
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step % self.gradient_every == 0:
+            self._collapse.add_output(outputs, trainer.global_step)
         if self._capture is None:
             return
         captured, self._capture = self._capture.finish(), None
@@ -102,6 +103,9 @@ class DepthProfile(Callback):
         except Exception as error:  # whatever the network or its trace does, the run goes on
             self._fail(error)
         self._log(trainer, pl_module, profile)
+        if profile is not None and not self.has_collapsed and (said := self._collapse.judge(profile, trainer.global_step)):
+            self.has_collapsed = True
+            self._say(trainer, said)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if self._capture is not None:
@@ -119,6 +123,10 @@ class DepthProfile(Callback):
             if unwrapped(network) is self._probe.model:
                 return self._probe.measure(inputs, entropy=any(name.startswith("entropy") for name in self.panels))
         raise failure
+
+    def _say(self, trainer: pl.Trainer, text: str) -> None:
+        if trainer.is_global_zero:
+            warnings.warn(text, NormkitWarning, stacklevel=3)
 
     def _fail(self, error: Exception) -> None:
         self._has_failed = True

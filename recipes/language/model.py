@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
+from pl_normkit.nn import CausalTransformer
 from pl_normkit.recipes.cosine import cosine_factor, decay_groups
 from pl_normkit.recipes.language.network import build_network
 from pl_normkit.recipes.module import RecipeModule, require_model_option, step_schedule
@@ -119,6 +120,9 @@ class LanguageModule(RecipeModule):
         total = self.count_steps()
         groups = decay_groups(self.network, self.weight_decay, self.example_input_array)
         optimizer = torch.optim.AdamW(groups, self.lr, betas=(0.9, 0.95))
+        network = self.network
+        if isinstance(network, CausalTransformer) and network.placement == "ngpt":
+            optimizer.register_step_post_hook(lambda *_: network.normalize_weights())
         warmup = round(self.warmup * total)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine_factor(step, total, warmup))
         return step_schedule(optimizer, schedule)

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from pl_normkit.callbacks import DepthProfile
 from pl_normkit.errors import ConfigError, NormkitWarning
 from pl_normkit.methods.depth_profile import measure_depth_profile
+from pl_normkit.nn import CausalTransformer
 
 
 class Blocks(nn.Module):
@@ -108,6 +109,41 @@ def test_a_stuck_run_is_named_once(tmp_path: Path) -> None:
     with pytest.warns(NormkitWarning, match="NK901") as caught:
         fit(build(leak=1e-3), callback, tmp_path)
     assert (of_ours(caught), callback.is_stuck) == (1, True)
+
+
+class Attending(L.LightningModule):
+    """A decoder whose queries are multiplied by a thousand at a step: its attention collapses; the loss with it, where it `spikes`."""
+
+    def __init__(self, spikes: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = CausalTransformer(16, width=8, depth=2, heads=2, length=8)
+        self.spikes = spikes
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        if index == 6:
+            for block in self.net.blocks:
+                block.attn.query.weight.data *= 1000.0
+        scale = 50.0 if self.spikes and index == 6 else 1.0
+        return scale * self.net(batch[0]).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=1e-6)
+
+
+@pytest.mark.parametrize("spikes", [True, False])
+def test_collapsed_attention_is_named_once_where_the_loss_spikes(spikes: bool, tmp_path: Path) -> None:
+    callback = DepthProfile(every_n_steps=1, panels=("entropy",), gradient_every=1)
+    trainer = L.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, callbacks=[callback], enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    data = DataLoader(TensorDataset(torch.arange(8 * 8).reshape(8, 8) % 16))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(Attending(spikes), data)
+    ours = [str(warning.message) for warning in caught if issubclass(warning.category, NormkitWarning)]
+    assert (["Attention in blocks.0, blocks.1 has collapsed" in text for text in ours], callback.has_collapsed) == ([True] * spikes, spikes)
 
 
 def test_accumulation_counts_optimizer_steps(tmp_path: Path) -> None:

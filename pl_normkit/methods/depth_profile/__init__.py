@@ -17,6 +17,8 @@ Models", arXiv 2402.17762, "NormFormer", arXiv 2110.09456 (gradients over depth)
     stability.py   `stability_probe`: the first steps again under three changes
     rules.py       NK901 to NK905
     placement_rules.py  NK906 to NK908, imported by rules.py
+    published_rules.py  NK909 to NK914, imported by rules.py
+    collapse.py    `EntropyCollapse`: attention that collapses while the loss or a gradient spikes
     commands.py    `pl-normkit profile`, `pl-normkit stability`
 """
 
@@ -26,6 +28,7 @@ __all__ = [
     "AdditionProfile",
     "DepthProbe",
     "DepthProfile",
+    "EntropyCollapse",
     "Growth",
     "StabilityReport",
     "StuckGradients",
@@ -33,6 +36,7 @@ __all__ = [
     "stability_probe",
 ]
 
+from pl_normkit.methods.depth_profile.collapse import EntropyCollapse
 from pl_normkit.methods.depth_profile.fits import Growth
 from pl_normkit.methods.depth_profile.measure import DepthProbe, measure_depth_profile
 from pl_normkit.methods.depth_profile.profile import AdditionProfile, DepthProfile

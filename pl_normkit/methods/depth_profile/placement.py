@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-__all__ = ["Layer", "attends_without_norm", "gain_of", "read_layers"]
+__all__ = [
+    "Layer",
+    "attends_without_norm",
+    "branch_factor",
+    "channel_scales",
+    "ends_in_norm",
+    "gain_of",
+    "is_on_sphere",
+    "read_layers",
+]
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
-from pl_normkit.graph import Attention, Branch, Kind, ModelGraph, Node, ResidualAdd
+from pl_normkit.graph import Attention, Kind, ModelGraph, Node, ResidualAdd
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,7 @@ def read_layers(graph: ModelGraph) -> list[Layer]:
             add,
             any(node in attending for branch in add.branches for node in branch.nodes),
             _one_norm_reads(add.node, norms),
-            math.prod(_constants(add.shortcut)),
+            math.prod(_factors(add.shortcut.nodes)),
         )
         for add in adds
         if add.node not in nested
@@ -58,8 +67,9 @@ def _one_norm_reads(value: Node, norms: set[str]) -> bool:
     return len(readers) == 1 and readers <= norms
 
 
-def _constants(shortcut: Branch) -> Iterator[float]:
-    for node in shortcut.nodes:
+def _factors(nodes: Iterable[Node]) -> Iterator[float]:
+    """Constants that values are multiplied by."""
+    for node in nodes:
         if node.kind is Kind.MUL and len(node.inputs) == 1 and not node.reads:
             yield from (float(value) for value in node.target.args if isinstance(value, (int, float)))
 
@@ -105,3 +115,28 @@ def gain_of(node: Node, model: nn.Module) -> float | None:
         return None
     spread = float(matrices[0].detach().double().square().mean().sqrt())
     return spread * math.sqrt(sum(matrices[0].shape) / 2)
+
+
+def branch_factor(layer: Layer) -> float:
+    """The constant that its branch is multiplied by before its first or behind its last weight layer, 1 without one."""
+    first, last = layer.weights[0].index, layer.weights[-1].index
+    outside = [node for branch in layer.add.branches for node in branch.nodes if not first < node.index < last]
+    return math.prod(_factors(outside))
+
+
+def channel_scales(layer: Layer) -> list[str]:
+    """Parameters of one value a channel that multiply what its last weight layer gave, but for those of a norm."""
+    behind = [node for branch in layer.add.branches for node in branch.nodes if node.index > layer.weights[-1].index]
+    if any(node.kind is Kind.NORM for node in behind):
+        return []
+    return [node.reads[0].parameter for node in behind if node.kind is Kind.MUL and len(node.inputs) == 1 and len(node.reads) == 1]
+
+
+def ends_in_norm(layer: Layer) -> bool:
+    """Whether a norm stands behind the last weight layer of its branch."""
+    return any(node.kind is Kind.NORM for branch in layer.add.branches for node in branch.nodes if node.index > layer.weights[-1].index)
+
+
+def is_on_sphere(layers: list[Layer]) -> bool:
+    """Whether every sum of the stream is divided by its length."""
+    return all(any("vector_norm" in user.op for user in layer.add.node.users) for layer in layers)

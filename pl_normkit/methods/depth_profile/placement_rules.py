@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["attention_without_norm", "deepnorm_constant", "post_norm_without_warmup"]
+__all__ = ["attention_without_norm", "deepnorm_constant", "is_trained", "layers_of", "places_of", "post_norm_without_warmup"]
 
 import math
 from collections.abc import Iterator, Mapping
@@ -86,16 +86,16 @@ def deepnorm_constant(subject: Subject) -> Iterator[Observation]:
     if abs(off / expected - 1) > OFF_ALPHA:
         yield Observation(
             message=f"The shortcut is multiplied by {off:.4g}, where DeepNorm's constant for {depth} layers is {expected:.4g}",
-            places=_places(scaled[:1]),
+            places=places_of(scaled[:1]),
             evidence=[Evidence("factor of the shortcut", off, f"(2 * {depth}) ** 0.25 = {expected:.4g}")],
             advice="Take alpha from pl_normkit.deepnorm_constants",
         )
     ratio, wanted = _beta(scaled, subject.model), (8 * depth) ** -0.25
-    if ratio is not None and not _is_trained(subject) and abs(ratio / wanted - 1) > OFF_BETA:
+    if ratio is not None and not is_trained(subject) and abs(ratio / wanted - 1) > OFF_BETA:
         what = "has its exponent inverted" if abs(ratio * wanted - 1) <= OFF_BETA else "is off"
         yield Observation(
             message=f"DeepNorm's scale of the weights {what}",
-            places=_places(scaled[:1]),
+            places=places_of(scaled[:1]),
             evidence=[Evidence("feed-forward weights over queries and keys", ratio, f"(8 * {depth}) ** -0.25 = {wanted:.4g}")],
             advice="Initialize values, outputs and feed-forward weights with Xavier's gain beta of pl_normkit.deepnorm_constants",
         )
@@ -116,7 +116,8 @@ def _gains(layer: Layer, model: nn.Module) -> list[float]:
     return [gain for node in layer.weights if (gain := gain_of(node, model)) is not None]
 
 
-def _is_trained(subject: Subject) -> bool:
+def is_trained(subject: Subject) -> bool:
+    """Whether the scale of a norm is no longer the same for all channels."""
     if subject.graph is None or subject.model is None:
         return False
     known = dict(subject.model.named_parameters())
@@ -252,7 +253,7 @@ def post_norm_without_warmup(subject: Subject) -> Iterator[Observation]:
     if branches > 1.0 or peak >= SCALED_RATE:
         yield Observation(
             message=f"A post-norm transformer starts at its peak learning rate of {peak:g}, without warm-up",
-            places=_places(attending[:1]),
+            places=places_of(attending[:1]),
             evidence=[
                 Evidence("learning rate of the first step", rate, f"a warm-up, or at most {HIGH_RATE:g}"),
                 Evidence("variance of the branches over the stream, summed over depth", branches),
@@ -275,5 +276,6 @@ def _rates(group: Mapping[str, Any]) -> tuple[float, float]:
     return rate, max(rate, *(float(group[name]) for name in ("initial_lr", "max_lr") if name in group), rate)
 
 
-def _places(layers: list[Layer]) -> list[Place]:
+def places_of(layers: list[Layer]) -> list[Place]:
+    """Where their additions stand."""
     return [Place(layer.add.node.module, layer.add.node.source) for layer in layers]

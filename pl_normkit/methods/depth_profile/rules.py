@@ -1,4 +1,4 @@
-"""NK901 to NK905: what a depth profile says is wrong. NK906 to NK908, on where the norms stand, come along."""
+"""NK901 to NK905: what a depth profile says is wrong. NK906 to NK914, on where the norms stand, come along."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from pl_normkit.findings import Evidence, Place, Severity
 from pl_normkit.methods.depth_profile import placement_rules as placement_rules
+from pl_normkit.methods.depth_profile import published_rules as published_rules
 from pl_normkit.methods.depth_profile.profile import AdditionProfile, gradient_ratio
 from pl_normkit.methods.depth_profile.stuck import CUT
 from pl_normkit.methods.depth_profile.subjects import probe_of, profile_of
@@ -198,7 +199,7 @@ def dead_deep_layers(subject: Subject) -> Iterator[Observation]:
     relation between the share of layers that can be skipped and the loss of small models, so this rule is a preview.
     """
     profile = subject.once(profile_of)
-    if profile is None or subject.model is None or subject.graph is None or not _is_trained(subject.model, subject):
+    if profile is None or subject.model is None or subject.graph is None or not placement_rules.is_trained(subject):
         return
     deep = profile.stream[len(profile.stream) // 2 :]
     dead = [row for row in deep if math.sqrt(row.ratio) < IDENTITY]
@@ -209,13 +210,6 @@ def dead_deep_layers(subject: Subject) -> Iterator[Observation]:
             evidence=[Evidence("share of such branches in the deeper half", len(dead) / len(deep), "at most a third")],
             advice="See what each branch is worth with measure_depth_profile(..., skip=True), then train a shallower model",
         )
-
-
-def _is_trained(model: nn.Module, subject: Subject) -> bool:
-    assert subject.graph is not None
-    parameters = dict(model.named_parameters())
-    scales = [parameters[norm.gamma] for norm in subject.graph.norms if norm.gamma in parameters]
-    return any(scale.numel() > 1 and bool((scale != scale.flatten()[0]).any()) for scale in scales)
 
 
 @rule(

@@ -218,7 +218,7 @@ class NormAheadOfBranch(_ActsWithNorm):
                 "a checkpoint with use_reentrant=True cannot hold a block that was turned to pre-norm",
                 fix="checkpoint with use_reentrant=False",
             )
-        return branch + (stream - made)
+        return (stream + branch) - made  # the sum in front is what the residual stream is, for who reads the graph
 
     def _take(self, module: nn.Module, name: str) -> Tensor:
         kept = module.__dict__[name] if self.training else module.__dict__.pop(name)
