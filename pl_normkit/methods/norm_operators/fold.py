@@ -38,8 +38,8 @@ def fold_norms(model: nn.Module, example_inputs: Any, *, keep_keys: bool = True,
         model: edited in place; parameters stay the same objects.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments, as for `audit`; the model is run on them before
             and after, and left as it was where the outputs differ.
-        keep_keys: False takes scale and shift of torch's and timm's own norms and of `to_rmsnorm`'s out of the model, so that they cost no time; their
-            state_dict keys go.
+        keep_keys: False takes scale and shift of torch's and timm's own norms, and of `to_rmsnorm`'s, out of the model, so that they cost
+            no time; their state_dict keys go.
         filter_fn: called with (module, path) for each norm, says whether to fold it.
 
     Raises:
