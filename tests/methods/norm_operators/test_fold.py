@@ -46,7 +46,7 @@ def test_a_second_call_changes_nothing() -> None:
     assert not fold_norms(model, inputs)
 
 
-@pytest.mark.parametrize("name", ["vit", "timm_vit"])
+@pytest.mark.parametrize("name", ["vit", "timm_vit", "torch"])
 def test_parameters_of_norms_go_where_asked(name: str) -> None:
     model, inputs = build(name)
     before, keys = output(model, inputs), set(model.state_dict())
