@@ -174,8 +174,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [row for name in options.only for row in rows_of(name)]
-    with options.out.open("w", newline="", encoding="utf-8") as file:
+    kept = list(csv.DictReader(options.out.open(encoding="utf-8"))) if options.out.exists() else []
+    rows: list[dict[str, Any]] = [row for row in kept if row["model"] not in options.only]
+    for name in options.only:
+        rows += rows_of(name)
+        _write(options.out, sorted(rows, key=lambda row: list(MODELS).index(row["model"])))
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)

@@ -16,7 +16,9 @@ from pl_normkit.graph import ModelGraph, Node
 from pl_normkit.graph.structure import Norm
 from pl_normkit.methods.norm_operators.last_dim import Layer, averages_rows, factor_of, keeps_rows, layer_of, readers_by_parameter
 from pl_normkit.methods.norm_operators.modules import ShiftedRMSNorm
+from pl_normkit.methods.norm_operators.places import is_plain_row_norm
 from pl_normkit.methods.norm_operators.weights import convert_checked, refuse_sharded
+from pl_normkit.norm_modules import eps_of
 from pl_normkit.surgery import Change, Changes, Edit, Filter, Replace, get_module
 from pl_normkit.values import SetValues
 from pl_normkit.wrappers import unwrapped
@@ -36,8 +38,8 @@ def fold_norms(model: nn.Module, example_inputs: Any, *, keep_keys: bool = True,
         model: edited in place; parameters stay the same objects.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments, as for `audit`; the model is run on them before
             and after, and left as it was where the outputs differ.
-        keep_keys: False takes scale and shift of torch's own norms and of `to_rmsnorm`'s out of the model, so that they cost no time; their
-            state_dict keys go.
+        keep_keys: False takes scale and shift of torch's and timm's own norms, and of `to_rmsnorm`'s, out of the model, so that they cost
+            no time; their state_dict keys go.
         filter_fn: called with (module, path) for each norm, says whether to fold it.
 
     Raises:
@@ -172,13 +174,10 @@ def _is_folded(model: nn.Module, found: Affine) -> bool:
 
 def _without_parameters(model: nn.Module, path: str) -> list[Edit]:
     old = get_module(model, path)
-    new: nn.Module
-    if type(old) is nn.LayerNorm:
-        new = nn.LayerNorm(old.normalized_shape, eps=old.eps, elementwise_affine=False)
-    elif isinstance(old, nn.RMSNorm) and type(old) in (nn.RMSNorm, ShiftedRMSNorm):
-        new = nn.RMSNorm(old.normalized_shape, eps=old.eps, elementwise_affine=False)
-    else:
+    if not is_plain_row_norm(old) and type(old) is not ShiftedRMSNorm:
         return []
+    kind: Any = nn.LayerNorm if isinstance(old, nn.LayerNorm) else nn.RMSNorm
+    new: nn.Module = kind(old.normalized_shape, eps=eps_of(old), elementwise_affine=False)
     has_hooks = old._forward_hooks or old._forward_pre_hooks
     return [] if has_hooks or not path else [Replace(path, new, "norm without parameters", ("weight", "bias"))]
 

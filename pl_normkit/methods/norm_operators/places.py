@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["batch_norms", "is_with_activation", "old_norm", "row_norms", "why_hooked", "why_no_batch_norm"]
+__all__ = ["batch_norms", "is_plain_row_norm", "is_with_activation", "old_norm", "row_norms", "why_hooked", "why_no_batch_norm"]
 
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -46,6 +46,11 @@ def why_no_batch_norm(module: nn.Module, path: str) -> str:
     return why_hooked(module, path)
 
 
+def is_plain_row_norm(module: nn.Module) -> bool:
+    """Whether it is torch's layer norm or RMS norm, or timm's over the last dimension, and no subclass."""
+    return type(module) in (nn.LayerNorm, nn.RMSNorm) or _name_of(module) in _ROWS
+
+
 def is_with_activation(module: nn.Module) -> bool:
     """Whether it is timm's batch norm with dropout and activation in one module."""
     return _name_of(module) == ("timm.layers.norm_act", "BatchNormAct2d")
@@ -69,7 +74,7 @@ def _name_of(module: nn.Module) -> tuple[str, str]:
 
 
 def _why_no_rows(module: nn.Module, path: str) -> str:
-    if type(module) not in (nn.LayerNorm, nn.RMSNorm) and _name_of(module) not in _ROWS | _CHANNELS_FIRST:
+    if not is_plain_row_norm(module) and _name_of(module) not in _CHANNELS_FIRST:
         return f"{type(module).__name__} may do more than a norm"
     if len(module.normalized_shape) != 1:  # type: ignore[arg-type]
         return "it normalizes several dimensions"

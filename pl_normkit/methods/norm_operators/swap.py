@@ -4,7 +4,6 @@ from __future__ import annotations
 
 __all__ = ["find_operator", "swap_norms"]
 
-from collections.abc import Set
 from typing import Any
 
 from torch import nn
@@ -13,7 +12,8 @@ from pl_normkit.errors import ConfigError, NothingMatchedError, nearest
 from pl_normkit.graph import ModelGraph
 from pl_normkit.methods.norm_operators.operators import Operator, operators
 from pl_normkit.methods.norm_operators.places import old_norm
-from pl_normkit.surgery import Change, Changes, Edit, Filter, Replace, SetAttributes, apply_edits, get_module
+from pl_normkit.methods.norm_operators.weights import without_fast_path
+from pl_normkit.surgery import Change, Changes, Edit, Filter, Replace, apply_edits, get_module
 from pl_normkit.wrappers import unwrapped
 
 
@@ -69,18 +69,7 @@ def swap_norms(model: nn.Module, to: str, *, example_inputs: Any = None, where: 
     if not edits:
         reasons = "; ".join(map(str, skipped)) or f"it replaces {operator.replaces}"
         raise NothingMatchedError(f"nothing can be replaced by {to}", evidence=reasons)
-    edits += _without_fast_path(model, {edit.path for edit in edits if isinstance(edit, Replace)})
-    return apply_edits(model, edits, skipped)
-
-
-def _without_fast_path(model: nn.Module, replaced: Set[str]) -> list[Edit]:
-    """Torch's encoder layer computes layer norms in one kernel in eval mode, from the parameters of its norms and not by calling them."""
-    return [
-        SetAttributes(path, {"activation_relu_or_gelu": 0}, "torch's fast path, which takes its norms for layer norms, is off")
-        for path, module in model.named_modules()
-        if isinstance(module, nn.TransformerEncoderLayer)
-        and not replaced.isdisjoint(f"{path}.{name}".lstrip(".") for name in ("norm1", "norm2"))
-    ]
+    return apply_edits(model, [*edits, *without_fast_path(model, edits)], skipped)
 
 
 def find_operator(to: str, options: dict[str, Any]) -> Operator:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["convert_checked", "refuse_sharded"]
+__all__ = ["convert_checked", "refuse_sharded", "without_fast_path"]
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from pl_normkit.errors import EditError
 from pl_normkit.graph import call_arguments
 from pl_normkit.preserve import preserved
-from pl_normkit.surgery import Change, Changes, Edit, apply_edits
+from pl_normkit.surgery import Change, Changes, Edit, Replace, SetAttributes, apply_edits
 
 
 def refuse_sharded(model: nn.Module) -> None:
@@ -24,6 +24,18 @@ def refuse_sharded(model: nn.Module) -> None:
         raise EditError("the model is on the meta device and holds no weights to convert", fix="load the checkpoint first")
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise EditError("the weights are sharded", fix="convert before sharding, or load the whole checkpoint")
+
+
+def without_fast_path(model: nn.Module, edits: Sequence[Edit]) -> list[Edit]:
+    """Torch's encoder layer computes layer norms in one kernel in eval mode, from the parameters of its norms and not by calling them: what
+    turns that off where `edits` replace such a norm."""
+    replaced = {edit.path for edit in edits if isinstance(edit, Replace)}
+    return [
+        SetAttributes(path, {"activation_relu_or_gelu": 0}, "torch's fast path, which takes its norms for layer norms, is off")
+        for path, module in model.named_modules()
+        if isinstance(module, nn.TransformerEncoderLayer)
+        and not replaced.isdisjoint(f"{path}.{name}".lstrip(".") for name in ("norm1", "norm2"))
+    ]
 
 
 def convert_checked(
@@ -36,7 +48,7 @@ def convert_checked(
     Raises EditError, with the largest difference, where they do.
     """
     before = _outputs(model, inputs)
-    changes = apply_edits(model, edits, skipped)
+    changes = apply_edits(model, [*edits, *without_fast_path(model, edits)], skipped)
     try:
         after = _outputs(model, inputs)
         for old, new in zip(before, after, strict=True):

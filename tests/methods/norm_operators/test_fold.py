@@ -46,8 +46,9 @@ def test_a_second_call_changes_nothing() -> None:
     assert not fold_norms(model, inputs)
 
 
-def test_parameters_of_torch_norms_go_where_asked() -> None:
-    model, inputs = build("vit")
+@pytest.mark.parametrize("name", ["vit", "timm_vit", "torch"])
+def test_parameters_of_norms_go_where_asked(name: str) -> None:
+    model, inputs = build(name)
     before, keys = output(model, inputs), set(model.state_dict())
     changes = fold_norms(model, inputs, keep_keys=False)
     assert difference(output(model, inputs), before) < 1e-12

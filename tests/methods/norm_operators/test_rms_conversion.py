@@ -24,7 +24,17 @@ def kinds(model: nn.Module) -> dict[str, int]:
 
 @pytest.mark.parametrize(
     ("name", "layer"),
-    [("gpt2", 0), ("gpt_neox", 0), ("vit", 0), ("deit", 0), ("dinov2", 0), ("timm_vit", 0), ("timm_vit_average", 4), ("timm_deit", 0)],
+    [
+        ("gpt2", 0),
+        ("gpt_neox", 0),
+        ("vit", 0),
+        ("deit", 0),
+        ("dinov2", 0),
+        ("timm_vit", 0),
+        ("timm_vit_average", 4),
+        ("timm_deit", 0),
+        ("torch", 0),
+    ],
 )
 def test_real_models_keep_their_function_and_their_keys(name: str, layer: int) -> None:
     model, inputs = build(name)

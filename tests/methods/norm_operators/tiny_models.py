@@ -39,6 +39,12 @@ def timm_vit(**options: Any) -> nn.Module:
     return model
 
 
+def encoder() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True, norm_first=True, dropout=0.0)
+    start = nn.Linear(32, 32)  # what reads the embeddings is then a module
+    return nn.Sequential(start, nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(32), enable_nested_tensor=False), nn.Linear(32, 5))
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "gpt2": (gpt2, tokens),
     "gpt_neox": (lambda: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**WORDS)), tokens),
@@ -49,6 +55,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "timm_vit": (timm_vit, image),
     "timm_vit_average": (lambda: timm_vit(init_values=0.1, global_pool="avg", qk_norm=True), image),
     "timm_deit": (lambda: timm.create_model("deit_tiny_distilled_patch16_224", **TIMM), image),
+    "torch": (encoder, lambda: torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)),
     "bert": (lambda: transformers.BertModel(transformers.BertConfig(**WORDS)), lambda: {"input_ids": tokens()["input_ids"]}),
 }
 
