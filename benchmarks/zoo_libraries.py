@@ -233,6 +233,12 @@ INPUTS: dict[str, Callable[[Any], Inputs]] = {
     "siglip2_vision_model": patches,
     **dict.fromkeys(("glm4v_vision", "qwen3_vl_vision"), packed),
     "patchtst": lambda c: {"past_values": zeros(c.context_length, c.num_input_channels)},
+    "timesfm": lambda c: {"past_values": zeros(4 * c.patch_length), "past_values_padding": zeros(4 * c.patch_length), "freq": ids(1)},
+    **dict.fromkeys(
+        ("timesformer", "videomae", "vivit"), lambda c: {"pixel_values": zeros(c.num_frames, c.num_channels, c.image_size, c.image_size)}
+    ),
+    "vjepa2": lambda c: {"pixel_values_videos": zeros(c.frames_per_clip, 3, c.crop_size, c.crop_size)},
+    "wav2vec2-bert": lambda c: {"input_features": zeros(64, c.feature_projection_input_dim)},
     "patchtsmixer": lambda c: {"past_values": zeros(c.context_length, c.num_input_channels)},
 }
 

@@ -6,6 +6,7 @@ has its blocks; a pair counts those with an identity and those with a projection
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -80,9 +81,11 @@ TRANSFORMERS: dict[Formula, str] = {
         aimv2_vision_model clip_vision_model clip_text_model siglip_vision_model siglip2_vision_model chinese_clip_vision_model pixtral
         mlcd_vision_model internvl_vision vjepa2 glm4v_vision qwen3_vl_vision idefics3_vision smolvlm_vision
         rwkv timesfm xlnet patchtst tipsv2_vision_model
-        decision_transformer mobilevitv3""",
+        decision_transformer mobilevitv3
+        xlstm granitemoe_swa gte esmc aria_text qwen3_5_moe_text glm4v_text glm4v_moe_text voxtral_encoder qwen2_audio_encoder
+        audioflamingo3_encoder dpr git chameleon sam_hq_vision_model dpt""",
     per_layer(1): """
-        gpt_neox gptj codegen phi cohere cohere2""",
+        gpt_neox gptj codegen phi cohere cohere2 cohere2_moe""",
     per_layer(3): "timesformer falcon_h1",
     # Mamba: the skip D x around the scan, and the block
     per_layer(4): "wav2vec2-conformer wav2vec2-bert lasr_encoder parakeet_encoder lilt",
@@ -108,7 +111,36 @@ def with_scans(config: Any) -> int:
     return 2 * config.num_hidden_layers + sum(kind not in attending for kind in kinds[: config.num_hidden_layers])
 
 
+def with_backbone(config: Any) -> tuple[int, int]:
+    """ResNet-50 (ResNet-18) without its head, then an encoder and a decoder whose queries are parameters.
+
+    To those the first layer adds no more than its feed-forward.
+    """
+    identity, projection = (5, 3) if "resnet18" in str(config.backbone_config) else (12, 4)
+    return identity + 2 * config.encoder_layers + 3 * config.decoder_layers - 2, projection
+
+
 SPECIAL: dict[str, Formula] = {
+    # the pooled values and the convolution that knows positions, then layers of two
+    **dict.fromkeys(("sew", "sew-d"), lambda c: 2 * c.num_hidden_layers + 1),
+    "mimi": lambda c: 2 * c.num_residual_layers * len(c.upsampling_ratios) + 4 * c.num_hidden_layers,
+    # in encoder and decoder: an LSTM with a shortcut, and residual blocks whose shortcut is a convolution
+    "encodec": lambda c: (2, 2 * c.num_residual_layers * len(c.upsampling_ratios)),
+    "dac": lambda c: 6 * len(c.downsampling_ratios),  # three units in each block of encoder and decoder
+    "mobilevit": lambda c: 2 + 2 * (2 + 4 + 3),  # two inverted residuals of equal width, layers of two
+    "mobilevitv2": lambda c: 1 + 2 * sum(c.n_attn_blocks),
+    # a convolutional block adds once, the last of a stage four times: locally, in its attention, around it, around its linear part
+    "swiftformer": lambda c: sum(c.depths) - len(c.depths) + 4 * len(c.depths),
+    "swin2sr": lambda c: 2 * sum(c.depths) + len(c.depths) + 1,  # layers of two, around each stage, around all
+    "efficientnet": lambda c: sum(math.ceil(c.depth_coefficient * repeats) - 1 for repeats in c.num_block_repeats),
+    "glpn": lambda c: 2 * sum(c.depths),
+    "mobilenet_v1": lambda c: 0,
+    "hgnet_v2": lambda c: sum(c.stage_num_blocks) - len(c.stage_num_blocks),
+    "patchtsmixer": lambda c: 2 * c.num_layers,
+    "sam2_vision_model": lambda c: (2 * sum(c.backbone_config.blocks_per_stage) - 3, 3),  # three blocks change the width
+    "clap": lambda c: 2 * sum(c.audio_config.depths) + 2 * c.text_config.num_hidden_layers,
+    "kosmos-2": lambda c: 2 * c.text_config.layers,
+    **dict.fromkeys(("deformable_detr", "conditional_detr"), with_backbone),
     **dict.fromkeys(("jamba", "bamba", "granitemoehybrid"), with_scans),
     # the positional convolution, then layers of two; data2vec has five of those convolutions in a row, none with a shortcut of its own
     **dict.fromkeys(("wav2vec2", "hubert", "unispeech", "unispeech-sat", "wavlm", "data2vec-audio"), lambda c: 2 * c.num_hidden_layers + 1),
@@ -137,9 +169,8 @@ SPECIAL: dict[str, Formula] = {
     "sam_vision_model": lambda c: 2 * c.num_hidden_layers,
     "vitdet": lambda c: 2 * c.num_hidden_layers,
     "hiera": lambda c: 2 * sum(c.depths),
-    # ResNet-50 (ResNet-18) without its head; the first decoder layer starts from zeros: to those it adds no more than its feed-forward
-    "detr": lambda c: (12 + 2 * c.encoder_layers + 3 * c.decoder_layers - 2, 4),
-    "table-transformer": lambda c: (5 + 2 * c.encoder_layers + 3 * c.decoder_layers - 2, 3),
+    # the first decoder layer starts from zeros
+    **dict.fromkeys(("detr", "table-transformer"), with_backbone),
     "speecht5": lambda c: 2 * c.encoder_layers + 3 * c.decoder_layers,
 }
 OF_OTHERS: dict[str, Count] = {

@@ -17,7 +17,7 @@ _PARTS = _SLICES | {"chunk", "split", "split_with_sizes", "tensor_split", "unbin
 _BENDING = frozenset(("gap", "exp", "exp2", "expm1", "log", "log1p", "log2", "sin", "cos"))
 _LOOKUPS = frozenset(("embedding", "embedding_bag", "index", "index_select", "gather", "take_along_dim"))
 _LAYERS = (Kind.WEIGHT, Kind.ATTENTION, Kind.NORM, Kind.RESIZE, Kind.POOL, Kind.CAT, Kind.INPUT)
-_LINEAR_KINDS = (Kind.WEIGHT, Kind.VIEW, Kind.DROPOUT, Kind.MUL)
+_LINEAR_KINDS = (Kind.VIEW, Kind.DROPOUT, Kind.MUL, Kind.ADD)
 _RECURRENT = frozenset(("lstm", "gru", "rnn_tanh", "rnn_relu"))
 _CHAIN_LIMIT = 24
 _REGION_LIMIT = 40
@@ -53,12 +53,19 @@ def find_sums(nodes: Sequence[Node]) -> list[Sum]:
         operands, subtracted = _addends(node)
         if len(operands) > 1:
             found = _sum(node, *_flatten(node, operands), subtracted, dominators)
-            if found.absorbed and as_residual(found) is None:  # a branch that itself ends in such an addition (an adapter)
+            if found.absorbed and as_residual(found) is None:
                 nested = _sum(node, operands, set(), subtracted, dominators)
-                found = found if as_residual(nested) is None else nested
+                parts = [_sum(part, *_flatten(part, part.inputs), (), dominators) for part in found.absorbed]
+                found = nested if any(map(_has_identity, (nested, *parts))) else found
             inner |= found.absorbed
             sums.append(found)
     return sums[::-1]
+
+
+def _has_identity(found: Sum) -> bool:
+    """Whether a sum by itself is an addition around an identity (a branch that ends in an adapter, folded branches that are subtracted)."""
+    add = as_residual(found)
+    return add is not None and add.kind == "identity"
 
 
 def _sum(node: Node, operands: Sequence[Node], absorbed: set[Node], subtracted: Sequence[Node], dominators: Dominators) -> Sum:
@@ -240,9 +247,11 @@ def _only_rescales(branch: Branch) -> bool:
 
 
 def _is_linear(side: Branch) -> bool:
-    """Whether a side is a linear map: beside another it is a part of one layer (a low-rank update, a convolution to be folded)."""
-    return all(node.kind in _LINEAR_KINDS and (node.kind is Kind.WEIGHT or len(node.inputs) == 1) for node in side.nodes) and not any(
-        _is_lookup(node) or node.op in _RECURRENT for node in side.nodes
+    """Whether a side is a linear map, a batch norm aside: beside another it is a part of one layer (low-rank updates, folded branches)."""
+    return all(
+        (node.kind is Kind.WEIGHT and not _is_lookup(node) and node.op not in _RECURRENT)
+        or (len(node.inputs) == 1 and (node.kind in _LINEAR_KINDS or node.op == "batch_norm"))
+        for node in side.nodes
     )
 
 

@@ -283,6 +283,13 @@ LOOK_ALIKES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], int]] = {
     "forward algorithm": (_forward_algorithm, (TOKENS,), 0),
     "blocks that end in an adapter": (_adapted, (TOKENS,), 4),
     "running sums of samples": (lambda m, x: (y := m.q(x), y.sum((1, 2)) + m.k(y).relu().sum((1, 2))), (TOKENS,), 0),
+    "parallel convolutions, no identity": (lambda m, x: m.up(m.project(x) + m.second(x) + m.second(x.flip(1))), (X,), 0),
+    "folded branches, one behind a sum with nothing": (lambda m, x: m.up(m.project(x) + (0.0 + m.second(x))), (X,), 0),
+    "RepMixer's difference of folded branches": (
+        lambda m, x: m.up(x + m.scale * ((m.project(x) + m.second(x) + x * m.scale) - x * m.norm.weight[:, None, None])),
+        (X,),
+        2,
+    ),
     "branch times a mask of full size": (lambda m, x, mask: m.up(x + m.branch(x) * mask), (X, X), 1),
     "gate as wide as the features": (lambda m, x: torch.lerp(m.branch(x), x, m.second(x).sigmoid()), (X,), 0),
 }
