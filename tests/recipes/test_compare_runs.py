@@ -335,10 +335,10 @@ def test_probes_are_metrics_by_their_name(monkeypatch):
         loss = [float((module.net(data.x[:8]) - 3 * data.x[:8] - 0.5).square().mean())]
         hidden = module.net[:2](data.x)  # what the batch norm reads without dropout
         module.net[3].running_mean.copy_(hidden.mean(0))
-        module.net[3].running_var.copy_(hidden.var(0, correction=0))
+        module.net[3].running_var.copy_(hidden.var(0))  # unbiased, as torch keeps it
         loss.append(float((module.net(data.x[:8]) - 3 * data.x[:8] - 0.5).square().mean()))
     assert with_dropout["val_loss"] == pytest.approx(loss[0], rel=1e-5)
-    assert with_dropout["recalibration_gap"] == pytest.approx(loss[0] - loss[1], rel=0.1)
+    assert with_dropout["recalibration_gap"] == pytest.approx(loss[0] - loss[1], rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -381,7 +381,7 @@ def test_runs_in_other_processes_are_those_of_this_one_and_a_lost_one_costs_itse
     error = capsys.readouterr().err
     assert "1 of the runs came to no end" in error
     assert "seed 0 slow: the process ended abruptly (signal SIGKILL)" in error
-    here, lost = ([dict(row) for row in csv.DictReader(Path(folder, "runs.csv").open())] for folder in ("here", "lost"))
+    here, lost = (list(csv.DictReader(Path(folder, "runs.csv").read_text().splitlines())) for folder in ("here", "lost"))
     assert [row["arm"] for row in lost] == ["without"]  # it is kept
     (same,) = [row for row in here if row["arm"] == "without"]
     assert {**lost[0], "seconds": ""} == {**same, "seconds": ""}
