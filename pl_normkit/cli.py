@@ -221,7 +221,26 @@ def _words(text: str) -> list[str]:
 
 
 def _lint(options: argparse.Namespace) -> int:
+    _begin_early(options)
     return int(importlib.import_module("pl_normkit.linting").lint(options, lint_options))
+
+
+def _begin_early(options: argparse.Namespace) -> None:
+    """Where many models are to be audited and no cache may answer, the workers' imports run beside our own, which take as long."""
+    if options.model or getattr(options, "loss", None) or options.on != "processes":
+        return
+    from pl_normkit.project import nearest_pyproject
+    from pl_normkit.repository import CACHE, needed_imports, read_entries
+
+    project = nearest_pyproject()
+    if project is None or ((project.parent / CACHE).is_dir() and not options.no_cache):
+        return
+    try:
+        entries = read_entries(project)
+    except ConfigError:  # said later, with everything else
+        return
+    if entries:
+        importlib.import_module("pl_normkit.jobs.local").warm_up(needed_imports(entries))
 
 
 def lint_options(words: Sequence[str]) -> argparse.Namespace:

@@ -16,9 +16,10 @@ from urllib.parse import quote
 
 from pl_normkit.errors import ConfigError
 from pl_normkit.findings import Note, read_baseline, subtract_baseline, write_baseline
+from pl_normkit.project import nearest_pyproject
 from pl_normkit.report import Report
 from pl_normkit.repository import CACHE, Entry, lint_repository, read_entries
-from pl_normkit.selection import Selection, nearest_pyproject
+from pl_normkit.selection import Selection
 
 Parse = Callable[[Sequence[str]], argparse.Namespace]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Entry", "lint_repository", "read_entries", "within_repository"]
+__all__ = ["Entry", "lint_repository", "needed_imports", "read_entries", "within_repository"]
 
 import hashlib
 import importlib.metadata
@@ -120,12 +120,20 @@ def lint_repository(
         if entry.name in reports:
             done(entry)
     if missing:
-        with open_workers(on, partial(_words_to_report, lint), at_once=_at_once(on, jobs, len(missing))) as workers:
+        at_once = _at_once(on, jobs, len(missing))
+        with open_workers(on, partial(_words_to_report, lint), at_once=at_once, imports=needed_imports(missing)) as workers:
             for entry, result in run_jobs(workers, missing, limit=limit):
                 reports[entry.name] = _report(result)
                 _keep(files[entry.name], reports[entry.name])
                 done(entry)
     return {entry.name: within_repository(replace(reports[entry.name], subject=entry.name), root, entry) for entry in entries}
+
+
+def needed_imports(entries: Sequence[Entry]) -> list[str]:
+    """What to import before these models are audited: ours, and the libraries that their specifications name."""
+    named = {entry.words[0].partition(":")[0] for entry in entries if entry.words}
+    libraries = {"timm": "timm", "smp": "segmentation_models_pytorch", "torchvision": "torchvision"}
+    return ["pl_normkit.linting", "torch.export", *(library for form, library in libraries.items() if form in named)]
 
 
 def _at_once(on: str, jobs: int | None, models: int) -> int | None:

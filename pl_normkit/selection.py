@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Selection", "nearest_pyproject"]
+__all__ = ["Selection"]
 
 import fnmatch
 import tomllib
@@ -13,14 +13,8 @@ from pathlib import Path
 
 from pl_normkit.errors import ConfigError, NormkitWarning, nearest
 from pl_normkit.findings import Finding, Place
+from pl_normkit.project import nearest_pyproject
 from pl_normkit.rules import Rule, load_rules
-
-
-def nearest_pyproject(start: Path | None = None) -> Path | None:
-    """The pyproject.toml at or above `start` (default: the working directory)."""
-    folder = (start or Path.cwd()).resolve()
-    candidates = (candidate / "pyproject.toml" for candidate in (folder, *folder.parents))
-    return next((path for path in candidates if path.is_file()), None)
 
 
 @dataclass(frozen=True)

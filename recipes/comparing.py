@@ -54,7 +54,8 @@ def _train_elsewhere(
     """Each run in a process of its own, or on a node: it reads the same words again, since a plan cannot be sent."""
     lost = []
     task = progress.add_task(f"trained on {plan.on}", total=None)
-    with open_workers(plan.on, partial(_train_one, target, list(args)), at_once=plan.jobs, is_heavy=True) as workers:
+    work, imports = partial(_train_one, target, list(args)), ["pl_normkit.recipes.comparing"]
+    with open_workers(plan.on, work, at_once=plan.jobs, is_heavy=True, imports=imports) as workers:
         for key, result in run_jobs(workers, keys):
             if isinstance(result, Failure) and result.error is not None:
                 raise result.error

@@ -62,7 +62,7 @@ def test_a_lost_worker_of_a_cluster_costs_its_own_job(tmp_path: Path) -> None:
         "assert found['refuse'].error.where == 'there' and 'pickle' in found['lambda'].text, found\n"
         "print('all is well')"
     )
-    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_worker_niceness": "0"}
     command = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=240, check=False)
     assert "all is well" in done.stdout, done.stderr

@@ -14,7 +14,7 @@ __all__ = ["PLACES", "Failure", "open_workers", "run_jobs"]
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Protocol
@@ -45,7 +45,13 @@ class Workers(Protocol):
 
 @contextmanager
 def open_workers(
-    place: str, work: Callable[[Any], Any], *, at_once: int | None = None, is_heavy: bool = False, setup: Callable[[], None] | None = None
+    place: str,
+    work: Callable[[Any], Any],
+    *,
+    at_once: int | None = None,
+    is_heavy: bool = False,
+    setup: Callable[[], None] | None = None,
+    imports: Sequence[str] = (),
 ) -> Iterator[Workers]:
     """Workers that do `work`, ended with the block.
 
@@ -55,6 +61,7 @@ def open_workers(
         at_once: how many jobs at a time; by default one a core, a GPU, or what the cluster has.
         is_heavy: whether a job wants a GPU for itself where a cluster has some, and the cores that fall to it.
         setup: called first in each new process.
+        imports: modules that all processes of this machine need, and that may be imported once for all of them.
 
     Raises ConfigError for a place that does not exist or is not there.
     """
@@ -62,19 +69,26 @@ def open_workers(
         raise ConfigError(
             f"there is no place {place!r} to run at", where="--on", fix=nearest(place, PLACES) or f"places: {', '.join(PLACES)}"
         )
-    workers = _workers(place, work, at_once, is_heavy, setup)
+    workers = _workers(place, work, at_once, is_heavy, setup, imports)
     try:
         yield workers
     finally:
         workers.close()
 
 
-def _workers(place: str, work: Callable[[Any], Any], at_once: int | None, is_heavy: bool, setup: Callable[[], None] | None) -> Workers:
+def _workers(
+    place: str,
+    work: Callable[[Any], Any],
+    at_once: int | None,
+    is_heavy: bool,
+    setup: Callable[[], None] | None,
+    imports: Sequence[str],
+) -> Workers:
     if place == "ray":
         from pl_normkit.jobs.cluster import RayWorkers
 
         return RayWorkers(work, at_once, is_heavy, setup)
-    from pl_normkit.jobs.local import LocalWorkers, visible_gpus
+    from pl_normkit.jobs.local import LocalWorkers, visible_gpus, warm_up
 
     cores = os.cpu_count() or 1
     environments: list[dict[str, str]] = [{}] * (at_once or cores)
@@ -82,7 +96,10 @@ def _workers(place: str, work: Callable[[Any], Any], at_once: int | None, is_hea
         environments = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in visible_gpus()][:at_once]
         if not environments:
             raise ConfigError("there is no GPU here", where="--on gpus", fix="take --on processes")
-    return LocalWorkers(work, environments, max(cores // len(environments), 1) if is_heavy else 1, setup)
+    is_warm = bool(imports) and place == "processes"
+    if is_warm:
+        warm_up(imports)
+    return LocalWorkers(work, environments, max(cores // len(environments), 1) if is_heavy else 1, setup, is_warm)
 
 
 def run_jobs(workers: Workers, jobs: Iterable[Any], *, limit: float | None = None) -> Iterator[tuple[Any, Any]]:

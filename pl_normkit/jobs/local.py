@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["LocalWorkers", "visible_gpus"]
+__all__ = ["LocalWorkers", "visible_gpus", "warm_up"]
 
 import multiprocessing
 import os
@@ -10,12 +10,27 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from pl_normkit.jobs.attempt import Failure, attempt, failure_of
 
 _SPAWN = multiprocessing.get_context("spawn")  # a fork of a process that has threads, or has used a GPU, breaks
+
+
+def warm_up(modules: Sequence[str]) -> None:
+    """Begin to import `modules` in a process beside this one, of which workers are then forks: they are imported once for all of them.
+
+    Elsewhere than on Linux, where forks are not safe in all libraries, and once it has begun, nothing happens.
+    """
+    if sys.platform == "linux":
+        multiprocessing.set_forkserver_preload(list(modules))
+        forkserver.ensure_running()
+
+
+def _context(is_warm: bool) -> Any:
+    return multiprocessing.get_context("forkserver") if is_warm and sys.platform == "linux" else _SPAWN
 
 
 def visible_gpus() -> list[str]:
@@ -34,14 +49,20 @@ class LocalWorkers:
         environments: variables that each process has beside ours.
         threads: of torch in each process.
         setup: called first in each process.
+        is_warm: whether they are forks of the process that `warm_up` has begun, in place of new ones.
     """
 
     def __init__(
-        self, work: Callable[[Any], Any], environments: Sequence[Mapping[str, str]], threads: int, setup: Callable[[], None] | None = None
+        self,
+        work: Callable[[Any], Any],
+        environments: Sequence[Mapping[str, str]],
+        threads: int,
+        setup: Callable[[], None] | None = None,
+        is_warm: bool = False,
     ) -> None:
         self.size = len(environments)
         self._work = (work, setup)
-        self._idle = [_Worker({**_threads(threads), **environment}) for environment in environments]
+        self._idle = [_Worker({**_threads(threads), **environment}, _context(is_warm)) for environment in environments]
         self._busy: dict[int, _Worker] = {}
 
     def start(self, number: int, job: Any) -> None:
@@ -74,16 +95,16 @@ def _threads(count: int) -> dict[str, str]:
 class _Worker:
     """One process and the pipe to it."""
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        self._environment = dict(environment)
+    def __init__(self, environment: Mapping[str, str], context: Any) -> None:
+        self._environment, self._context = dict(environment), context
         self._process: Any = None
         self.answers: Connection
 
     def give(self, work: Any, job: Any) -> None:
         if self._process is None or not self._process.is_alive():
             self.end()
-            self.answers, theirs = _SPAWN.Pipe()
-            self._process = _SPAWN.Process(target=_serve, args=(theirs, self._environment, list(sys.path)), daemon=False)
+            self.answers, theirs = self._context.Pipe()
+            self._process = self._context.Process(target=_serve, args=(theirs, self._environment, list(sys.path)), daemon=False)
             self._process.start()
             theirs.close()  # so that its end is seen here
             self.answers.send(work)
@@ -125,6 +146,8 @@ def _prepared(questions: Connection) -> Callable[[Any], Any]:
     """The work, which may name code that is not there: every job then says so."""
     try:
         work, setup = questions.recv()
+        if "torch" in sys.modules:  # of a fork, which has read no variable
+            sys.modules["torch"].set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         if setup is not None:
             setup()
     except EOFError:

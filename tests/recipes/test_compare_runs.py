@@ -292,3 +292,101 @@ def test_the_example_of_the_docs_runs(tmp_path, monkeypatch, capsys):
         == 0
     )
     assert "from one pair: no interval" in capsys.readouterr().out
+
+
+class Noisy(pl.LightningModule):
+    """Dropout before a batch norm, which its two modes see with different variance."""
+
+    def __init__(self, drop: float = 0.5) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(1, 16), nn.ReLU(), nn.Dropout(drop), nn.BatchNorm1d(16), nn.Linear(16, 1))
+
+    def training_step(self, batch, _):
+        return (self.net(batch[0]) - batch[1]).square().mean()
+
+    def validation_step(self, batch, _):
+        self.log("val_loss", (self.net(batch[0]) - batch[1]).square().mean())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.05)
+
+
+def test_probes_are_metrics_by_their_name(monkeypatch):
+    """Truth by hand: half of the dropped units shift the variance; without dropout neither probe sees anything."""
+    kept = []
+    monkeypatch.setattr("pl_normkit.recipes.trial._digest_weights", lambda module: kept.append(module) or "")
+    found = compare_runs(
+        Noisy,
+        Points,
+        {"plain": Arm(module={"drop": 0.0})},
+        1,
+        metric=["val_loss", "variance_ratio", "recalibration_gap"],
+        trainer={**ONE_EPOCH, "max_epochs": 4},
+    )
+    with_dropout, plain = (found.runs[0, arm].metrics for arm in ("without", "plain"))
+    assert plain["variance_ratio"] == pytest.approx(1, abs=1e-5)
+    assert with_dropout["variance_ratio"] > 1.5
+
+    # Afterwards the module is as it was, and the gap is what statistics taken by hand close.
+    module, data = kept[-1], Points()
+    assert module.net[2].p == 0.5
+    module.eval()
+    with torch.no_grad():
+        loss = [float((module.net(data.x[:8]) - 3 * data.x[:8] - 0.5).square().mean())]
+        hidden = module.net[:2](data.x)  # what the batch norm reads without dropout
+        module.net[3].running_mean.copy_(hidden.mean(0))
+        module.net[3].running_var.copy_(hidden.var(0))  # unbiased, as torch keeps it
+        loss.append(float((module.net(data.x[:8]) - 3 * data.x[:8] - 0.5).square().mean()))
+    assert with_dropout["val_loss"] == pytest.approx(loss[0], rel=1e-5)
+    assert with_dropout["recalibration_gap"] == pytest.approx(loss[0] - loss[1], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("metric", "reason"),
+    [("fusion_scale", "no network has what it measures"), ("time_awareness", "not known which argument is the time")],
+)
+def test_a_probe_with_nothing_to_measure_says_so(metric, reason):
+    with pytest.raises(ConfigError, match=f"{metric} cannot be measured in this module") as error:
+        compare_runs(Noisy, Points, {"plain": Arm(module={"drop": 0.0})}, 1, metric=["val_loss", metric], trainer=ONE_EPOCH)
+    assert reason in error.value.evidence
+
+
+LOSSY = """
+import os
+import signal
+from pathlib import Path
+
+from tests.recipes.test_compare_runs import Line, Points
+
+
+def build(lr: float = 0.1, dies: str = "", seed: int = 0):
+    mark = Path("died")
+    if dies == "always" or (dies == "once" and not mark.exists()):
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return Line(lr), Points(seed)
+"""
+
+
+def test_runs_in_other_processes_are_those_of_this_one_and_a_lost_one_costs_itself(tmp_path, monkeypatch, capsys):
+    (tmp_path / "lossy_runs.py").write_text(LOSSY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ["compare", "lossy_runs:build", "--arm", "slow:--lr=0.01", "--metric", "val_loss", "--seeds=1", "--trainer.max_epochs=1"]
+    words += ["--trainer.accelerator=cpu"]
+    assert main([*words, "--out", "here"]) == 0
+    capsys.readouterr()
+    lossy = [word.replace("slow:--lr=0.01", "slow:--lr=0.01 --dies=always") for word in words]
+    assert main([*lossy, "--out", "lost", "--on", "processes", "--jobs", "1"]) == 2
+    error = capsys.readouterr().err
+    assert "1 of the runs came to no end" in error
+    assert "seed 0 slow: the process ended abruptly (signal SIGKILL)" in error
+    here, lost = (list(csv.DictReader(Path(folder, "runs.csv").read_text().splitlines())) for folder in ("here", "lost"))
+    assert [row["arm"] for row in lost] == ["without"]  # it is kept
+    (same,) = [row for row in here if row["arm"] == "without"]
+    assert {**lost[0], "seconds": ""} == {**same, "seconds": ""}
+
+
+def test_a_place_that_compare_does_not_know(capsys):
+    assert main(["compare", "vit", "--with", "GammaDecay", "--on", "moon"]) == 2
+    assert "invalid choice: 'moon'" in capsys.readouterr().err
