@@ -134,14 +134,19 @@ class Rule:
                 code=self.code,
                 name=self.name,
                 severity=seen.severity or self.severity,
-                message=seen.message,
+                message=_as_sentence(seen.message),
                 places=tuple(seen.places),
                 evidence=tuple(seen.evidence),
-                advice=seen.advice,
+                advice=_as_sentence(seen.advice),
                 fix_safety=seen.fix_safety or self.fix_safety,
                 cause=seen.cause,
                 witness=seen.witness,
             )
+
+
+def _as_sentence(text: str) -> str:
+    """With a capital letter, unless it begins with a name from code."""
+    return text[:1].upper() + text[1:] if text.partition(" ")[0].rstrip(",:;").replace("-", "").isalpha() else text
 
 
 def _reflowed(lines: Sequence[str]) -> str:
