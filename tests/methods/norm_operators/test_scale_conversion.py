@@ -20,10 +20,7 @@ LAYER = "it is a layer norm, and takes the mean away: turn it by to_rmsnorm firs
     ("name", "turned", "kept"),
     [
         ("gpt2", 4, {"transformer.ln_f": "transformer.wte.weight is tied: transformer.wte reads it too"}),
-        ("gpt_neox", 4, {"gpt_neox.final_layer_norm": "lm_head has no bias to take the shift"}),
         ("llama", 5, {}),
-        ("vit", 5, {}),
-        ("timm_vit", 5, {}),
         ("timm_vit_average", 5, {f"blocks.{i}.attn.{x}_norm": LAYER for i in (0, 1) for x in "qk"}),
     ],
 )

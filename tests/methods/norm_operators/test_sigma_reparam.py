@@ -46,7 +46,7 @@ def test_values_and_gradients_equal_the_formula(share: float) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["vit", "llama", "gpt_neox", "timm_vit"])
+@pytest.mark.parametrize("name", ["vit", "llama"])
 def test_trained_models_start_with_their_function_keep_their_keys_and_come_back(name: str) -> None:
     model, inputs = build(name)
     before, keys = output(model, inputs), set(model.state_dict())
