@@ -216,7 +216,9 @@ def _cell(rows: list[dict[str, str]], letters: float) -> str:
     losses = [float(row["loss"]) for row in rows]
     stuck = sum(not loss < 0.97 * letters for loss in losses)
     first = rows[0]
-    depth = f"; {first['variance']} to {first['variance_end']}; {first['gradients']} to {first['gradients_end']}"
+    depth = (
+        f"; {first['variance']} to {first['variance_end']}; {first['gradients']} to {first['gradients_end']}" if first["variance"] else ""
+    )
     return interval(losses) + (f", {stuck} of {len(losses)} stuck" if stuck else "") + depth
 
 

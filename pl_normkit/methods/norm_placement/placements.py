@@ -161,6 +161,7 @@ def _behind(layout: Layout, sites: list[Site], exits: Exits, kind: str) -> Plan:
     for site in sites:
         if layout.is_parallel(site):
             raise refuse(kind, site, "parallel branches share one addition")
+        _refuse_output_norm(site, kind)
         norm = _entry(layout, site, kind)
         plan.pieces.append({"piece": "behind", "at": _exit(site, norm, exits, kind), "side": "after", "norm": norm})
     return plan
@@ -264,6 +265,11 @@ def _deepnorm(layout: Layout, sites: list[Site], exits: Exits, options: Mapping[
     return plan
 
 
+def _refuse_output_norm(site: Site, kind: str) -> None:
+    if site.output_norm is not None:
+        raise refuse(kind, site, f"{site.output_norm.module} stands behind it already, as in Peri-LN", "build the model with pre-norm")
+
+
 def _entry(layout: Layout, site: Site, kind: str) -> str:
     if site.norm is None or not site.is_entry:
         fix = "build the model with pre-norm" if site.post_norm is not None else ""
@@ -314,6 +320,7 @@ def _hybrid(layout: Layout, sites: list[Site], exits: Exits, options: Mapping[st
     for site in sites:
         if layout.is_parallel(site):
             raise refuse("hybrid", site, "parallel branches share one addition")
+        _refuse_output_norm(site, "hybrid")
         norm, is_kept = _entry(layout, site, "hybrid"), first == "pre" and site.layer == 1
         if site.heads:
             plan.pieces += _head_norms(layout, site)
@@ -343,6 +350,7 @@ def _sdd(layout: Layout, sites: list[Site], exits: Exits, options: Mapping[str, 
     plan = Plan(words=f"last norms of branches start at 1/sqrt({layout.depth}); learning rate 3e-4, gradients clipped at 1 (its authors)")
     for site in sites:
         asking, giving = attention_weights(site)
+        _refuse_output_norm(site, "sdd")
         for node in site.weights:
             path, axis = layout.weight_module(node), layout.axis(node)
             if path is None or node in asking & giving:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pl_normkit import place_norms
 from pl_normkit.errors import ConfigError, EditError
+from pl_normkit.graph.sharing import TraceStore, shared_traces
 from pl_normkit.methods.norm_placement.modules import HeadNorm, OutputNorm
 from tests.methods.norm_placement.by_hand import SIZES, Part, bert, difference, doubled, gpt2, llama, output, written_by_hand
 from tests.methods.norm_placement.making import Made
@@ -149,9 +150,21 @@ def test_a_checkpoint_runs_turned_blocks_again() -> None:
         _gradients(model, inputs)
 
 
+def gemma() -> Made:
+    return tf.Gemma2ForCausalLM(tf.Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=4, pad_token_id=0)), {**IDS, "use_cache": False}
+
+
+def qwen() -> Made:
+    return tf.Qwen3ForCausalLM(tf.Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=4)), {**IDS, "use_cache": False}
+
+
 REFUSED: list[tuple[str, Callable[[], Made], dict[str, Any], str]] = [
     ("hybrid", gpt2, {}, "queries, keys and values have no layer each"),
     ("hybrid", bert, {}, "no norm stands at the entry of the branch"),
+    ("hybrid", gemma, {}, "stands behind it already, as in Peri-LN"),
+    ("sdd", gemma, {}, "stands behind it already, as in Peri-LN"),
+    ("post", gemma, {}, "stands behind it already, as in Peri-LN"),
+    ("hybrid", qwen, {}, "its attention normalizes already"),
     ("sdd", gpt2, {}, "one layer makes queries, keys and values"),
     ("pre", llama, {}, "no norm reads the sum alone"),
     (
@@ -161,6 +174,12 @@ REFUSED: list[tuple[str, Callable[[], Made], dict[str, Any], str]] = [
         "is not the output of a norm",
     ),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _shared() -> Any:
+    with shared_traces(TraceStore()):
+        yield
 
 
 @pytest.mark.parametrize(("kind", "make", "options", "reason"), REFUSED, ids=[f"{case[0]}-{n}" for n, case in enumerate(REFUSED)])
