@@ -5,8 +5,8 @@
 Both sides of a ratio are timed in turn within one run; a ratio is a median of paired ratios, a time a median. The clock is processor time,
 so that neighbours on a shared machine disturb less. The memory's limit is the time of a copy of the map, in the same rounds, scaled to
 the bytes that no implementation can avoid: the kept part of the map (all of it where contiguous), output, its gradient, the map's gradient.
-The C library is told to keep freed memory, as the larger heap of a training run does: otherwise small maps time its page faults, which depend
-on what else was allocated. benchmarks/gpu.py is the script for a GPU.
+The C library is told to keep freed memory, as the larger heap of a training run does: otherwise small maps time its page faults, which
+depend on what else was allocated. benchmarks/gpu.py is the script for a GPU.
 """
 
 from __future__ import annotations

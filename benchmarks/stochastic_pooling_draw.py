@@ -1,6 +1,6 @@
-"""Drawing the subsets on the CPU: in numpy, as it is done, and the same arithmetic through torch, eager and compiled by inductor's C++ backend.
+"""Drawing the subsets on the CPU: in numpy, as it is done, and through torch, eager and compiled by inductor's C++ backend.
 
-    python benchmarks/stochastic_pooling_draw.py     writes benchmarks/results/stochastic_pooling_draw.csv; the compiled form needs a C++ compiler
+    python benchmarks/stochastic_pooling_draw.py     # needs a C++ compiler; writes benchmarks/results/stochastic_pooling_draw.csv
 
 One thread, processor time, median of 60 calls; all three give the very same subsets.
 """

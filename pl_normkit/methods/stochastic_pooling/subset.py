@@ -14,7 +14,6 @@ from __future__ import annotations
 __all__ = ["ROUNDS", "draw", "mix", "permute", "window_keys"]
 
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,11 +30,12 @@ WORD = 0xFFFFFFFF
 ROUND_SHIFT = 20
 Words = npt.NDArray[np.uint32]
 Indices = npt.NDArray[np.int64]
+_16, _GOLDEN, _32, _WORD = np.uint32(16), np.uint32(GOLDEN), np.uint64(32), np.uint64(WORD)
 
 
 def mix(word: Words) -> Words:
     """A bijection of 32-bit words that spreads every input bit (C. Wellons, hash prospector, "lowbias32")."""
-    word = word ^ (word >> 16)
+    word = word ^ (word >> _16)
     word *= MIX_1
     word ^= word >> 15
     word *= MIX_2
@@ -64,8 +64,8 @@ def window_keys(seed: int, rank: int, batch: int, windows: Words) -> Words:
     key = _mix_number((seed & WORD) + GOLDEN & WORD)
     key = _mix_number(key ^ ((seed >> 32) & WORD))
     key = _mix_number((key ^ rank) + GOLDEN & WORD)
-    of_samples = mix((np.arange(batch, dtype=np.uint32) ^ key) + GOLDEN)
-    return mix((of_samples[:, None] ^ windows) + GOLDEN)
+    of_samples = mix((np.arange(batch, dtype=np.uint32) ^ np.uint32(key)) + _GOLDEN)
+    return mix((of_samples[:, None] ^ windows) + _GOLDEN)
 
 
 def draw(windows: Windows, numbers: tuple[int, ...], seed: int, rank: int, batch: int) -> Tensor:
@@ -115,9 +115,6 @@ def _decide_in_turn(keys: Words, left: npt.NDArray[np.uint64], kept_of: npt.NDAr
     return kept
 
 
-_32, _WORD = np.uint64(32), np.uint64(WORD)
-
-
 def permute(keys: Words, window: Window, places: Indices) -> Indices:
     """Cells at the given places of each window's permutation.
 
@@ -142,8 +139,10 @@ def permute(keys: Words, window: Window, places: Indices) -> Indices:
 @lru_cache(maxsize=256)
 def _round_words(lines: int) -> Words:
     """(rounds, 1, 1, lines): what tells one line's rotation from another's, before the key."""
-    words: Words = ((np.arange(ROUNDS, dtype=np.uint32)[:, None] << ROUND_SHIFT) + np.arange(lines, dtype=np.uint32)) * np.uint32(GOLDEN)
-    return words[:, None, None]
+    rounds: Words = np.arange(ROUNDS, dtype=np.uint32)[:, None, None, None] << np.uint32(ROUND_SHIFT)
+    of_lines: Words = np.arange(lines, dtype=np.uint32)
+    words: Words = rounds + of_lines
+    return words * _GOLDEN
 
 
 def _shifts(keys: Words, window: Window) -> tuple[Indices, Indices]:
@@ -163,8 +162,11 @@ def _permute_once(shifts: tuple[Indices, Indices], window: Window, places: Indic
     row, column = places // window.columns, places % window.columns
     tables = np.arange(row.shape[0] * row.shape[1]).reshape(*row.shape[:2], 1)
     first_column, first_row = (tables * shift.shape[-1] for shift in shifts)
+    index, moved = np.empty_like(row), np.empty_like(row)  # fresh memory in each round would cost more than the arithmetic
     for of_columns, of_rows in zip(*shifts, strict=True):
-        row += of_columns.take(first_column + column)
-        column += of_rows.take(first_row + row)
-    cells: Any = row % window.rows * window.columns + column % window.columns
-    return cells
+        row += of_columns.take(np.add(first_column, column, out=index), out=moved, mode="clip")
+        column += of_rows.take(np.add(first_row, row, out=index), out=moved, mode="clip")
+    row %= window.rows
+    row *= window.columns
+    row += np.remainder(column, window.columns, out=column)
+    return row
