@@ -5,15 +5,18 @@
 Both sides of a ratio are timed in turn within one run; a ratio is a median of paired ratios, a time a median. The clock is processor time,
 so that neighbours on a shared machine disturb less. The memory's limit is the time of a copy of the map, in the same rounds, scaled to
 the bytes that no implementation can avoid: the kept part of the map (all of it where contiguous), output, its gradient, the map's gradient.
-benchmarks/gpu.py is the script for a GPU.
+The C library is told to keep freed memory, as the larger heap of a training run does: otherwise small maps time its page faults, which
+depend on what else was allocated. benchmarks/gpu.py is the script for a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import ctypes
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -96,7 +99,16 @@ def write(name: str, rows: list[Row]) -> None:
         print(" | ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
 
 
+def keep_freed_memory() -> None:
+    """glibc: give nothing back to the system, and take large blocks from the heap too."""
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
+        trim_threshold, mmap_threshold, most = -1, -3, 2**30
+        library.mallopt(trim_threshold, most)
+        library.mallopt(mmap_threshold, most)
+
+
 def run_cpu(rounds: int) -> None:
+    keep_freed_memory()
     torch.set_num_threads(1)
     machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, 1 thread, torch {torch.__version__}"
     rows: list[Row] = []

@@ -1,11 +1,11 @@
 """What the pooling kernels compile to, without a GPU: registers, spills, shared memory, widths, occupancy, instructions, bytes moved.
 
     python benchmarks/stochastic_pooling_kernels.py             # all cases and targets: benchmarks/results/stochastic_pooling_kernels.csv
-    python benchmarks/stochastic_pooling_kernels.py --sample    # one target, one candidate of the cases that need most registers
+    python benchmarks/stochastic_pooling_kernels.py --sample    # one candidate of the cases that need most registers, no file
 
 The launches of a case are planned as on a GPU; Triton then compiles each candidate for each target as it would for these very arguments
 (integers that are 1, or multiples of 16; aligned pointers), and the disassembler that Triton ships shows the result. Exits with 1 where
-a kernel does not compile, spills, or takes more than 128 registers.
+a kernel does not compile, spills, or takes more than 128 registers (256 of gfx942's 512, the count for two waves).
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from pl_normkit.methods.stochastic_pooling.launch import LIMIT, Launch, pooling,
 
 RESULTS = Path(__file__).parent / "results" / "stochastic_pooling_kernels.csv"
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-MOST_REGISTERS = 128
+MOST_REGISTERS = {"gfx942": 256}
+"""By target; 128 on the others."""
 TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -122,12 +123,20 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 SAMPLE = {("7x7 stride 2", 56), ("global", 7), ("2x2", 28), ("3x3 stride 2", 28), ("3x3 stride 1", 35), ("bins 6", 28)}
 
 
-def cases(sample: bool) -> Iterator[Case]:
+HARDEST = ("3x3 stride 2", 28)
+
+
+def cases() -> Iterator[Case]:
     for name, spec, shape in CALLS:
-        for dtype in DTYPES[:1] if sample else DTYPES:
+        for dtype in DTYPES:
             for channels_last in (True, False):
-                if not sample or (name, shape[2]) in SAMPLE:
-                    yield Case(name, spec, shape, dtype, channels_last)
+                yield Case(name, spec, shape, dtype, channels_last)
+
+
+def in_sample(case: Case, target: str) -> bool:
+    """For sm_90 a few pools in bfloat16; for every target the one that needs most registers, in float32."""
+    place = (case.name, case.shape[2])
+    return place == HARDEST if case.dtype == torch.float32 else case.dtype == torch.bfloat16 and target == "sm_90" and place in SAMPLE
 
 
 def source_of(launch: Launch, candidate: dict[str, int]) -> ASTSource:
@@ -304,24 +313,24 @@ def row_of(case: Case, way: str, launch: Launch, candidate: dict[str, int], name
 
 
 def table(sample: bool, targets: list[str], dtypes: list[str]) -> Iterator[Row]:
-    for dtype, name, case in itertools.product(dtypes, targets, cases(sample)):
-        if TYPES[case.dtype] == dtype:
+    for dtype, name, case in itertools.product(dtypes, targets, cases()):
+        if TYPES[case.dtype] == dtype and (not sample or in_sample(case, name)):
             for way, launch in case.launches():
                 for candidate in launch.candidates[:1] if sample else launch.candidates:
                     yield row_of(case, way, launch, candidate, name)
 
 
 def faults(rows: list[Row]) -> list[Row]:
-    return [row for row in rows if row["spilled bytes"] or int(str(row["registers"])) > MOST_REGISTERS]
+    return [row for row in rows if row["spilled bytes"] or int(str(row["registers"])) > MOST_REGISTERS.get(str(row["target"]), 128)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sample", action="store_true", help="a few cases for one target, no file")
+    parser.add_argument("--sample", action="store_true", help="a few cases, no file")
     parser.add_argument("--targets", nargs="+", help=f"of {', '.join(CARDS)}, gfx942")
     parser.add_argument("--dtypes", nargs="+", default=[TYPES[dtype] for dtype in DTYPES], help="of bf16, fp16, fp32, fp64")
     options = parser.parse_args()
-    targets = options.targets or (["sm_90"] if options.sample else [*CARDS, "gfx942"])
+    targets = options.targets or [*CARDS, *(() if options.sample else ("gfx942",))]
     found = []
     with Path(os.devnull if options.sample else RESULTS).open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)

@@ -27,6 +27,8 @@ LIMIT: dict[str, Any] = {} if torch.version.hip else {"maxnreg": 128}
 """Told the most registers a thread may take, the assembler spills none to get below them, as it otherwise does for more occupancy."""
 NARROW = 64
 """Places of a map that leave the fewest threads idle in blocks of 16."""
+UNROLLED = 9
+"""Cells of the largest window that `_pool_small` takes without a loop in channels-last maps."""
 DRAWN_WORDS = 8
 
 
@@ -41,7 +43,7 @@ def _tables(windows: Windows, device: torch.device, dtype: torch.dtype) -> tuple
 
 
 def block_sizes(
-    places: int, channels: int, repeats: int, itemsize: int, channels_last: bool, elements: int = 32
+    places: int, channels: int, repeats: int, itemsize: int, channels_last: bool, elements: int = 32, tile: int = TILE
 ) -> list[tuple[int, int, int]]:
     """Candidate (places, channels, warps) of a program, the likeliest first.
 
@@ -52,6 +54,7 @@ def block_sizes(
         itemsize: bytes of an element.
         channels_last: whether channels lie next to each other; their block then spans at least two memory sectors.
         elements: of a contiguous map, what each thread holds at most.
+        tile: of a channels-last map, what a program holds at most.
     """
     if not channels_last:
         return _plane_sizes(places, channels, repeats, elements if itemsize <= 4 else elements // 2)
@@ -60,7 +63,7 @@ def block_sizes(
     while block_c > least and repeats * triton.cdiv(channels, block_c) < PROGRAMS_WANTED:
         block_c //= 2
     sizes = dict.fromkeys((block_c, max(min(least, block_c), block_c // 2)))
-    return [(min(triton.next_power_of_2(places), max(1, TILE // c)), c, WARPS) for c in sizes]
+    return [(min(triton.next_power_of_2(places), max(1, tile // c)), c, WARPS) for c in sizes]
 
 
 def _plane_sizes(places: int, channels: int, repeats: int, elements: int) -> list[tuple[int, int, int]]:
@@ -112,9 +115,20 @@ def _tuned(kernel: Any, candidates: tuple[tuple[int, int, int], ...]) -> Any:
     return triton.autotune(configs=configs, key=keys, cache_results=True)(kernel)
 
 
-def _candidates(places: int, channels: int, repeats: int, itemsize: int, channels_last: bool, elements: int = 32) -> list[dict[str, int]]:
-    sizes = block_sizes(places, channels, repeats, itemsize, channels_last, elements)
+def _candidates(
+    places: int, channels: int, repeats: int, itemsize: int, channels_last: bool, elements: int = 32, tile: int = TILE
+) -> list[dict[str, int]]:
+    sizes = block_sizes(places, channels, repeats, itemsize, channels_last, elements, tile)
     return [{"BLOCK_P": p, "BLOCK_C": c, "num_warps": warps} for p, c, warps in sizes]
+
+
+def _small_candidates(windows: Windows, channels: int, batch: int, itemsize: int, channels_last: bool) -> list[dict[str, int]]:
+    """Candidates for `_pool_small`: tiles that spill on no target, and one alone where the others are dominated or spill."""
+    is_unrolled = windows.largest <= UNROLLED
+    tile = TILE * 2 // max(2, itemsize) if is_unrolled else TILE * 4 // max(4, itemsize)
+    found = _candidates(len(windows.all), channels, batch, itemsize, channels_last, 16, tile)
+    has_one = itemsize > 4 or (channels_last and (is_unrolled or itemsize > 2))
+    return found[:1] if has_one else found
 
 
 def _accumulator(dtype: torch.dtype) -> tuple[torch.dtype, Any]:
@@ -168,7 +182,7 @@ def pooling(x: Tensor, windows: Windows, seed: Tensor, rank: int) -> tuple[Tenso
             "ALIGNED": _aligned(channels, count, channels_last),
         }
         arguments = (x, out, bits, table, weights, channels, area, width, count)
-        candidates = _candidates(count, channels, batch, x.element_size(), channels_last, elements=16)
+        candidates = _small_candidates(windows, channels, batch, x.element_size(), channels_last)
 
         def programs(meta: dict[str, int]) -> int:
             return int(batch * triton.cdiv(count, meta["BLOCK_P"]) * triton.cdiv(channels, meta["BLOCK_C"]))
@@ -178,6 +192,7 @@ def pooling(x: Tensor, windows: Windows, seed: Tensor, rank: int) -> tuple[Tenso
     words = bits.shape[2]
     elements = 16 if windows.largest <= NARROW else 32
     candidates = _candidates(windows.largest, channels, batch * count, x.element_size(), channels_last, elements)
+    candidates = candidates[:1] if channels_last else candidates  # the second is dominated
     launch = Launch(
         kernels._pool_large,
         (x, out, bits, table, weights, channels, area, width, count, words),
@@ -213,7 +228,10 @@ def spreading(grad: Tensor, windows: Windows, seed: Tensor, rank: int, channels_
         kernels._spread,
         (grad, out, bits, table, weights, cover, channels, cells, height, width, windows.out_size[1], count, bits.shape[2]),
         constants,
-        _candidates(cells, channels, batch * triton.cdiv(cells, 64), grad.element_size(), channels_last),
+        _candidates(
+            *(cells, channels, batch * triton.cdiv(cells, 64), grad.element_size(), channels_last),
+            tile=TILE if grad.element_size() <= 4 else TILE // 2,
+        ),
         lambda meta: batch * triton.cdiv(cells, meta["BLOCK_P"]) * triton.cdiv(channels, meta["BLOCK_C"]),
     )
     return out, [draw, launch]

@@ -5,6 +5,8 @@ use a keyed permutation of their cells, of which the first n places are kept: ce
 round rotates every column (then every row) by its own pseudo-random amount, a Feistel network on two unequal alphabets. Where the
 grid holds more places than the window, a place outside is permuted again until it falls inside (cycle walking); as the places
 outside are few, that takes at most as many steps as there are.
+
+In numpy: words of 32 bits wrap there by themselves, and a call on a few hundred of them costs a quarter of one of torch.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ __all__ = ["ROUNDS", "draw", "mix", "permute", "window_keys"]
 
 from functools import lru_cache
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -24,17 +28,19 @@ MIX_1 = 0x7FEB352D
 MIX_2 = 0x846CA68B
 WORD = 0xFFFFFFFF
 ROUND_SHIFT = 20
+Words = npt.NDArray[np.uint32]
+Indices = npt.NDArray[np.int64]
+_16, _GOLDEN, _32, _WORD = np.uint32(16), np.uint32(GOLDEN), np.uint64(32), np.uint64(WORD)
 
 
-def mix(word: Tensor) -> Tensor:
-    """A bijection of 32-bit words that spreads every input bit (C. Wellons, hash prospector, "lowbias32").
-
-    Args:
-        word: int64 tensor holding values in [0, 2**32).
-    """
-    word = (word >> 16).bitwise_xor_(word).mul_(MIX_1).bitwise_and_(WORD)
-    word = (word >> 15).bitwise_xor_(word).mul_(MIX_2).bitwise_and_(WORD)
-    return (word >> 16).bitwise_xor_(word)
+def mix(word: Words) -> Words:
+    """A bijection of 32-bit words that spreads every input bit (C. Wellons, hash prospector, "lowbias32")."""
+    word = word ^ (word >> _16)
+    word *= MIX_1
+    word ^= word >> 15
+    word *= MIX_2
+    word ^= word >> 16
+    return word
 
 
 def _mix_number(word: int) -> int:
@@ -43,7 +49,7 @@ def _mix_number(word: int) -> int:
     return word ^ (word >> 16)
 
 
-def window_keys(seed: int, rank: int, batch: int, windows: Tensor) -> Tensor:
+def window_keys(seed: int, rank: int, batch: int, windows: Words) -> Words:
     """One 32-bit key for each sample and window.
 
     Args:
@@ -53,14 +59,13 @@ def window_keys(seed: int, rank: int, batch: int, windows: Tensor) -> Tensor:
         windows: (K,) window numbers.
 
     Returns:
-        (batch, K) int64.
+        (batch, K).
     """
     key = _mix_number((seed & WORD) + GOLDEN & WORD)
     key = _mix_number(key ^ ((seed >> 32) & WORD))
     key = _mix_number((key ^ rank) + GOLDEN & WORD)
-    samples = torch.arange(batch, device=windows.device)
-    of_samples = mix((samples ^ key).add_(GOLDEN).bitwise_and_(WORD))
-    return mix((of_samples[:, None] ^ windows).add_(GOLDEN).bitwise_and_(WORD))
+    of_samples = mix((np.arange(batch, dtype=np.uint32) ^ np.uint32(key)) + _GOLDEN)
+    return mix((of_samples[:, None] ^ windows) + _GOLDEN)
 
 
 def draw(windows: Windows, numbers: tuple[int, ...], seed: int, rank: int, batch: int) -> Tensor:
@@ -76,46 +81,41 @@ def draw(windows: Windows, numbers: tuple[int, ...], seed: int, rank: int, batch
     Returns:
         (batch, K, most cells) bool, exactly `kept` of them true in each window; cells in row-major order.
     """
-    which, _, kept_of = _sizes(windows, numbers)
+    which, left, kept_of = _sizes(windows, numbers)
     keys = window_keys(seed, rank, batch, which)
     if windows.is_small:
-        return _decide_in_turn(keys, _left(windows, numbers), kept_of)
+        return torch.from_numpy(_decide_in_turn(keys, left, kept_of))
     window = windows.all[numbers[0]]
-    places = permute(keys, window, torch.arange(window.kept))
+    places = torch.from_numpy(permute(keys, window, np.arange(window.kept)))
     kept = torch.zeros((*keys.shape, window.cells), dtype=torch.bool)
     return kept.scatter_(2, places, True)
 
 
 @lru_cache(maxsize=256)
-def _sizes(windows: Windows, numbers: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Numbers, cells and subset sizes of some windows."""
+def _sizes(windows: Windows, numbers: tuple[int, ...]) -> tuple[Words, npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+    """Of K windows their numbers; (most cells, K) how many cells are left when it is a cell's turn; and subset sizes."""
     some = [windows.all[number] for number in numbers]
-    return torch.tensor(numbers), torch.tensor([window.cells for window in some]), torch.tensor([window.kept for window in some])
+    cells = np.array([window.cells for window in some])
+    left = np.maximum(cells - np.arange(cells.max())[:, None], 0) if windows.is_small else np.empty((0, len(some)))
+    return np.array(numbers, np.uint32), left.astype(np.uint64), np.array([window.kept for window in some], np.uint64)
 
 
-@lru_cache(maxsize=256)
-def _left(windows: Windows, numbers: tuple[int, ...]) -> Tensor:
-    """(most cells, K): how many cells of a window are left when it is a cell's turn."""
-    _, cells, _ = _sizes(windows, numbers)
-    return (cells - torch.arange(int(cells.max()))[:, None]).clamp_min_(0)
-
-
-def _decide_in_turn(keys: Tensor, left: Tensor, kept_of: Tensor) -> Tensor:
+def _decide_in_turn(keys: Words, left: npt.NDArray[np.uint64], kept_of: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
     """Algorithm S; one word serves four decisions, its low part after each being as uniform as before (at least 12 bits remain)."""
-    missing = (kept_of << 32).repeat(len(keys), 1)
-    kept = torch.empty((*keys.shape, len(left)), dtype=torch.bool)
-    word = keys
-    for cell, left_now in enumerate(left.unbind()):
+    missing = np.repeat((kept_of << _32)[None], len(keys), axis=0)
+    kept = np.empty((*keys.shape, len(left)), np.bool_)
+    word = np.empty(keys.shape, np.uint64)
+    for cell, left_now in enumerate(left):
         if cell % 4 == 0:
-            word = mix((keys + (cell // 4 + 1) * GOLDEN).bitwise_and_(WORD))
-        product = word * left_now
-        taken = torch.lt(product, missing, out=kept[..., cell])
-        missing.add_(taken, alpha=-(1 << 32))
-        word = product.bitwise_and_(WORD)
+            word[...] = mix(keys + ((cell // 4 + 1) * GOLDEN & WORD))
+        word *= left_now
+        taken = np.less(word, missing, out=kept[..., cell])
+        missing -= taken.astype(np.uint64) << _32
+        word &= _WORD
     return kept
 
 
-def permute(keys: Tensor, window: Window, places: Tensor) -> Tensor:
+def permute(keys: Words, window: Window, places: Indices) -> Indices:
     """Cells at the given places of each window's permutation.
 
     Args:
@@ -124,38 +124,49 @@ def permute(keys: Tensor, window: Window, places: Tensor) -> Tensor:
         places: (P,) in [0, cells).
 
     Returns:
-        (B, K, P) int64 in [0, cells), distinct for distinct places.
+        (B, K, P) in [0, cells), distinct for distinct places.
     """
     shifts = _shifts(keys, window)
-    cells = _permute_once(shifts, window, places.expand(*keys.shape, -1))
+    cells = _permute_once(shifts, window, np.broadcast_to(places, (*keys.shape, len(places))))
     for _ in range(window.waste):
-        cells = torch.where(cells >= window.cells, _permute_once(shifts, window, cells), cells)
+        outside = cells >= window.cells
+        if not outside.any():
+            break
+        cells = np.where(outside, _permute_once(shifts, window, cells), cells)
     return cells
 
 
 @lru_cache(maxsize=256)
-def _round_words(lines: int) -> Tensor:
-    """(rounds, lines): what tells one line's rotation from another's, before the key."""
-    return ((torch.arange(ROUNDS)[:, None] << ROUND_SHIFT) + torch.arange(lines)) * GOLDEN
+def _round_words(lines: int) -> Words:
+    """(rounds, 1, 1, lines): what tells one line's rotation from another's, before the key."""
+    rounds: Words = np.arange(ROUNDS, dtype=np.uint32)[:, None, None, None] << np.uint32(ROUND_SHIFT)
+    of_lines: Words = np.arange(lines, dtype=np.uint32)
+    words: Words = rounds + of_lines
+    return words * _GOLDEN
 
 
-def _shifts(keys: Tensor, window: Window) -> tuple[Tensor, Tensor]:
-    """How far each column is rotated in the even rounds, and each row in the odd ones: (B, K, rounds / 2, repeated lines).
+def _shifts(keys: Words, window: Window) -> tuple[Indices, Indices]:
+    """How far each column is rotated in the even rounds, and each row in the odd ones: (rounds / 2, B, K, repeated lines).
 
     Rows and columns are counted without wrapping while the rounds run, so the tables repeat themselves as often as an index
     can have wrapped.
     """
-    words = _round_words(max(window.rows, window.columns))
-    half_words = mix((words + keys[..., None, None]).bitwise_and_(WORD)) >> 16
+    half_words = mix(_round_words(max(window.rows, window.columns)) + keys[..., None]) >> 16
     wraps = (1, 1, 1, ROUNDS // 2 + 1)
-    of_columns = (half_words[..., ::2, : window.columns] * window.rows).bitwise_right_shift_(16).repeat(wraps)
-    of_rows = (half_words[..., 1::2, : window.rows] * window.columns).bitwise_right_shift_(16).repeat(wraps)
-    return of_columns, of_rows
+    of_columns = half_words[::2, ..., : window.columns] * np.uint32(window.rows) >> 16
+    of_rows = half_words[1::2, ..., : window.rows] * np.uint32(window.columns) >> 16
+    return np.tile(of_columns, wraps).astype(np.int64), np.tile(of_rows, wraps).astype(np.int64)
 
 
-def _permute_once(shifts: tuple[Tensor, Tensor], window: Window, places: Tensor) -> Tensor:
+def _permute_once(shifts: tuple[Indices, Indices], window: Window, places: Indices) -> Indices:
     row, column = places // window.columns, places % window.columns
-    for of_columns, of_rows in zip(shifts[0].unbind(2), shifts[1].unbind(2), strict=True):
-        row += of_columns.gather(2, column)
-        column += of_rows.gather(2, row)
-    return row.remainder_(window.rows).mul_(window.columns).add_(column.remainder_(window.columns))
+    tables = np.arange(row.shape[0] * row.shape[1]).reshape(*row.shape[:2], 1)
+    first_column, first_row = (tables * shift.shape[-1] for shift in shifts)
+    index, moved = np.empty_like(row), np.empty_like(row)  # fresh memory in each round would cost more than the arithmetic
+    for of_columns, of_rows in zip(*shifts, strict=True):
+        row += of_columns.take(np.add(first_column, column, out=index), out=moved, mode="clip")
+        column += of_rows.take(np.add(first_row, row, out=index), out=moved, mode="clip")
+    row %= window.rows
+    row *= window.columns
+    row += np.remainder(column, window.columns, out=column)
+    return row

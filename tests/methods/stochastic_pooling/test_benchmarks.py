@@ -28,13 +28,14 @@ runpy.run_path({str(BENCHMARKS / script)!r}, run_name="__main__")
     )
 
 
-def test_kernels_compile_for_a_hopper_gpu_without_spills_in_128_registers() -> None:
+def test_kernels_compile_for_three_gpus_without_spills_in_128_registers() -> None:
     done = run("stochastic_pooling_kernels.py", "--sample")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split(" | ") for line in done.stdout.splitlines()]
     assert {(row[1], row[5]) for row in rows} >= {
         (kernel, layout) for kernel in ("_pool_large", "_pool_small", "_spread") for layout in ("channels-last", "NCHW")
     }
+    assert {row[0] for row in rows} == {"sm_80", "sm_90", "sm_100"}
     for row in rows:
         kernel, layout, registers, spilled = row[1], row[5], int(row[9]), int(row[10])
         loads, stores = row[12], row[13]
@@ -51,11 +52,12 @@ def test_spills_and_too_many_registers_are_faults() -> None:
 import sys
 sys.path.insert(0, {str(BENCHMARKS)!r})
 from stochastic_pooling_kernels import faults
-rows = [{{"spilled bytes": spilled, "registers": registers}} for spilled, registers in ((0, 128), (8, 40), (0, 129))]
+cases = ((0, 128, "sm_80"), (8, 40, "sm_90"), (0, 129, "sm_100"), (0, 256, "gfx942"), (0, 257, "gfx942"))
+rows = [{{"spilled bytes": spilled, "registers": registers, "target": target}} for spilled, registers, target in cases]
 print([row["registers"] for row in faults(rows)])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[40, 129]"
+    assert done.stdout.strip() == "[40, 129, 257]"
 
 
 def test_the_script_for_the_gpu_runs_whole_on_the_cpu_without_smp(tmp_path: Path) -> None:

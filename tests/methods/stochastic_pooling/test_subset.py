@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -102,9 +103,10 @@ def test_exactly_the_promised_number_is_kept(height: int, width: int, keep: floa
 @given(st.integers(33, 3000), st.integers(0, 2**63 - 1))
 def test_a_window_is_permuted_onto_itself(cells: int, seed: int) -> None:
     window = windows_of(GLOBAL, (1, cells), 0.5).all[0]
-    keys = window_keys(seed, 0, 2, torch.tensor([0]))
-    permuted = permute(keys, window, torch.arange(cells))
-    assert torch.equal(permuted.sort().values, torch.arange(cells).expand(2, 1, -1))
+    keys = window_keys(seed, 0, 2, np.zeros(1, np.uint32))
+    permuted = permute(keys, window, np.arange(cells))
+    assert (np.sort(permuted) == np.arange(cells)).all()
+    assert permuted.shape == (2, 1, cells)
 
 
 @pytest.mark.parametrize(("keep", "counts"), [(0.25, 12), (0.5, 24), (0.75, 37), (1e-6, 1), (0.999, 49), (1.0, 49)])
@@ -113,6 +115,6 @@ def test_subset_sizes_of_a_seven_by_seven_map(keep: float, counts: int) -> None:
 
 
 def test_mix_is_a_bijection_where_it_can_be_checked() -> None:
-    words = torch.arange(1 << 20)
-    assert len(mix(words).unique()) == len(words)
-    assert int(mix(words).max()) < 2**32
+    words = np.arange(1 << 20, dtype=np.uint32)
+    assert len(np.unique(mix(words))) == len(words)
+    assert mix(words).dtype == np.uint32
