@@ -251,6 +251,7 @@ ROLES: list[tuple[str, tuple[str, ...]]] = [
     (r"relative_position_bias_table$|relative_attention_bias\.weight$|rel_pos_[hwd]$|rel_embeddings\.weight$", ("relative_position",)),
     (r"(layer_?scale\w*(\.lambda1|\.gamma)?|lambda_?1|lambda_?2|gamma_[12])$", ("layer_scale",)),
     (r"(cls|class|register|mask|distillation|dist|bos|pad)_?tokens?$|class_embedding$|query_tokens$|latents$", ("token",)),
+    (r"codebook\.weight$", ("embedding",)),
     (r"query_position_embeddings\.weight$", ("token",)),
     (r"(position|pos)_?embed(ding)?s?$|positional_embedding$", ("position",)),
     (r"(position_embeddings?|embed_positions|wpe|pos_embed(ding)?s?)\.weight$", ("position", "embedding")),
