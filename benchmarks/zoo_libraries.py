@@ -233,6 +233,7 @@ INPUTS: dict[str, Callable[[Any], Inputs]] = {
     "siglip2_vision_model": patches,
     **dict.fromkeys(("glm4v_vision", "qwen3_vl_vision"), packed),
     "patchtst": lambda c: {"past_values": zeros(c.context_length, c.num_input_channels)},
+    **dict.fromkeys(("dac", "encodec", "mimi"), lambda _: {"input_values": zeros(1, 4000)}),
     "timesfm": lambda c: {"past_values": zeros(4 * c.patch_length), "past_values_padding": zeros(4 * c.patch_length), "freq": ids(1)},
     **dict.fromkeys(
         ("timesformer", "videomae", "vivit"), lambda c: {"pixel_values": zeros(c.num_frames, c.num_channels, c.image_size, c.image_size)}

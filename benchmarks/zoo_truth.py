@@ -80,10 +80,10 @@ TRANSFORMERS: dict[Formula, str] = {
         vit deit dinov2 dinov2_with_registers dinov3_vit vit_mae vit_msn ijepa videomae vivit yolos audio-spectrogram-transformer pixio
         aimv2_vision_model clip_vision_model clip_text_model siglip_vision_model siglip2_vision_model chinese_clip_vision_model pixtral
         mlcd_vision_model internvl_vision vjepa2 glm4v_vision qwen3_vl_vision idefics3_vision smolvlm_vision
-        rwkv timesfm xlnet patchtst tipsv2_vision_model
+        rwkv xlnet patchtst tipsv2_vision_model
         decision_transformer mobilevitv3
         xlstm granitemoe_swa gte esmc aria_text qwen3_5_moe_text glm4v_text glm4v_moe_text voxtral_encoder qwen2_audio_encoder
-        audioflamingo3_encoder dpr git chameleon sam_hq_vision_model dpt""",
+        audioflamingo3_encoder dpr chameleon sam_hq_vision_model dpt""",
     per_layer(1): """
         gpt_neox gptj codegen phi cohere cohere2 cohere2_moe""",
     per_layer(3): "timesformer falcon_h1",
@@ -139,7 +139,8 @@ SPECIAL: dict[str, Formula] = {
     "patchtsmixer": lambda c: 2 * c.num_layers,
     "sam2_vision_model": lambda c: (2 * sum(c.backbone_config.blocks_per_stage) - 3, 3),  # three blocks change the width
     "clap": lambda c: 2 * sum(c.audio_config.depths) + 2 * c.text_config.num_hidden_layers,
-    "kosmos-2": lambda c: 2 * c.text_config.layers,
+    "git": lambda c: 2 * (c.num_hidden_layers + c.vision_config.num_hidden_layers),
+    "timesfm": lambda c: (2 * c.num_hidden_layers, 1),  # what becomes of the patches at first has a linear shortcut
     **dict.fromkeys(("deformable_detr", "conditional_detr"), with_backbone),
     **dict.fromkeys(("jamba", "bamba", "granitemoehybrid"), with_scans),
     # the positional convolution, then layers of two; data2vec has five of those convolutions in a row, none with a shortcut of its own
@@ -250,6 +251,7 @@ ROLES: list[tuple[str, tuple[str, ...]]] = [
     (r"relative_position_bias_table$|relative_attention_bias\.weight$|rel_pos_[hwd]$|rel_embeddings\.weight$", ("relative_position",)),
     (r"(layer_?scale\w*(\.lambda1|\.gamma)?|lambda_?1|lambda_?2|gamma_[12])$", ("layer_scale",)),
     (r"(cls|class|register|mask|distillation|dist|bos|pad)_?tokens?$|class_embedding$|query_tokens$|latents$", ("token",)),
+    (r"codebook\.weight$", ("embedding",)),
     (r"query_position_embeddings\.weight$", ("token",)),
     (r"(position|pos)_?embed(ding)?s?$|positional_embedding$", ("position",)),
     (r"(position_embeddings?|embed_positions|wpe|pos_embed(ding)?s?)\.weight$", ("position", "embedding")),

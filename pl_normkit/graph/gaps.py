@@ -58,12 +58,12 @@ _calls: list[_Result] = []
 
 
 def read_with_gaps(model: nn.Module, arguments: Arguments, error: TraceError) -> tuple[list[Node], list[str]] | None:
-    """Operations in training mode, and the paths of the modules of which one operation each is all that was read.
+    """Operations, with dropouts as in training, and the paths of the modules of which one operation each is all that was read.
 
     Args:
-        model: any module that could not be exported.
+        model: any module that could not be exported, not in eval mode either.
         arguments: of its call.
-        error: why.
+        error: why not in eval mode, where fewer modules are in the way: training alone skips layers at random.
 
     Returns:
         None where the model itself is in the way, or where it cannot be run.
@@ -81,7 +81,7 @@ def read_with_gaps(model: nn.Module, arguments: Arguments, error: TraceError) ->
             return None
         try:
             with _stand_ins(gaps, record):
-                return trace_call(model, arguments, training=True), _outermost(gaps)
+                return trace_call(model, arguments, training=False, as_in_training=True), _outermost(gaps)
         except TraceError as again:
             failure = again
     return None

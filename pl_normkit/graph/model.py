@@ -61,7 +61,7 @@ class ModelGraph:
         try:
             return whole() if store is None else store.graph(model, example_inputs, training, whole)
         except TraceError as error:
-            read = read_partly(model, example_inputs, error) if partly else None
+            read = read_partly(model, example_inputs) if partly else None
             if read is None:
                 raise
             nodes, unseen = read

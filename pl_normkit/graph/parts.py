@@ -24,17 +24,17 @@ _PLAIN = (Tensor, int, float, bool, str, type(None))
 _NAMED = 6
 
 
-def read_partly(model: nn.Module, example_inputs: Any, error: TraceError) -> tuple[list[Node], str] | None:
+def read_partly(model: nn.Module, example_inputs: Any) -> tuple[list[Node], str] | None:
     """Operations, and in words what they leave out; None where nothing could be read.
 
     The eval graph is read as in training: its dropouts have their probabilities. Where that cannot be had either, the modules that are
-    in the way, as `error` tells, are one operation each (`gaps`), and their children are read by themselves. Failing that, parts are
+    in the way are one operation each (`gaps`), and their children are read by themselves. Failing that, parts are
     traced with the inputs that a forward pass in eval mode gives them, the outermost that can be; what joins them is not seen.
     """
     arguments = call_arguments(example_inputs)
     try:
         nodes = trace_call(model, arguments, training=False, as_in_training=True)
-    except TraceError:
+    except TraceError as error:
         read = read_with_gaps(model, arguments, error)
         return _read_parts(model, example_inputs) if read is None else _with_insides(model, example_inputs, *read)
     return nodes, "read in eval mode instead: what runs in training alone (stochastic depth, masking of inputs, targets) is not seen"
@@ -48,7 +48,10 @@ def _with_insides(model: nn.Module, example_inputs: Any, nodes: list[Node], gaps
         for path, part in _trace_children(model.get_submodule(gap), gap, called):
             if part is not None:
                 _append_part(nodes, part, path, model.get_submodule(path), names)
-    return nodes, f"read with one operation in place of each of these, whose parts are read by themselves: {_listed(gaps)}"
+    return (
+        nodes,
+        f"read in eval mode instead, with one operation in place of each of these, whose parts are read by themselves: {_listed(gaps)}",
+    )
 
 
 def _read_parts(model: nn.Module, example_inputs: Any) -> tuple[list[Node], str] | None:
