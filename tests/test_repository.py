@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +16,7 @@ from pl_normkit.findings import Evidence, Finding, FixSafety, Note, Place, Sever
 from pl_normkit.report import Report
 from pl_normkit.report.json_format import from_json
 from pl_normkit.report.junit import to_junit
-from pl_normkit.repository import Entry, lint_repository, read_entries, within_repository
+from pl_normkit.repository import Entry, _state, lint_repository, read_entries, within_repository
 
 TABLE = """
 [tool.pl-normkit]
@@ -156,3 +158,23 @@ def test_junit_counts_findings_and_failures() -> None:
     suites = [(suite.get("name"), suite.get("tests"), suite.get("failures"), suite.get("errors")) for suite in root]
     assert suites == [("net\ufffd", "2", "1", "1"), ("clean", "1", "0", "0")]
     assert [[child.tag for child in case] for case in root.iter("testcase")] == [["failure"], ["error"], []]
+
+
+def test_code_outside_of_the_repository_that_needs_no_new_version_counts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package installed with `pip install -e`, and a folder of PYTHONPATH."""
+    root, edited, on_path = tmp_path / "repo", tmp_path / "edited in place", tmp_path / "path"
+    for folder in (root, edited, on_path, tmp_path / "site/own-1.dist-info"):
+        folder.mkdir(parents=True)
+    (tmp_path / "site/own-1.dist-info/METADATA").write_text("Name: own\nVersion: 1\n")
+    record = {"url": edited.as_uri(), "dir_info": {"editable": True}}
+    (tmp_path / "site/own-1.dist-info/direct_url.json").write_text(json.dumps(record))
+    found = list(importlib.metadata.distributions(path=[str(tmp_path / "site")]))
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda: found)
+    monkeypatch.setenv("PYTHONPATH", str(on_path))
+    states = [_state(root)]
+    for folder in (edited, on_path, root):
+        (folder / "net.py").write_text("a = 1")
+        states.append(_state(root))
+    (edited / "notes.txt").write_text("no source")
+    assert len(set(states)) == 4
+    assert _state(root) == states[-1]

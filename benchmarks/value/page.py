@@ -71,7 +71,7 @@ def write_page(experiments: Sequence[Experiment], done: Mapping[str, Rows], stud
 def _study_section(study: Study) -> str:
     counts = sorted({len(values) for values in study.arms.values()})
     seeds = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
-    lines = [f"\n## {study.remedy}\n", f"{study.setting}; {seeds} seeds,"]
+    lines = [f"\n## {study.remedy}\n", f"{study.setting}; {seeds} seed{'' if seeds == '1' else 's'},"]
     lines += [f"{study.seconds / 60:.1f} minutes (`{study.command}`). [What it does]({study.page})\n"]
     lines += [f"| arm | {study.metric} |", "|---|---:|"]
     lines += [f"| {arm} | {_mean(list(values.values()))} |" for arm, values in study.arms.items()]

@@ -64,6 +64,7 @@ def _by_arm(rows: Sequence[tuple[str, str, str]]) -> dict[str, dict[str, float]]
 
 
 def _timestep(rows: Rows) -> list[Study]:
+    rows = [row for row in rows if "seed" in row]  # an older file holds means alone
     arms = _by_arm([(f"{row['time']} time, {row['norm']}: {row['injection']}", row["seed"], row["loss"]) for row in rows])
     asked = [
         ("shared", "batch", "positional"),

@@ -65,6 +65,7 @@ class RayWorkers:
 
 def _import_ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster that we begin tells nobody
+    os.environ.setdefault("RAY_worker_niceness", "0")  # its workers go as fast as our own processes would
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what a task without a GPU sees stays as it is
     try:
         with warnings.catch_warnings():

@@ -79,9 +79,8 @@ def depth_chart(curve: Mapping[str, float], landmarks: Sequence[Landmark]) -> st
     ]
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in placed)
     dots = [f'<circle class="plain" cx="{x:.1f}" cy="{y:.1f}" r="3"><title>{escape(title)}</title></circle>' for x, y, title in placed]
-    axes = [f'<text x="{_LABEL - 12}" y="24" text-anchor="end">{high:.4g}</text>']
-    if high > low:
-        axes.append(f'<text x="{_LABEL - 12}" y="104" text-anchor="end">{low:.4g}</text>')
+    ends = {104: low, 24: high} if high > low else {104: low}
+    axes = [f'<text x="{_LABEL - 12}" y="{y}" text-anchor="end">{value:.4g}</text>' for y, value in ends.items()]
     return _svg("curve", _WIDTH, 112, [f'<polyline points="{line}"/>', *dots, *axes], "curve along depth")
 
 

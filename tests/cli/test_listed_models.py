@@ -33,6 +33,12 @@ input = "3,16,16"
 WITHOUT_FAILURE = PROJECT.partition("[tool.pl-normkit.models.fails]")[0]
 
 
+def count_the_repository_alone(patch: pytest.MonkeyPatch) -> None:
+    """Not this library, which may be edited while its tests run."""
+    patch.delenv("PYTHONPATH", raising=False)
+    patch.setattr("pl_normkit.repository._edited_in_place", lambda _: ())
+
+
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Audited once by two processes; the tests below find that in the cache."""
@@ -42,6 +48,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "pyproject.toml").write_text(WITHOUT_FAILURE)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        count_the_repository_alone(patch)
         assert main(["lint", "--jobs", "2", "--output", os.devnull]) == 1
     return folder
 
@@ -50,6 +57,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def here(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The repository as the working directory; nothing but its cache may answer."""
     monkeypatch.chdir(repository)
+    count_the_repository_alone(monkeypatch)
     monkeypatch.setattr("pl_normkit.repository.open_workers", None)
     return repository
 
@@ -145,6 +153,7 @@ def test_a_model_that_fails_stops_no_other(tmp_path: Path, run: Run) -> None:
 def test_bad_words_are_refused_before_a_process_starts(
     tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, table: str, words: tuple[str, ...], message: str
 ) -> None:
+    count_the_repository_alone(monkeypatch)
     monkeypatch.setattr("pl_normkit.repository.open_workers", None)
     (tmp_path / "pyproject.toml").write_text(table)
     result = run("lint", *words)

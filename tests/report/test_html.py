@@ -153,6 +153,8 @@ def test_a_curve_along_the_landmarks_lies_below_the_map() -> None:
     landmarks = [Landmark("norm", "a.bn", "", 0), Landmark("norm", "b.bn1", "", 5), Landmark("norm", "b.bn2", "", 10)]
     svg = depth_chart({"b": 4.0, "a.bn": 2.0, "b.bn2": 3.0}, landmarks)
     assert re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', svg) == [("150.0", "100.0"), ("391.0", "20.0"), ("632.0", "60.0")]
+    assert re.findall(r'y="(\d+)" text-anchor="end">([\d.]+)<', svg) == [("104", "2"), ("24", "4")]
+    assert re.findall(r'y="(\d+)" text-anchor="end">([\d.]+)<', depth_chart({"a.bn": 2.0}, landmarks)) == [("104", "2")]  # on its line
     assert depth_chart({"a.bn": 2.0, "elsewhere": 3.0}, landmarks) == ""
     page = Report(landmarks=landmarks).to_html({"Shift": {"a.bn": 2.0}, "Apart": {"elsewhere": 1.0}})
     assert "Shift" in page.partition("Map of the network")[2].partition("</section>")[0]

@@ -186,3 +186,22 @@ def test_a_model_without_norms() -> None:
 
     with pytest.raises(NothingMatchedError, match="no norm ran"):
         measure_time_awareness(Plain(), OdeFunction.inputs(), TIMES)
+
+
+def test_without_times_each_sample_gets_the_time_of_the_one_before_it() -> None:
+    """A time that the whole batch shares has no other one."""
+    torch.manual_seed(0)
+    x, t = torch.randn(3, 2, 4, 4), torch.tensor([0.1, 0.5, 0.9])
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.GroupNorm(1, 2)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.norm(x + t[:, None, None, None] * x.new_tensor([1.0, -1.0])[:, None, None])
+
+    net = Net()
+    assert measure_time_awareness(net, (x, t)) == measure_time_awareness(net, (x, t), (t, torch.tensor([0.9, 0.1, 0.5])))
+    with pytest.raises(ConfigError, match="the same"):
+        measure_time_awareness(net, (x, torch.full((3,), 0.5)))
