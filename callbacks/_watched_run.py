@@ -66,7 +66,7 @@ class WatchedRun:
         self._recorder: StepRecorder | None = None
         self._batch: Any = None
         self._batches_told = self._known = 0
-        self._is_first = True
+        self._is_first, self._is_late = True, False
         self.had_inputs = self._has_loss = self._is_concluded = False
 
     @property
@@ -83,7 +83,9 @@ class WatchedRun:
             records += edit_records(self._fit.pl_module, network, inputs, planned)
         return records
 
-    def start_batch(self, batch: Any) -> None:
+    def start_batch(self, batch: Any, index: int) -> None:
+        if self._is_late and index > 0:
+            return
         self._batch = batch
         module = self._fit.pl_module
         if self._watch is None and not is_compiled(module):  # what runs compiled takes no hooks
@@ -142,9 +144,10 @@ class WatchedRun:
             if not self._has_loss:  # a step without a loss shows nothing
                 self._recorder.close()
                 self._recorder = None
-        if not (self._has_loss or is_compiled(self._fit.pl_module)):
+        is_unseen = self._is_late and self._watch is None
+        if is_unseen or not (self._has_loss or is_compiled(self._fit.pl_module)):
             return False
-        self._is_first = False
+        self._is_first, before = False, len(self.audit.networks)
         if not self._is_concluded:
             self._conclude()
         self._batches_told += 1
@@ -152,12 +155,15 @@ class WatchedRun:
             self._add_networks()
             self.audit.judge_networks()
             self.audit.judge_parts()
-        return True
+        if self._is_late:
+            self.stop()
+        return not self._is_late or len(self.audit.networks) > before
 
     def end_epoch(self) -> bool:
-        """A network that was not called in a whole epoch is waited for no longer."""
+        """A network that was not called in a whole epoch is looked for in the first batch of each later one alone."""
         has_news = not self._is_concluded and self._conclude()
         self.stop()
+        self._is_first, self._is_late = False, True
         return has_news
 
     @property
@@ -166,7 +172,7 @@ class WatchedRun:
         if not self._is_concluded or self._batches_told < 2:
             return False
         is_new, self._known = self._known != len(self.audit.networks), len(self.audit.networks)
-        return is_new and self._has_seen_all()
+        return is_new and self.has_seen_all()
 
     def stop(self) -> None:
         if self._watch is not None:
@@ -207,7 +213,8 @@ class WatchedRun:
             if network not in self.audit.networks:
                 self.audit.add_network(network, _on_device_of(network, inputs))
 
-    def _has_seen_all(self) -> bool:
+    def has_seen_all(self) -> bool:
+        """Whether every network was read whose parameters an optimizer holds."""
         held = {id(p) for optimizer in self._fit.trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
         networks = [network for network in networks_in(self._fit.pl_module) if any(id(p) in held for p in network.parameters())]
         return all(map(self.audit.has_read, networks))
@@ -220,7 +227,7 @@ class StepHooks(Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         if self._watched is not None:
-            self._watched.start_batch(batch)
+            self._watched.start_batch(batch, batch_idx)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Any) -> None:
         if self._watched is not None:

@@ -141,7 +141,8 @@ class ModelAudit(StepHooks, EvaluationHooks):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._watched is not None and self._watched.end_epoch():
             self._tell(trainer, self._watched.audit.report)
-        self._watched = None
+        if self._watched is not None and self._watched.has_seen_all():
+            self._stop_watching()
 
     def _tell(self, trainer: pl.Trainer, report: Report) -> None:
         shown, self.report = self.report, report if self._evaluation is None else self._evaluation.added_to(report)

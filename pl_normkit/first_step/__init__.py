@@ -7,6 +7,7 @@ broadcasts.py       what broadcasts in a loss
 divergences.py      what goes into a kl_div
 drop_masks.py       dropout written by hand
 operations.py       what the functions of torch do, by name
+tensor_notes.py     what is known of tensors while they live
 watch.py            sees the operations of one forward pass
 recorder.py         takes the facts of a step: `read_step` for a loss in hand, `StepRecorder` and `EvaluationRecorder` for a loop
 """

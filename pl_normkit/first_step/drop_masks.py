@@ -4,13 +4,14 @@ from __future__ import annotations
 
 __all__ = ["DropMasks"]
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+
+from pl_normkit.first_step.tensor_notes import TensorNotes
 
 
 def _words(text: str) -> frozenset[str]:
@@ -49,8 +50,8 @@ class DropMasks:
 
     is_parameter: Callable[[Tensor], bool]
     has_drawn_a_number: bool = False
-    _drawn: MutableMapping[Tensor, _Draw] = field(default_factory=WeakTensorKeyDictionary)
-    _features: MutableMapping[Tensor, bool] = field(default_factory=WeakTensorKeyDictionary)
+    _drawn: TensorNotes[_Draw] = field(default_factory=TensorNotes)
+    _features: TensorNotes[bool] = field(default_factory=TensorNotes)
     _tokens: set[int] = field(default_factory=set)
     _count: int = 0
 

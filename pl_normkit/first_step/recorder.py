@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["EvaluationRecorder", "StepRecorder", "read_step"]
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -53,8 +54,7 @@ def read_step(model: nn.Module, inputs: Any, loss: Tensor, *, run: bool = True) 
             gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
         except RuntimeError:
             return None
-        found: list[float | None] = [None if gradient is None else _largest(gradient) for gradient in gradients]
-        sizes = dict(zip(parameters, found, strict=True))
+        sizes = dict(zip(parameters, _largest(gradients), strict=True))
         facts = _before_backward(model, loss, parameters)
         dropped = frozenset(name for name in facts.dropped_by_backward if sizes[name] is None)
         if GraphView.of([loss], {}).has_hidden_paths:  # those get their gradients in a real backward alone
@@ -88,9 +88,20 @@ def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _largest(gradient: Tensor) -> float:
-    values = gradient.coalesce().values() if gradient.is_sparse else gradient
-    return float(values.detach().abs().amax()) if values.numel() else 0.0
+def _largest(gradients: Iterable[Tensor | None]) -> list[float | None]:
+    """The largest entry of each, read from its device at once."""
+    given = list(gradients)
+    values = [None if g is None else (g.coalesce().values() if g.is_sparse else g).detach() for g in given]
+    found: list[float | None] = [None if value is None else 0.0 for value in values]
+    held: dict[torch.device, list[int]] = defaultdict(list)
+    for position, value in enumerate(values):
+        if value is not None and value.numel():
+            held[value.device].append(position)
+    for positions in held.values():
+        sizes = [value.abs().amax().double() for position in positions if (value := values[position]) is not None]
+        for position, size in zip(positions, torch.stack(sizes).tolist(), strict=True):
+            found[position] = size
+    return found
 
 
 def _before_backward(model: nn.Module, loss: Tensor, parameters: Mapping[str, Tensor]) -> StepFacts:
@@ -216,7 +227,8 @@ class StepRecorder(_Recorder):
         self._pending = self._forward = None
 
     def _read_gradients(self, pending: StepFacts) -> None:
-        gradients = {name: None if p.grad is None else _largest(p.grad) for name, p in _trainable(self._model).items()}
+        trainable = _trainable(self._model)
+        gradients = dict(zip(trainable, _largest(p.grad for p in trainable.values()), strict=True))
         dropped = frozenset(name for name in pending.dropped_by_backward if gradients[name] is None)
         facts = replace(pending, gradients=gradients, forward=self._forward, dropped_by_backward=dropped)
         self.facts = replace(facts, needs_all_gradients=self._needs_all)
@@ -335,5 +347,5 @@ class _Clearing:
 
 
 def _smallest_with_gradient(groups: Iterable[Mapping[str, Any]]) -> Tensor | None:
-    held = [p for group in groups for p in group["params"] if p.grad is not None and not p.grad.is_sparse and bool(p.grad.any())]
-    return min(held, key=torch.Tensor.numel, default=None)
+    held = [p for group in groups for p in group["params"] if p.grad is not None and not p.grad.is_sparse]
+    return next((p for p in sorted(held, key=torch.Tensor.numel) if bool(p.grad.any())), None)

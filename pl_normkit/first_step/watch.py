@@ -6,7 +6,7 @@ __all__ = ["ForwardWatch", "Seen"]
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from pl_normkit.findings import Place
 from pl_normkit.first_step import operations
 from pl_normkit.first_step.autograd_nodes import GraphView
 from pl_normkit.first_step.drop_masks import DropMasks
 from pl_normkit.first_step.facts import Cut, Dropout, FirstInput, ForwardFacts, NormCall, ReverseRead
+from pl_normkit.first_step.tensor_notes import TensorNotes
 from pl_normkit.graph.autograd import source_line, tensors_in
 from pl_normkit.preserve import global_generators
 
@@ -73,7 +73,7 @@ class ForwardWatch(TorchFunctionMode):
         self._called: set[str] = set()
         self._read: set[str] = set()
         self._written: set[str] = set()
-        self._data_of: MutableMapping[Tensor, str] = WeakTensorKeyDictionary()
+        self._data_of: TensorNotes[str] = TensorNotes()
         self._cuts: list[_Cut] = []
         self._norms: list[NormCall] = []
         self._dropouts: list[Dropout] = []
@@ -82,12 +82,12 @@ class ForwardWatch(TorchFunctionMode):
         self._draws_numbers = False
         self._masked: list[tuple[int, Dropout]] = []
         self._silent_dropouts: dict[str, None] = {}
-        self._reverse: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
+        self._reverse: TensorNotes[int] = TensorNotes()
         self._reverse_reads: list[ReverseRead] = []
         self._first_inputs: list[FirstInput] = []
         self._switched_off = ""
-        self._marks: MutableMapping[Tensor, frozenset[int]] = WeakTensorKeyDictionary()
-        self._raw: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()
+        self._marks: TensorNotes[frozenset[int]] = TensorNotes()
+        self._raw: TensorNotes[bool] = TensorNotes()
         self._mark_inputs(inputs)
         self._used: set[int] = set()
         self._outputs: list[Any] = []

@@ -7,6 +7,7 @@ __all__ = ["base", "behind", "forward_order", "output_dtype", "saved", "source_l
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,9 +23,17 @@ _RECIPES = f"{_OWN}recipes/"
 _HIDDEN = (f"{Path(torch.__file__).parent}/", _OWN)
 
 
+_PLAIN = frozenset((type(None), bool, int, float, str))
+
+
 def base(node: Node) -> str:
     """Name of the operation: "Sqrt" for SqrtBackward0."""
-    return re.sub(r"Backward\d*$", "", node.name().rsplit("::", 1)[-1])
+    return _base_of(node.name())
+
+
+@lru_cache(maxsize=1024)
+def _base_of(name: str) -> str:
+    return re.sub(r"Backward\d*$", "", name.rsplit("::", 1)[-1])
 
 
 def saved(node: Node, name: str) -> Any:
@@ -92,11 +101,12 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     """The tensors in a nest of lists, tuples, mappings and dataclasses."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
     elif isinstance(value, (list, tuple)):
         for item in value:
+            if type(item) not in _PLAIN:  # most arguments of an operation
+                yield from tensors_in(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
             yield from tensors_in(item)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         yield from tensors_in(list(vars(value).values()))

@@ -5,11 +5,13 @@ from __future__ import annotations
 __all__ = ["Kind", "Node", "Read", "Step", "kind_of"]
 
 import math
+import os
 import re
 import sysconfig
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +219,12 @@ def source_of(stack_trace: str) -> str:
 
 def shorten(file: str) -> str:
     """`file` relative to the folder of installed packages or to the working directory, unchanged elsewhere."""
-    for root in (*_LIBRARIES, str(Path.cwd())):
+    return _shortened(file, os.getcwd())  # noqa: PTH109  (asked for each operation that is watched)
+
+
+@lru_cache(maxsize=1024)
+def _shortened(file: str, folder: str) -> str:
+    for root in (*_LIBRARIES, folder):
         if file.startswith(root + "/"):
             return file[len(root) + 1 :]
     return file

@@ -329,3 +329,34 @@ def test_fix_findings_leaves_unsafe_fixes_alone() -> None:
     assert [change.module for change in changes.made] == ["blocks.0.drop2", "blocks.0.op5"]
     changes.undo()
     assert audit(net, x).findings == report.findings
+
+
+class LateCritic(pl.LightningModule):
+    """A second network, with a finding of its own, joins from one epoch on."""
+
+    def __init__(self, joins: int) -> None:
+        super().__init__()
+        self.joins = joins
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+        self.critic = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        out = self.net(batch[0])
+        if self.current_epoch < self.joins:
+            return out.square().mean()
+        return self.critic(out).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 1e-3)
+
+
+@pytest.mark.parametrize("joins", [0, 1, 2, 9])
+def test_a_network_that_joins_late_is_read_then(joins: int) -> None:
+    module, audit = LateCritic(joins), ModelAudit(select=["NK015"])
+    data = DataLoader(TensorDataset(torch.randn(8, 4)), batch_size=4)
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(max_epochs=4, accelerator="cpu", callbacks=[audit], **quiet)
+    trainer.fit(module, data)
+    assert audit.report is not None
+    assert {finding.code for finding in audit.report.findings} == ({"NK015"} if joins < 4 else set())
+    assert [hook for part in module.modules() for hook in (*part._forward_pre_hooks, *part._forward_hooks)] == []
