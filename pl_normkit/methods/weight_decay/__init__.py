@@ -6,6 +6,7 @@ hand; that the default leaves norms, biases, positions and tokens out is common 
     roles.py           the roles
     find.py            `parameter_roles`: the role of every parameter
     operations.py      the role by the operation that reads the parameter, and where that stands
+    core_gammas.py     which scales the derivation speaks about
     module_types.py    the role by the type of the module, where there is no graph
     peers.py           whom timm, transformers and nanoGPT decay
     policy.py          which parameters are decayed, and on what ground
@@ -16,7 +17,7 @@ hand; that the default leaves norms, biases, positions and tokens out is common 
     rules.py           what the graph and the groups tell: NK201 to NK203, NK206 to NK208
     optimizer_rules.py NK204 and NK205: what an optimizer tells without a graph
     optimizer_text.py  an optimizer from words
-    commands.py        `lint --optimizer`, `report`
+    commands.py        `lint --optimizer`, `roles`, a drawing of `report`
 """
 
 from __future__ import annotations

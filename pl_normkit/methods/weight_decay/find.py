@@ -22,8 +22,9 @@ from torch import nn
 
 from pl_normkit.errors import TraceError
 from pl_normkit.graph import ModelGraph
+from pl_normkit.methods.weight_decay.core_gammas import core_blocks, core_gammas
 from pl_normkit.methods.weight_decay.module_types import is_norm_scale, is_own, owners, role_in_module
-from pl_normkit.methods.weight_decay.operations import Context, core_blocks, core_gammas, read_roles
+from pl_normkit.methods.weight_decay.operations import Context, read_roles
 from pl_normkit.methods.weight_decay.peers import decayed_by_peers
 from pl_normkit.methods.weight_decay.roles import GAMMAS, Role
 from pl_normkit.wrappers import unwrapped
