@@ -390,9 +390,13 @@ def _is_gated(found: Sum) -> bool:
 
 
 def _is_modulated(found: Sum) -> bool:
-    """Whether one operand is features times a scale, and the other a shift that is made beside the scale and apart from the features."""
+    """Whether one operand is features times a scale, and the other a shift that is made beside the scale and apart from the features.
+
+    A gate for each channel in front of a shift of full size modulates nothing: the sum joins two maps (a global attention upsample).
+    """
     for product in found.operands:
-        factors = [_chain_back(factor) for factor in product.inputs] if product.kind is Kind.MUL else []
+        is_scaled = product.kind is Kind.MUL and all(factor.numel == product.numel for factor in product.inputs)
+        factors = [_chain_back(factor) for factor in product.inputs] if is_scaled else []
         shifts = [_chain_back(operand) for operand in found.operands if operand is not product]
         if len(factors) == 2 and all(_is_beside_one(shift, *factors) for shift in shifts):
             return True
