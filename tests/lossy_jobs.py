@@ -23,6 +23,7 @@ def do(job: tuple[str, str]) -> Any:
     if word == "hang":
         time.sleep(600)
     if word == "die" or (word == "die once" and not (Path(folder) / "died").exists()):
-        (Path(folder) / "died").touch()
+        if word == "die once":
+            (Path(folder) / "died").touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return {"word": word, "process": os.getpid(), "gpu": os.environ.get("CUDA_VISIBLE_DEVICES"), "folder": str(Path.cwd())}
