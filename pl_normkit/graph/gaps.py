@@ -7,9 +7,10 @@ from __future__ import annotations
 
 __all__ = ["read_with_gaps"]
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from types import TracebackType
 from typing import Any
@@ -46,12 +47,8 @@ class _TensorForm:
     form: Form
 
 
-@dataclass
-class _Record:
-    """The results of each module's calls in one forward pass, by path, and the shapes it was called with."""
-
-    results: dict[str, dict[Any, _Result]] = field(default_factory=dict)
-
+Results = dict[str, dict[Any, _Result]]
+"""Of each module's calls in one forward pass, by its path and by the shapes it was called with."""
 
 _calls: list[_Result] = []
 """What the operations of the trace that runs return; they know it by its index."""
@@ -68,7 +65,7 @@ def read_with_gaps(model: nn.Module, arguments: Arguments, error: TraceError) ->
     Returns:
         None where the model itself is in the way, or where it cannot be run.
     """
-    record: _Record | None = None
+    results: Results | None = None
     gaps: dict[str, nn.Module] = {}
     failure: TraceError | None = error
     for _ in range(_MOST_KINDS):
@@ -76,11 +73,11 @@ def read_with_gaps(model: nn.Module, arguments: Arguments, error: TraceError) ->
         if not more or more.keys() <= gaps.keys():
             return None
         gaps |= more
-        record = record if record is not None else _record(model, arguments)
-        if not all(path in record.results for path in gaps):
+        results = results if results is not None else _results(model, arguments)
+        if not results.keys() >= gaps.keys():
             return None
         try:
-            with _stand_ins(gaps, record):
+            with _stand_ins(gaps, results):
                 return trace_call(model, arguments, training=False, as_in_training=True), _outermost(gaps)
         except TraceError as again:
             failure = again
@@ -115,9 +112,9 @@ def _outermost(gaps: Mapping[str, nn.Module]) -> list[str]:
     return [path for path in gaps if not any(path.startswith(f"{other}.") for other in gaps)]
 
 
-def _record(model: nn.Module, arguments: Arguments) -> _Record:
+def _results(model: nn.Module, arguments: Arguments) -> Results:
     """What each module returns in a forward pass in eval mode, as far as the model runs."""
-    record = _Record()
+    results: Results = defaultdict(dict)
     args, kwargs = place_arguments(model, arguments)
 
     def recorder(path: str) -> Any:
@@ -125,7 +122,7 @@ def _record(model: nn.Module, arguments: Arguments) -> _Record:
             leaves, spec = tree_flatten(output)
             if all(isinstance(leaf, (Tensor, *_PLAIN)) for leaf in leaves) and any(isinstance(leaf, Tensor) for leaf in leaves):
                 result = _Result(spec, tuple(_TensorForm(_form_of(leaf)) if isinstance(leaf, Tensor) else leaf for leaf in leaves))
-                record.results.setdefault(path, {}).setdefault(_shapes((args, kwargs)), result)
+                results[path].setdefault(_shapes((args, kwargs)), result)
 
         return keep
 
@@ -134,7 +131,7 @@ def _record(model: nn.Module, arguments: Arguments) -> _Record:
             hooks.callback(module.register_forward_hook(recorder(path), with_kwargs=True).remove)
         model.eval()
         model(*args, **kwargs)
-    return record
+    return results
 
 
 def _form_of(tensor: Tensor) -> Form:
@@ -146,13 +143,13 @@ def _shapes(called_with: Any) -> Any:
 
 
 @contextmanager
-def _stand_ins(gaps: Mapping[str, nn.Module], record: _Record) -> Iterator[None]:
+def _stand_ins(gaps: Mapping[str, nn.Module], results: Results) -> Iterator[None]:
     """Let one operation stand for each call of a module of `gaps` within the block."""
     _calls.clear()
     before: dict[str, Any] = {path: vars(module).get("forward") for path, module in gaps.items()}
     try:
         for path, module in gaps.items():
-            module.forward = _Gap(record.results[path])
+            module.forward = _Gap(results[path])
         yield
     finally:
         for path, module in gaps.items():

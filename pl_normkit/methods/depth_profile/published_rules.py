@@ -30,7 +30,7 @@ def _attending(subject: Subject) -> list[Layer]:
     "NK909",
     "deep-post-norm",
     mark=Mark.PUBLISHED,
-    source="arXiv 2412.13795 and arXiv 2502.05795, Table 1 of both",
+    source="arXiv 2412.13795 and arXiv 2502.05795, Table 1 of both; the cut of 24 blocks, the depth of their model, is ours",
     needs=(Needs.MODEL, Needs.GRAPH),
     severity=Severity.NOTE,
     preview=True,
@@ -66,8 +66,8 @@ def deep_post_norm(subject: Subject) -> Iterator[Observation]:
     None here: place_norms(model, "deepnorm", inputs) before training, or a model with pre-norm.
 
     Source
-    Published: the two papers' tables of language models. Encoders with 24 post-norm blocks and a long warm-up were trained (BERT's large
-    model), so this is a note and a preview.
+    Published: the two papers' tables of language models of 24 blocks, which is our cut. Encoders with 24 post-norm blocks and a long
+    warm-up were trained (BERT's large model), so this is a note and a preview.
     """
     layers = _attending(subject)
     is_plain = all(layer.is_post and layer.factor == 1.0 and not ends_in_norm(layer) for layer in layers)
