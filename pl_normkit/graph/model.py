@@ -18,9 +18,10 @@ from pl_normkit.graph.nodes import Kind, Node
 from pl_normkit.graph.norms import find_norms
 from pl_normkit.graph.parts import read_partly
 from pl_normkit.graph.paths import last_resize
-from pl_normkit.graph.residual import Sum, as_residual, find_sums, joins_features
+from pl_normkit.graph.residual import as_residual, find_sums, joins_features
 from pl_normkit.graph.sharing import store_in_use
 from pl_normkit.graph.structure import Attention, Branch, Dropout, Fusion, FusionInput, Head, Norm, ResidualAdd
+from pl_normkit.graph.sums import Sum
 from pl_normkit.graph.trace import trace
 from pl_normkit.wrappers import unwrapped
 

@@ -50,7 +50,8 @@ _OPERATIONS = {
     Kind.VIEW: """
         view view_as _unsafe_view reshape reshape_as flatten unflatten transpose permute movedim swapaxes t contiguous clone expand
         expand_as squeeze unsqueeze slice select getitem to _to_copy alias detach chunk split split_with_sizes tensor_split unbind
-        narrow roll flip type_as float half bfloat16 constant_pad_nd pad""",
+        swapdims moveaxis ravel numpy_T mT mH matrix_H adjoint narrow narrow_copy roll flip type_as float half bfloat16
+        constant_pad_nd pad""",
     Kind.POOL: """
         avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d max_pool1d max_pool2d
         max_pool3d max_pool2d_with_indices adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d mean amax stochastic_pool""",
@@ -151,6 +152,12 @@ class Node:
         if self.op in ("expand", "expand_as") and self.inputs:
             return self.inputs[0].numel
         return math.prod(self.shape)
+
+    @property
+    def holds_whole_numbers(self) -> bool:
+        """Whether its value is indices, lengths and the like, which are no features."""
+        value = self.target.meta.get("val")
+        return isinstance(value, torch.Tensor) and not value.is_floating_point() and not value.is_complex()
 
     @property
     def source(self) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 __all__ = ["Sum", "as_residual", "find_sums", "joins_features"]
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from pl_normkit.graph.attention import feeds_attention, is_pointwise, is_score
 from pl_normkit.graph.nodes import Kind, Node
 from pl_normkit.graph.paths import Dominators, between, leading, main_inputs, walk_branch
 from pl_normkit.graph.structure import PASSING, Branch, ResidualAdd
+from pl_normkit.graph.sums import Sum, sum_of, sum_of_parts
 
 _SLICES = frozenset(("slice", "select", "narrow", "getitem", "index_select"))
 _PARTS = _SLICES | {"chunk", "split", "split_with_sizes", "tensor_split", "unbind"}
@@ -18,28 +18,10 @@ _BENDING = frozenset(("gap", "exp", "exp2", "expm1", "log", "log1p", "log2", "si
 _LOOKUPS = frozenset(("embedding", "embedding_bag", "index", "index_select", "gather", "take_along_dim"))
 _LAYERS = (Kind.WEIGHT, Kind.ATTENTION, Kind.NORM, Kind.RESIZE, Kind.POOL, Kind.CAT, Kind.INPUT)
 _LINEAR_KINDS = (Kind.VIEW, Kind.DROPOUT, Kind.MUL, Kind.ADD)
+_SQUASHING = frozenset(("sigmoid", "hardsigmoid", "tanh", "softmax"))
 _RECURRENT = frozenset(("lstm", "gru", "rnn_tanh", "rnn_relu"))
 _CHAIN_LIMIT = 24
 _REGION_LIMIT = 40
-
-
-@dataclass(frozen=True)
-class Sum:
-    """An addition of activations with nested additions flattened into one list of operands.
-
-    Attributes:
-        node: the (last) operation that adds, subtracts, interpolates, or sums a stack.
-        operands: the values it adds.
-        split: the last value that all of them pass through, None if they share none.
-        absorbed: the nested additions.
-        subtracted: operands with a minus sign.
-    """
-
-    node: Node
-    operands: tuple[Node, ...]
-    split: Node | None
-    absorbed: frozenset[Node] = frozenset()
-    subtracted: frozenset[Node] = frozenset()
 
 
 def find_sums(nodes: Sequence[Node]) -> list[Sum]:
@@ -48,71 +30,29 @@ def find_sums(nodes: Sequence[Node]) -> list[Sum]:
     inner: set[Node] = set()
     sums = []
     for node in reversed(nodes):
-        if node in inner:
-            continue
-        operands, subtracted = _addends(node)
-        if len(operands) > 1:
-            found = _sum(node, *_flatten(node, operands), subtracted, dominators)
-            if found.absorbed and as_residual(found) is None:
-                nested = _sum(node, operands, set(), subtracted, dominators)
-                parts = [_sum(part, *_flatten(part, part.inputs), (), dominators) for part in found.absorbed]
-                found = nested if any(map(_has_identity, (nested, *parts))) else found
+        found = _sum_as_read(node, dominators) if node not in inner else None
+        if found is not None:
             inner |= found.absorbed
             sums.append(found)
     return sums[::-1]
 
 
-def _has_identity(found: Sum) -> bool:
+def _sum_as_read(node: Node, dominators: Dominators) -> Sum | None:
+    """With nested additions, unless it is a residual addition, or holds one, without them."""
+    parts = sum_of_parts(node, dominators)
+    if parts is not None and as_residual(parts) is not None:
+        return parts
+    found = sum_of(node, dominators)
+    if found is None or not found.absorbed or as_residual(found) is not None:
+        return found
+    nested = sum_of(node, dominators, is_flat=False)
+    return nested if any(map(_has_identity, (nested, *(sum_of(part, dominators) for part in found.absorbed)))) else found
+
+
+def _has_identity(found: Sum | None) -> bool:
     """Whether a sum by itself is an addition around an identity (a branch that ends in an adapter, folded branches that are subtracted)."""
-    add = as_residual(found)
+    add = as_residual(found) if found is not None else None
     return add is not None and add.kind == "identity"
-
-
-def _sum(node: Node, operands: Sequence[Node], absorbed: set[Node], subtracted: Sequence[Node], dominators: Dominators) -> Sum:
-    return Sum(node, tuple(operands), dominators.common(operands), frozenset(absorbed), frozenset(subtracted))
-
-
-def _addends(node: Node) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
-    """The values that `node` adds up, and those of them it subtracts; () where it is no sum of activations."""
-    if len(node.inputs) == 1:
-        return (_stacked(node), ()) if node.op in ("sum", "mean") else ((), ())
-    if node.kind is Kind.ADD:
-        return node.inputs, ()
-    named: dict[str, Node] = {}
-    for argument, source in zip(node.arguments, node.inputs, strict=True):
-        named.setdefault(argument, source)
-    if node.op in ("sub", "rsub") and len(node.inputs) == 2:
-        return node.inputs, (named["other" if node.op == "sub" else "self"],)
-    if node.op == "lerp" and {"self", "end"} <= named.keys() and ("weight" not in named or named["weight"].numel < named["end"].numel):
-        return (named["self"], named["end"]), ()
-    if node.op in ("addcmul", "addcdiv") and "self" in named:
-        factors = [named[name] for name in ("tensor1", "tensor2") if name in named]
-        return ((named["self"], max(factors, key=lambda factor: factor.numel)), ()) if factors else ((), ())
-    return (), ()
-
-
-def _stacked(node: Node) -> tuple[Node, ...]:
-    """The operands of `torch.stack(values).sum(0)`, or of its mean."""
-    stack = node.inputs[0]
-    dims = node.argument("dim", 1, None)
-    dims = [dims] if isinstance(dims, int) else dims
-    if stack.op != "stack" or stack.users != [node] or not dims or len(dims) != 1:
-        return ()
-    is_stacked_along = dims[0] % len(stack.shape) == int(stack.argument("dim", 1, 0)) % len(stack.shape)
-    return stack.inputs if is_stacked_along else ()
-
-
-def _flatten(node: Node, operands: Sequence[Node]) -> tuple[list[Node], set[Node]]:
-    flat: list[Node] = []
-    absorbed: set[Node] = set()
-    for operand in operands:
-        if operand.kind is Kind.ADD and len(operand.inputs) > 1 and len(operand.users) == 1 and operand.shape == node.shape:
-            below, absorbed_below = _flatten(operand, operand.inputs)
-            flat += below
-            absorbed |= {operand, *absorbed_below}
-        else:
-            flat.append(operand)
-    return flat, absorbed
 
 
 def as_residual(found: Sum) -> ResidualAdd | None:
@@ -126,6 +66,7 @@ def as_residual(found: Sum) -> ResidualAdd | None:
     - every other way, the branches, computes features of the split: more layers or non-linearities than the shortcut, and not
       only arithmetic point by point (rotary embeddings, an activation written out). It may read values from elsewhere on
       its way (a time, a class, a memory); what counts is that it leads from the split.
+    - a branch reads more of the split than what that leaves of another stream: stages of a residual quantizer code one value.
     - a branch ends in the sum. A value that lives on beside it was not added to the stream; the sum serves something else
       (a position that is added again to make queries and keys).
     - beside a projection a branch is no linear map (a low-rank update of the same layer), and meets no other stream of full size.
@@ -137,7 +78,7 @@ def as_residual(found: Sum) -> ResidualAdd | None:
     The split is the last value that all paths to the operands pass. Where values from elsewhere enter a branch there is none, or one
     too far back; then it is the value nearest to the sum, on the way back along the shortcut, from which all branches lead.
     """
-    ends = [operand for operand in found.operands if operand not in found.subtracted and operand.numel == found.node.numel]
+    ends = [operand for operand in found.operands if operand not in found.subtracted and operand.numel == found.numel]
     if not ends or is_score(found.operands, found.node) or _is_recurrence(found) or _is_weighed(found) or _is_modulated(found):
         return None
     readings = (_residual_of(found, shortcut, branches) for shortcut, branches in _readings(found, ends))
@@ -176,7 +117,7 @@ def _along(found: Sum, end: Node, chain: Sequence[Node], *, steps: slice) -> Ite
         sides = [leading(split, other, path) for other, path in paths]
         branches = [side for side in sides if side is not None]
         outside = [other for other, side in zip(others, sides, strict=True) if side is None]
-        if branches and all(other.numel < found.node.numel for other in outside):
+        if branches and all(other.numel < found.numel for other in outside):
             yield Branch(split, end, tuple(reversed(chain[:depth]))), branches
             return
 
@@ -191,7 +132,9 @@ def _residual_of(found: Sum, shortcut: Branch, branches: Sequence[Branch]) -> Re
             return None
         if _shortcut_rank(branch) <= rank or _only_rescales(branch) or not _ends_in(found, branch):
             return None
-        if is_projection and (branch.end.numel < found.node.numel or _is_linear(branch) or _meets_another_stream(branch)):
+        if is_projection and (branch.end.numel < found.numel or _is_linear(branch) or _meets_another_stream(branch)):
+            return None
+        if _reads_what_is_left(branch):
             return None
         if branch.end in found.subtracted and not branch.of_kind(Kind.WEIGHT):
             return None
@@ -282,13 +225,20 @@ def _leads(split: Node, end: Node) -> bool:
 def _ends_in(found: Sum, branch: Branch) -> bool:
     """Whether nothing but the sum, and perhaps the model's output, takes the branch's value."""
     node = branch.end
-    inside = {found.node, *found.absorbed, *(stack for stack in found.node.inputs if stack.op == "stack")}
+    inside = {found.node, *found.absorbed, *found.joins}
     while True:
         if any(user.users for user in node.users if user not in inside):
             return False
         if node.kind not in PASSING or node.op in _PARTS or len(node.inputs) != 1 or node.inputs[0] is branch.split:
             return True
         inside, node = {node}, node.inputs[0]
+
+
+def _reads_what_is_left(branch: Branch) -> bool:
+    """Whether a branch takes of its split only what that leaves of another stream (each stage of a residual quantizer codes the rest)."""
+    starts = [node for node in branch.nodes if branch.split in node.inputs]
+    rests = (node for node in starts if node.op == "sub" and len(node.inputs) == 2 and node.inputs[1] is branch.split)
+    return bool(starts) and sum(not _leads(branch.split, node.inputs[0]) for node in rests) == len(starts)
 
 
 def _reads_other_part(shortcut: Branch, branch: Branch) -> bool:
@@ -344,8 +294,8 @@ def joins_features(found: Sum) -> bool:
     """Whether two operands or more fill the sum, and it is neither an attention score nor arithmetic on one value.
 
     A broadcast shift (a condition, a position) fuses nothing, nor do what is looked up in a table, products that attention or a scan sums
-    up, a layer and its low-rank update, the two sides of a gate, `g * a + (1 - g) * b`, features times a scale and a shift that both come
-    from elsewhere, and what is kept from gradients (straight-through).
+    up, a layer and its low-rank update, the two sides of a gate, `g * a + (1 - g) * b`, the parts of a gate that scales something larger,
+    features times a scale and a shift that both come from elsewhere, and what is kept from gradients (straight-through).
     """
     rank = len(found.node.shape)
     is_addition = (found.node.kind is Kind.ADD and rank > 1) or (found.node.op == "sum" and rank > 2)
@@ -356,7 +306,7 @@ def joins_features(found: Sum) -> bool:
     makers = [_maker(operand) for operand in found.operands]
     if any(map(_is_lookup, makers)) or any(map(_is_detached, found.operands)):
         return False
-    if _is_gated(found) or _is_weighed(found) or _is_modulated(found):
+    if _is_gated(found) or _makes_gate(found.node) or _is_weighed(found) or _is_modulated(found):
         return False
     if any(maker.kind is Kind.MATMUL for maker in makers) and not any(maker.kind in _LAYERS for maker in makers):
         return False
@@ -387,6 +337,15 @@ def _is_gated(found: Sum) -> bool:
         for other in factors
         if other is not mine
     )
+
+
+def _makes_gate(node: Node) -> bool:
+    """Whether a sum, squashed, scales channels or positions of something larger and does nothing else (CBAM's two statistics)."""
+    is_squashed = False
+    while len(node.users) == 1 and (node.users[0].kind in PASSING or node.users[0].op in _SQUASHING):
+        node = node.users[0]
+        is_squashed |= node.op in _SQUASHING
+    return is_squashed and all(user.kind is Kind.MUL and user.numel > node.numel for user in node.users)
 
 
 def _is_modulated(found: Sum) -> bool:

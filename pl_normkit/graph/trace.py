@@ -20,6 +20,7 @@ from pl_normkit.errors import TraceError
 from pl_normkit.graph.export import Arguments, call_arguments, export_model, is_from_root, place_arguments, without_root
 from pl_normkit.graph.masks import MASKING, Draw, Mask, draw_of, mask_on
 from pl_normkit.graph.nodes import LIKE_ANOTHER, SHAPE_ONLY, Kind, Node, Read, Step, kind_of
+from pl_normkit.graph.products import split_products
 from pl_normkit.graph.repeated import Call, find_rows, stand_ins
 
 
@@ -82,6 +83,7 @@ class _Reader:
     def read(self, program: ExportedProgram) -> list[Node]:
         if self.calls:
             _unmark(program)
+        split_products(program.graph_module)
         first_name = self._first_name_of
         specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
         for target in program.graph.nodes:

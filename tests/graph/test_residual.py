@@ -52,6 +52,10 @@ def _in_place(m: Written, x: Tensor) -> Tensor:
     return x
 
 
+def _matrices(m: Written) -> Tensor:
+    return m.q.weight.expand(2, 8, 8)
+
+
 SPELLINGS: dict[str, Callable[..., Any]] = {
     "x + f(x)": lambda m, x: x + m.branch(x),
     "x += f(x)": _in_place,
@@ -63,6 +67,10 @@ SPELLINGS: dict[str, Callable[..., Any]] = {
     "lerp_, learned weight": lambda m, x: torch.lerp(x, m.branch(x), m.scale),
     "addcmul": lambda m, x: torch.addcmul(x, m.branch(x), m.scale),
     "addcdiv": lambda m, x: torch.addcdiv(x, m.branch(x), m.scale),
+    "baddbmm": lambda m, x: torch.baddbmm(x.flatten(2), _matrices(m), m.branch(x).flatten(2)),
+    "baddbmm_ with factors": lambda m, x: x.flatten(2).clone().baddbmm_(_matrices(m), m.branch(x).flatten(2), beta=0.5, alpha=2),
+    "addmm": lambda m, x: torch.addmm(x.flatten(1).T, m.branch(x).flatten(1).T, m.project.weight[:2, :2, 0, 0], beta=0.5),
+    "concatenated parts": lambda m, x: torch.cat([x[..., :1], x[..., 1:]], 3) + torch.cat(m.branch(x).split([1, 7], 3), 3),
     "stack and sum": lambda m, x: torch.stack([x, m.branch(x)]).sum(0),
     "stack and mean, last dimension": lambda m, x: torch.stack([x, m.branch(x)], dim=-1).mean(-1),
     "python's sum": lambda m, x: sum([x, m.branch(x)]),
@@ -243,6 +251,29 @@ def _forward_algorithm(m: Written, x: Tensor) -> Tensor:
     return state
 
 
+def _residual_quantizer(m: Written, x: Tensor) -> Tensor:
+    total, rest = 0.0, m.branch(x)
+    for _ in range(3):
+        code = m.second(m.project(rest).tanh())
+        total, rest = total + code, rest - code
+    return m.up(total)
+
+
+def _divided_attention(m: Written, x: Tensor) -> Tensor:
+    """Over time and over space, which has a class token of its own (TimeSformer)."""
+    for _ in range(2):
+        first, rest = x[:, :1], x[:, 1:]
+        rest = rest + m.q(m.norm(rest)).relu()
+        seen = m.out(m.k(torch.cat([first, rest], 1)).relu())
+        x = torch.cat([first, rest], 1) + torch.cat([seen[:, :1], seen[:, 1:]], 1)
+    return m.v(x)
+
+
+def _whole_numbers(m: Written, x: Tensor) -> Tensor:
+    tokens = m.q(x).argmax(-1)
+    return m.v(m.words(tokens + (tokens * 3).remainder(5)))
+
+
 def _adapted(m: Written, x: Tensor) -> Tensor:
     for _ in range(2):
         h = m.q(m.norm(x)).relu()
@@ -281,6 +312,9 @@ LOOK_ALIKES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], int]] = {
     "quantized, straight-through": (_quantized, (TOKENS,), 0),
     "coupling of a flow": (_coupling, (TOKENS,), 0),
     "forward algorithm": (_forward_algorithm, (TOKENS,), 0),
+    "residual quantizer": (_residual_quantizer, (X,), 0),
+    "attention over time, then over space": (_divided_attention, (TOKENS,), 4),
+    "arithmetic on whole numbers": (_whole_numbers, (TOKENS,), 0),
     "blocks that end in an adapter": (_adapted, (TOKENS,), 4),
     "running sums of samples": (lambda m, x: (y := m.q(x), y.sum((1, 2)) + m.k(y).relu().sum((1, 2))), (TOKENS,), 0),
     "parallel convolutions, no identity": (lambda m, x: m.up(m.project(x) + m.second(x) + m.second(x.flip(1))), (X,), 0),
@@ -311,6 +345,8 @@ NO_FUSIONS = [
     _highway,
     _low_rank,
     _quantized,
+    _divided_attention,
+    _whole_numbers,
 ]
 
 
@@ -382,3 +418,17 @@ def test_a_softmax_that_weighs_experts_is_no_attention(forward: Callable[..., An
 def test_levels_that_join_stay_fusions(name: str) -> None:
     forward, inputs, _ = LOOK_ALIKES[name]
     assert fusions(forward, *inputs) == 1
+
+
+def _channel_gate(m: Written, x: Tensor) -> Tensor:
+    """By average and maximum, as in CBAM."""
+    return x * (m.branch(F.adaptive_avg_pool2d(x, 1)) + m.branch(F.adaptive_max_pool2d(x, 1))).sigmoid()
+
+
+def test_a_gate_of_several_statistics_is_no_fusion() -> None:
+    assert (fusions(_channel_gate, X), adds(_channel_gate, X)) == (0, (0, 0))
+
+
+def test_a_product_added_to_a_bias_stays_a_layer() -> None:
+    graph = ModelGraph.from_model(Written(lambda m, x: torch.addmm(m.q.bias, x[:, 0], m.q.weight).relu()), TOKENS)
+    assert [node.op for node in graph.nodes if node.reads] == ["addmm"]

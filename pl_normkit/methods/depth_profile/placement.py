@@ -29,7 +29,7 @@ class Layer:
     Attributes:
         add: the addition.
         attends: whether its branch holds an attention.
-        is_post: whether one norm alone reads the sum.
+        is_post: whether one norm alone reads the sum, and the stream goes on from what it gives (or came from such a norm).
         factor: the constant that the shortcut is multiplied by, 1 without one.
     """
 
@@ -50,11 +50,12 @@ def read_layers(graph: ModelGraph) -> list[Layer]:
     nested = {add.node for add in adds if any(add.node in branch for other in adds if other is not add for branch in other.branches)}
     attending = {attention.node for attention in graph.attentions}
     norms = {norm.module for norm in graph.norms}
+    splits = norms & {_before_views(add.split).module for add in adds}
     return [
         Layer(
             add,
             any(node in attending for branch in add.branches for node in branch.nodes),
-            _one_norm_reads(add.node, norms),
+            _one_norm_reads(add.node, norms) and bool(splits & {add.node.users[0].module, _before_views(add.split).module}),
             math.prod(_factors(add.shortcut.nodes)),
         )
         for add in adds
@@ -77,12 +78,13 @@ def _factors(nodes: Iterable[Node]) -> Iterator[float]:
 def attends_without_norm(graph: ModelGraph, attention: Attention) -> bool:
     """Whether queries and keys are linear in a sum of the residual stream that no norm has seen.
 
-    What stands before the first residual addition, such as embeddings, is no such sum, nor is one that starts from what a norm gave
-    (positions that a convolution adds within the branch); convolutions are left out.
+    What stands before the first attention (embeddings, positions that a layer adds to them) has not grown with depth and is no such sum,
+    nor is one that starts from what a norm gave (positions that a convolution adds within the branch); convolutions are left out.
     """
     norms = {norm.node for norm in graph.norms}
     layers = [add for add in graph.residual_adds if any(branch.of_kind(Kind.WEIGHT) for branch in add.branches)]
-    sums = {add.node for add in layers if _before_views(add.split) not in norms}
+    first = min(each.node.index for each in graph.attentions)
+    sums = {add.node for add in layers if add.node.index > first and _before_views(add.split) not in norms}
     norm_modules = {norm.module for norm in graph.norms if norm.module}
     seen: set[Node] = set()
     waiting = list(attention.node.inputs[:2] if attention.fused else attention.node.inputs)
@@ -108,10 +110,10 @@ def _before_views(node: Node) -> Node:
 
 
 def gain_of(node: Node, model: nn.Module) -> float | None:
-    """Standard deviation of a linear layer's matrix over that of Xavier's initialisation; None for another layer."""
+    """Standard deviation of a linear layer's matrix over that of Xavier's initialisation; None for another layer, and without values."""
     parameters = dict(model.named_parameters())
     matrices = [parameters[name] for name in node.parameters if name in parameters and parameters[name].dim() == 2]
-    if len(matrices) != 1:
+    if len(matrices) != 1 or matrices[0].is_meta:
         return None
     spread = float(matrices[0].detach().double().square().mean().sqrt())
     return spread * math.sqrt(sum(matrices[0].shape) / 2)

@@ -117,12 +117,12 @@ def _gains(layer: Layer, model: nn.Module) -> list[float]:
 
 
 def is_trained(subject: Subject) -> bool:
-    """Whether the scale of a norm is no longer the same for all channels."""
+    """Whether the scale of a norm is no longer the same for all channels; False on the meta device, where there are no values."""
     if subject.graph is None or subject.model is None:
         return False
     known = dict(subject.model.named_parameters())
     scales = [known[norm.gamma].detach() for norm in subject.graph.norms if norm.gamma in known]
-    return any(scale.numel() > 1 and bool((scale != scale.flatten()[0]).any()) for scale in scales)
+    return any(scale.numel() > 1 and not scale.is_meta and bool((scale != scale.flatten()[0]).any()) for scale in scales)
 
 
 @rule(
@@ -136,7 +136,7 @@ def is_trained(subject: Subject) -> bool:
 def attention_without_norm(subject: Subject) -> Iterator[Observation]:
     """What it does
     Finds attention whose queries and keys are linear in a sum of the residual stream, with no norm on the way from that sum: neither
-    before the projections nor on queries and keys. The first block, whose input is no such sum, and convolutions are left out.
+    before the projections nor on queries and keys. The first attention, before which nothing has grown, and convolutions are left out.
 
     Why it hurts
     Scores are products of queries and keys, so they grow with the square of the stream, which grows with depth: the softmax saturates.

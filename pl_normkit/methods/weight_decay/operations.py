@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
-from torch import Tensor
-
 from pl_normkit.graph import Branch, Kind, ModelGraph, Node, Norm, Read, ResidualAdd, Step
 from pl_normkit.graph.nodes import kind_of
 from pl_normkit.methods.weight_decay.roles import Role
@@ -366,16 +364,11 @@ def _is_of_indices(node: Node) -> bool:
     """Whether whole numbers that the model was called with are all that an operation reads beside its parameter."""
     sources = dict.fromkeys(node.inputs)
     for source in (pending := list(sources)):
-        if source.reads or (not source.inputs and not _holds_whole_numbers(source)):
+        if source.reads or (not source.inputs and not source.holds_whole_numbers):
             return False
         pending += [before for before in source.inputs if before not in sources]
         sources.update(dict.fromkeys(source.inputs))
     return bool(sources)
-
-
-def _holds_whole_numbers(source: Node) -> bool:
-    value = source.target.meta.get("val")
-    return isinstance(value, Tensor) and not value.is_floating_point() and not value.is_complex()
 
 
 def _as_factor(_: Read, last: Step, node: Node, context: Context) -> Role:
@@ -414,6 +407,13 @@ def _in_lerp(read: Read, last: Step, node: Node, context: Context) -> Role:
     return (_as_factor if last.argument == "weight" else _as_token)(read, last, node, context)
 
 
+def _in_sampling(_: Read, last: Step, node: Node, context: Context) -> Role:
+    """A table read at points between its cells: positions where what is found is added to features, else a grid of features."""
+    user = _first_use(node)
+    is_added = user is not None and user.kind is Kind.ADD and len(user.inputs) > 1
+    return Role.POSITION if is_added and last.argument == "input" else Role.EMBEDDING
+
+
 def _as_token(_: Read, last: Step, node: Node, context: Context) -> Role:
     """What joins the activations as a value of its own; a table that fills a part of the attention scores is one of positions."""
     fills = last.op in ("where", "masked_fill", "copy", "slice_scatter", "index_put")
@@ -428,6 +428,7 @@ _ROLE_BY_OPERATION: dict[str, Callable[[Read, Step, Node, Context], Role]] = {
     **dict.fromkeys(("add", "sub"), _in_sum),
     **dict.fromkeys(("mul", "div"), _as_factor),
     "addcmul": _in_addcmul,
+    **dict.fromkeys(("grid_sampler", "grid_sampler_2d", "grid_sampler_3d"), _in_sampling),
     "lerp": _in_lerp,
     **dict.fromkeys(("matmul", "mm", "bmm", "einsum", "baddbmm"), _in_product),
     **dict.fromkeys(("cat", "concat", "stack", "where", "masked_fill", "index_put", "copy", "slice_scatter"), _as_token),

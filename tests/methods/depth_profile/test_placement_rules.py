@@ -110,7 +110,7 @@ UNNORMED: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "gpt2": (lambda: without_norms(GPT2.build, "ln_1"), ["transformer.h.1.attn", "transformer.h.2.attn"]),
     "llama": (lambda: without_norms(LLAMA.build, "input_layernorm"), ["model.layers.1.self_attn"]),
     "positions added behind the norm": (placed, []),
-    "positions added in its place": (lambda: without_norms(placed, "norm"), ["1.attention", "2.attention"]),
+    "positions added in its place": (lambda: without_norms(placed, "norm"), ["2.attention"]),
     "only the norms of the feed-forward part": (lambda: without_norms(GPT2.build, "ln_2"), []),
 }
 

@@ -129,6 +129,21 @@ def _experts_in_a_loop() -> Case:
 
 
 @case
+def _tables_read_between_their_cells() -> Case:
+    """Positions of patches at any size (GLM-4V), and a plane of features looked up at points."""
+
+    def forward(net: Any, x: Tensor, points: Tensor) -> Tensor:
+        grid = points[None, :, None, :].tanh()
+        places = F.grid_sample(net.places.weight.T.reshape(1, 8, 3, 3), grid, align_corners=False)[0, :, :, 0].T
+        found = F.grid_sample(net.plane[None], grid, align_corners=False)[0, :, :, 0].T
+        return net.out(x[0] + places).relu() * net.read(found)
+
+    parts = {"places": nn.Embedding(9, 8), "plane": p(8, 5, 5), "out": nn.Linear(8, 8), "read": nn.Linear(8, 8)}
+    roles = {f"{name}.{leaf}": role for name in ("out", "read") for leaf, role in _BOTH}
+    return Net(forward, **parts), (TOKENS, torch.zeros(6, 2)), {"places.weight": R.POSITION, "plane": R.EMBEDDING, **roles}
+
+
+@case
 def _heads_in_the_weight() -> Case:
     """Query, key and value weights with an axis of their own for the heads, shifts too (Flax, XLNet)."""
 
