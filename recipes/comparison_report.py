@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["Comparison"]
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -44,12 +45,12 @@ class Comparison:
         return contrast_arms(self.runs, self.arms, self.seeds, self.metrics)
 
     def print(self, console: Console | None = None) -> None:
-        """The runs, the differences of the arms with their intervals, and the wall time."""
+        """The runs, the differences of the arms with their intervals, and what a run and a step cost."""
         console = console or Console()
         console.print(_tabulate(self.runs, self.arms, self.seeds, self.metrics[0]))
         found = self.contrasts
         lines = [line for contrast in found for line in _describe(contrast, self.metrics[0], _is_idle(self.runs, contrast))]
-        for line in [*lines, *_time(self.runs, self.arms, self.seeds)]:
+        for line in [*lines, *_costs(self.runs, self.arms, self.seeds)]:
             console.print(line, soft_wrap=True, highlight=False, markup=False)
 
     def draw(self, path: str | Path) -> bool:
@@ -137,16 +138,25 @@ def _describe_same(contrast: Contrast, idle: bool) -> list[str]:
     return [f"no change:  {contrast.arm} changed nothing {where} the runs with it and without {ends} ({pairs})"]
 
 
-def _time(runs: Runs, arms: Sequence[str], seeds: Sequence[int]) -> list[str]:
+def _costs(runs: Runs, arms: Sequence[str], seeds: Sequence[int]) -> list[str]:
     """Of the median run; against the first arm by the median pair."""
-    seconds = {key: run.seconds for key, run in runs.items()}
+    said = [f"wall time:  {_by_arm({key: run.seconds for key, run in runs.items()}, arms, seeds, '{:.1f} s')}; median run"]
+    steps = {key: 1000 * run.step_seconds for key, run in runs.items()}
+    memory = {key: run.step_bytes / 2**20 for key, run in runs.items()}
+    for name, values, unit in (("step time: ", steps, "{:.1f} ms"), ("step memory:", memory, "{:.1f} MiB")):
+        if all(0 < value < math.inf for value in values.values()):
+            said.append(f"{name} {_by_arm(values, arms, seeds, unit)}")
+    return [*said, f"{_INDENT}times the first arm in the median pair"]
+
+
+def _by_arm(values: Mapping[tuple[int, str], float], arms: Sequence[str], seeds: Sequence[int], unit: str) -> str:
     said = []
     for name in arms:
-        own = [seed for seed in seeds if (seed, name) in seconds]
-        ratio = median(seconds[seed, name] / seconds[seed, arms[0]] for seed in own)
+        own = [seed for seed in seeds if (seed, name) in values]
+        ratio = median(values[seed, name] / values[seed, arms[0]] for seed in own)
         times = "" if name == arms[0] else f" ({ratio:.2f} times)"
-        said.append(f"{median(seconds[seed, name] for seed in own):.1f} s {name}{times}")
-    return [f"wall time:  {', '.join(said)}; median run, and times the first arm in the median pair"]
+        said.append(f"{unit.format(median(values[seed, name] for seed in own))} {name}{times}")
+    return ", ".join(said)
 
 
 def _plot_curve(axes: Any, curve: Sequence[tuple[int, float]], **style: Any) -> None:

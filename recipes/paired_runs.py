@@ -15,7 +15,7 @@ from typing import Any
 
 from pl_normkit.errors import ConfigError
 
-_RUN_COLUMNS = ("seed", "arm", "seconds", "weights", "trained", "edits")
+_RUN_COLUMNS = ("seed", "arm", "seconds", "step_seconds", "step_bytes", "weights", "trained", "edits")
 _CURVE_COLUMNS = ("seed", "arm", "step")
 
 
@@ -28,6 +28,8 @@ class PairedRun:
         arm: name of the arm.
         metrics: name -> value at the end; the first is the one that decides.
         seconds: wall time of the whole fit.
+        step_seconds: of the median training step, its batch included; NaN where none followed another.
+        step_bytes: memory that a training step takes above what is there before it; NaN for fits of fewer than four steps.
         weights: digest of the weights before the fit.
         trained: digest of the weights after it.
         edits: how many edits of the network its callbacks made; None where they do not say.
@@ -38,6 +40,8 @@ class PairedRun:
     arm: str
     metrics: Mapping[str, float]
     seconds: float
+    step_seconds: float
+    step_bytes: float
     weights: str
     trained: str
     edits: int | None
@@ -78,12 +82,14 @@ class RunStore:
         runs, names = list(self.runs.values()), list(run.metrics)
         curves = [(kept.seed, kept.arm, step, *(found.get(name, "") for name in names)) for kept in runs for step, found in kept.curve]
         _write_rows(self.folder / "curves.csv", (*_CURVE_COLUMNS, *names), curves)
-        rows = [
-            (kept.seed, kept.arm, f"{kept.seconds:.3f}", kept.weights, kept.trained, "" if kept.edits is None else kept.edits, *values)
-            for kept in runs
-            for values in [[kept.metrics[name] for name in names]]
-        ]
+        rows = [(*_facts(kept), *(kept.metrics[name] for name in names)) for kept in runs]
         _write_rows(self.folder / "runs.csv", (*_RUN_COLUMNS, *names), rows)
+
+
+def _facts(run: PairedRun) -> tuple[object, ...]:
+    """In the order of _RUN_COLUMNS."""
+    edits = "" if run.edits is None else run.edits
+    return run.seed, run.arm, f"{run.seconds:.3f}", f"{run.step_seconds:.6f}", run.step_bytes, run.weights, run.trained, edits
 
 
 def _read_runs(folder: Path) -> list[PairedRun]:
@@ -97,6 +103,8 @@ def _read_runs(folder: Path) -> list[PairedRun]:
             arm=row["arm"],
             metrics={name: float(value) for name, value in row.items() if name not in _RUN_COLUMNS},
             seconds=float(row["seconds"]),
+            step_seconds=float(row.get("step_seconds", "nan")),
+            step_bytes=float(row.get("step_bytes", "nan")),
             weights=row["weights"],
             trained=row["trained"],
             edits=int(row["edits"]) if row["edits"] else None,

@@ -8,7 +8,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,12 +24,17 @@ from pl_normkit.recipes.editing import add_callbacks, editing_callbacks
 from pl_normkit.recipes.own_randomness import isolate_train_data
 from pl_normkit.recipes.paired_runs import PairedRun, RunStore
 from pl_normkit.recipes.run_probes import PROBES, measure_by_name
+from pl_normkit.recipes.step_costs import PeakMemory, StepClock
 
 Probe = Callable[[L.LightningModule, L.LightningDataModule], float]
 Key = tuple[int, str]
 """Seed and arm."""
 Training = Callable[[Iterable[Key], Progress], Generator[tuple[Key, PairedRun | int], None, None]]
 """Trains runs: from their keys, taken one by one, to each with its result, as they come in."""
+
+
+_COUNTED_STEP = 3
+"""Whose memory is counted: the optimizer's state is there, and audits of the first step are over."""
 
 
 @dataclass
@@ -45,6 +50,8 @@ class Trial:
     started: float = 0.0
     weights: str = ""
     added: list[Callback] = field(default_factory=list)
+    clock: StepClock = field(default_factory=StepClock)
+    step_bytes: float = float("nan")
     curve: list[tuple[int, Mapping[str, float]]] = field(default_factory=list)
     result: PairedRun | None = None
 
@@ -74,7 +81,9 @@ class Trial:
             fix = "let the run end on a validation: whole epochs (--trainer.max_epochs), with --trainer.limit_val_batches above 0"
             raise ConfigError(f"the run logged no {missing[0]}", evidence=f"it logged {', '.join(known) or 'nothing'}", fix=fix)
         values = {name: logged[name] for name in self.metrics}
-        self.result = PairedRun(self.seed, self.name, values, seconds, self.weights, trained, edits, curve)
+        self.result = PairedRun(
+            self.seed, self.name, values, seconds, self.clock.seconds, self.step_bytes, self.weights, trained, edits, curve
+        )
 
     def _count_edits(self, trainer: L.Trainer) -> int | None:
         own = {id(callback) for callback in self.added}
@@ -83,22 +92,42 @@ class Trial:
 
 
 class _Watch(L.Callback):
-    """Shows the steps of a run and keeps its validation curve."""
+    """Shows the steps of a run, times them, and keeps its validation curve."""
 
     def __init__(self, trial: Trial) -> None:
         self.trial = trial
         self.task: TaskID | None = None
+        self.steps = 0
+        self.counting = ExitStack()
+        self.peak: PeakMemory | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         total = trainer.estimated_stepping_batches
         name = f"seed {self.trial.seed} {self.trial.name}"
         self.task = self.trial.progress.add_task(name, total=None if total == float("inf") else total)
 
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.trial.clock.pause()
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        if self.steps == _COUNTED_STEP:
+            self.peak = self.counting.enter_context(PeakMemory(pl_module.device))
+        self.steps += 1
+
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.peak is not None:
+            self.counting.close()
+            self.trial.step_bytes, self.peak = float(self.peak.bytes), None
+            self.trial.clock.pause()
+        self.trial.clock.tick()
         if self.task is not None:
             self.trial.progress.update(self.task, completed=trainer.global_step)
 
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.counting.close()
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.trial.clock.pause()
         logged = trainer.callback_metrics
         values = {name: float(logged[name]) for name in self.trial.metrics if name in logged}
         if values and not trainer.sanity_checking:

@@ -157,7 +157,7 @@ def test_a_callback_that_changes_nothing_is_told_so(probes, tmp_path, capsys):
 def test_a_folder_without_a_finished_run_takes_other_settings(tmp_path):
     RunStore(tmp_path, {"words": ["--model.lrr=3"]})
     store = RunStore(tmp_path, {"words": ["--model.lr=3"]})
-    store.add(PairedRun(0, "with", {"val_miou": 0.5}, 1.0, "abc", "def", None, ((2, {"val_miou": 0.5}),)))
+    store.add(PairedRun(0, "with", {"val_miou": 0.5}, 1.0, 0.1, 1.0, "abc", "def", None, ((2, {"val_miou": 0.5}),)))
     assert RunStore(tmp_path, {"words": ["--model.lr=3"]}).runs == store.runs
     with pytest.raises(ConfigError, match="another comparison"):
         RunStore(tmp_path, {"words": ["--model.lrr=3"]})

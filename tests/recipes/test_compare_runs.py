@@ -71,6 +71,7 @@ class Shift(Callback):
         pl_module.layer.bias.data += self.by
 
 
+TIMES = dict.fromkeys(("seconds", "step_seconds"), "")
 ONE_EPOCH = {"max_epochs": 1, "accelerator": "cpu", "enable_checkpointing": False}
 
 
@@ -99,6 +100,8 @@ def test_arms_of_callbacks_and_arguments_are_compared_with_each_other_and_with_n
     shown = capsys.readouterr().out
     assert "no change:  idle changed nothing in these runs" in shown
     assert re.search(r"difference: val_loss \+\d\.\d+ with slow, 95 % interval .* \(paired t, 3 pairs, p .*, by Holm over 2 tests", shown)
+    assert re.search(r"step time: +\d+\.\d ms without, \d+\.\d ms slow", shown)
+    assert re.search(r"step memory: \d+\.\d MiB without, \d+\.\d MiB slow \(1.00 times\)", shown)
     assert "power: four of five such comparisons show a difference between two arms of" in shown
     assert "beside the metric that was named to decide (val_loss): a hint, no test" in shown
     assert found.draw(tmp_path / "all.png")
@@ -117,8 +120,10 @@ def test_runs_of_one_seed_share_weights_and_batches_and_go_on_from_the_folder(tm
     assert not first.contrasts[0].same
 
     more = compare_runs(Line, Points, arms, 3, **options)
+    rounded = {"seconds": 1e-3, "step_seconds": 1e-6}
     assert {key: run for key, run in more.runs.items() if key[0] < 2} == {
-        key: PairedRun(**{**vars(run), "seconds": pytest.approx(run.seconds, abs=1e-3)}) for key, run in first.runs.items()
+        key: PairedRun(**vars(run) | {name: pytest.approx(vars(run)[name], abs=most) for name, most in rounded.items()})
+        for key, run in first.runs.items()
     }
     assert len(more.runs) == 6
     with pytest.raises(ConfigError, match="another comparison"):
@@ -266,7 +271,7 @@ def test_holm_by_hand_in_any_order():
 def test_a_family_is_the_primary_metric_alone_and_a_lost_value_costs_its_pair():
     values = {"without": (1.0, 2.0, 3.0), "a": (1.5, 2.4, 3.6), "b": (1.1, math.nan, 2.8)}
     runs = {
-        (seed, name): PairedRun(seed, name, {"x": each[seed], "y": seed}, 1.0, "", name, None, ())
+        (seed, name): PairedRun(seed, name, {"x": each[seed], "y": seed}, 1.0, 0.1, 1.0, "", name, None, ())
         for name, each in values.items()
         for seed in range(3)
     }
@@ -384,7 +389,7 @@ def test_runs_in_other_processes_are_those_of_this_one_and_a_lost_one_costs_itse
     here, lost = (list(csv.DictReader(Path(folder, "runs.csv").read_text().splitlines())) for folder in ("here", "lost"))
     assert [row["arm"] for row in lost] == ["without"]  # it is kept
     (same,) = [row for row in here if row["arm"] == "without"]
-    assert {**lost[0], "seconds": ""} == {**same, "seconds": ""}
+    assert lost[0] | TIMES == same | TIMES
 
 
 def test_a_place_that_compare_does_not_know(capsys):
