@@ -78,13 +78,12 @@ def _factors(nodes: Iterable[Node]) -> Iterator[float]:
 def attends_without_norm(graph: ModelGraph, attention: Attention) -> bool:
     """Whether queries and keys are linear in a sum of the residual stream that no norm has seen.
 
-    What stands before the first attention (embeddings, positions that a layer adds to them) has not grown with depth and is no such sum,
-    nor is one that starts from what a norm gave (positions that a convolution adds within the branch); convolutions are left out.
+    What stands before the second residual addition (embeddings, positions that a layer adds to them) has not grown with depth and is no
+    such sum, nor is one that starts from what a norm gave (positions that a convolution adds within the branch); convolutions are left out.
     """
     norms = {norm.node for norm in graph.norms}
     layers = [add for add in graph.residual_adds if any(branch.of_kind(Kind.WEIGHT) for branch in add.branches)]
-    first = min(each.node.index for each in graph.attentions)
-    sums = {add.node for add in layers if add.node.index > first and _before_views(add.split) not in norms}
+    sums = {add.node for add in layers[1:] if _before_views(add.split) not in norms}
     norm_modules = {norm.module for norm in graph.norms if norm.module}
     seen: set[Node] = set()
     waiting = list(attention.node.inputs[:2] if attention.fused else attention.node.inputs)

@@ -136,7 +136,7 @@ def is_trained(subject: Subject) -> bool:
 def attention_without_norm(subject: Subject) -> Iterator[Observation]:
     """What it does
     Finds attention whose queries and keys are linear in a sum of the residual stream, with no norm on the way from that sum: neither
-    before the projections nor on queries and keys. The first attention, before which nothing has grown, and convolutions are left out.
+    before the projections nor on queries and keys. A stream of one addition, which has not grown, and convolutions are left out.
 
     Why it hurts
     Scores are products of queries and keys, so they grow with the square of the stream, which grows with depth: the softmax saturates.

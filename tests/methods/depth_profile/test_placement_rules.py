@@ -102,6 +102,22 @@ class Placed(nn.Module):
         return x + self.attention(placed, placed, placed, need_weights=False)[0]
 
 
+class Added(nn.Module):
+    """x + f(x) of a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layer(x).relu()
+
+
+def pooled(adds: int) -> nn.Module:
+    """Attention behind other residual blocks, as CLIP's ResNet pools."""
+    return nn.Sequential(nn.Embedding(32, 8), *(Added() for _ in range(adds)), Placed())
+
+
 def placed() -> nn.Module:
     return nn.Sequential(nn.Embedding(32, 8), Placed(), Placed())
 
@@ -111,6 +127,8 @@ UNNORMED: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "llama": (lambda: without_norms(LLAMA.build, "input_layernorm"), ["model.layers.1.self_attn"]),
     "positions added behind the norm": (placed, []),
     "positions added in its place": (lambda: without_norms(placed, "norm"), ["2.attention"]),
+    "positions alone": (lambda: without_norms(lambda: pooled(0), "norm"), []),
+    "once, behind another block": (lambda: without_norms(lambda: pooled(1), "norm"), ["2.attention"]),
     "only the norms of the feed-forward part": (lambda: without_norms(GPT2.build, "ln_2"), []),
 }
 
