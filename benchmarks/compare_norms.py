@@ -12,6 +12,7 @@ import argparse
 import csv
 import math
 import shlex
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,8 @@ def _read(path: Path) -> list[dict[str, str]]:
 def rows_of(recipe: str, folder: Path, seeds: int) -> list[dict[str, Any]]:
     """One row an arm: mean, and the difference to the norms that the network has, with its interval."""
     metric = BAKEOFFS[recipe].metric.split(",")[0]
-    values = {(int(row["seed"]), row["arm"]): float(row[metric]) for row in _read(folder / "runs.csv")}
+    runs = _read(folder / "runs.csv")
+    values = {(int(row["seed"]), row["arm"]): float(row[metric]) for row in runs}
     arms = ["without", *BAKEOFFS[recipe].arms]
     columns = {arm: [values[seed, arm] for seed in range(seeds)] for arm in arms}
     found = {arm: paired_difference(columns["without"], columns[arm]) for arm in arms[1:]}
@@ -86,7 +88,13 @@ def rows_of(recipe: str, folder: Path, seeds: int) -> list[dict[str, Any]]:
             "p (Holm)": f"{p:.3f}",
         }
         rows.append(row)
-    return rows
+    return [row | _costs([run for run in runs if run["arm"] == row["arm"]]) for row in rows]
+
+
+def _costs(runs: list[dict[str, str]]) -> dict[str, str]:
+    """Time and memory of the median run's step."""
+    found = {name: statistics.median(float(run[name]) for run in runs) for name in ("step_seconds", "step_bytes")}
+    return {"step ms": f"{1000 * found['step_seconds']:.1f}", "step MiB": f"{found['step_bytes'] / 2**20:.2f}"}
 
 
 def curves_of(recipe: str, folder: Path) -> list[dict[str, Any]]:
