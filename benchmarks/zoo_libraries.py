@@ -32,6 +32,7 @@ from torch import nn
 from zoo import key_of, read_counts, read_findings, read_table, write_table
 from zoo_truth import ROLES, expected_adds, is_counted
 
+from pl_normkit.graph.export import call_arguments
 from pl_normkit.inputs import parse_inputs
 from pl_normkit.methods.weight_decay.find import read_graph
 from pl_normkit.rules import Subject, load_rules
@@ -667,19 +668,23 @@ def _too_long(*_: Any) -> None:
     raise TooLongError(f"longer than {SECONDS} s")
 
 
+class LeftOutError(Exception):
+    """An architecture that is not described here: it does not build, or is called otherwise."""
+
+
 def read_case(case: Case, codes: list[str]) -> dict[str, Any]:
-    """One row of the table."""
+    """One row of the table; raises LeftOutError."""
     row: dict[str, Any] = {"family": case.library, "model": case.name, "form": "shipped", "crash": "", "traced": "no"}
     started = time.perf_counter()
     signal.alarm(SECONDS)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = case.build()
-            with torch.device(next(model.parameters()).device):
-                inputs = case.inputs(model)
+            model, inputs = build(case)
             subject = Subject(model=model.train(), example_inputs=inputs, measure=False)
             found, graph = read_findings(subject, codes)
+            if graph is None and (reason := why_not_called(model, inputs)):
+                raise LeftOutError(reason)
         row |= found
         if graph is not None:
             row |= {
@@ -688,12 +693,33 @@ def read_case(case: Case, codes: list[str]) -> dict[str, Any]:
                 **read_roles(model, graph),
                 "traced": "part" if graph.unseen else "yes",
             }
-    except (Exception, TooLongError) as error:
-        row["crash"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    except TooLongError as error:
+        row["crash"] = f"{type(error).__name__}: {error}"
     finally:
         signal.alarm(0)
     row["seconds"] = round(time.perf_counter() - started, 1)
     return row
+
+
+def build(case: Case) -> tuple[nn.Module, Inputs]:
+    """The model and what it is called with."""
+    try:
+        model = case.build()
+        with torch.device(next(model.parameters()).device):
+            return model, case.inputs(model)
+    except Exception as error:
+        raise LeftOutError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+
+
+def why_not_called(model: nn.Module, inputs: Inputs) -> str:
+    """The error of a forward pass in eval mode, "" where it runs or only asks the meta device for values."""
+    args, kwargs = call_arguments(inputs)
+    try:
+        with torch.no_grad():
+            model.eval()(*args, **kwargs)
+    except Exception as error:
+        return "" if "meta" in str(error) else f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return ""
 
 
 def read_adds(case: Case, model: nn.Module, graph: Any) -> dict[str, Any]:
@@ -735,24 +761,29 @@ def main() -> int:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     signal.signal(signal.SIGALRM, _too_long)
     codes = sorted(load_rules())
-    rows = read_table(options.output)
+    rows = read_table(options.output) if options.only or options.summary or options.known else {}
+    left_out: list[str] = []
     chosen = [] if options.summary else [case for case in cases() if re.search(options.only, f"{case.library}.{case.name}")]
     for case in rich.progress.track(chosen, description="reading the libraries"):
         if not options.known or is_counted(case.library, case.name):
-            row = read_case(case, codes)
+            try:
+                row = read_case(case, codes)
+            except LeftOutError as error:
+                left_out.append(f"{case.library}.{case.name}: {error}")
+                continue
             rows[key_of(row)] = row
             write_table(options.output, rows, codes, MORE)
+    print(f"{len(left_out)} left out, which do not build here or are called otherwise:", *left_out, sep="\n  ")
     return summarize(list(rows.values()), codes)
 
 
 def summarize(rows: list[dict[str, Any]], codes: list[str]) -> int:
     """Print shares, and what is wrong; 1 where something crashed."""
-    built = [row for row in rows if not row["crash"].startswith(("TypeError", "ImportError", "build"))]
-    seen = [row for row in built if row["traced"] != "no"]
+    seen = [row for row in rows if row["traced"] != "no"]
     counted = [row for row in seen if row.get("adds_right") not in ("", None)]
     right = [row for row in counted if int(row["adds_right"])]
     known, wrong = (sum(int(row.get(name) or 0) for row in seen) for name in ("roles_by_hand", "roles_wrong"))
-    print(f"{len(rows)} architectures; traced {len(seen)} of {len(built)}, whole {sum(row['traced'] == 'yes' for row in built)}")
+    print(f"{len(rows)} architectures; traced {len(seen)}, whole {sum(row['traced'] == 'yes' for row in rows)}")
     print(f"residual additions as counted by hand: {len(right)} of {len(counted)}")
     print(f"roles as their names say: {known - wrong} of {known}")
     print("architectures with a finding:", {code: count for code in codes if (count := sum(int(row.get(code) or 0) > 0 for row in seen))})

@@ -215,6 +215,8 @@ class _Reader:
             return _Value()
         if name in SHAPE_ONLY:
             return _Value(draw=draw_of(name, target, {}, _shape_of(target)))
+        if name in _CASTS and _returns_its_input(target):
+            return self._values.get(target.all_input_nodes[0], _Value())
         op = name.rstrip("_") if name.endswith("_") and not name.startswith("__") else name
         op = "mul" if op == "einsum" and _sums_nothing(str(target.args[0])) else op
         inputs, reads = self._gather(target, op)
@@ -313,6 +315,17 @@ class _Reader:
             self._values[changed] = value
             is_view = changed.op == "call_function" and kind_of(_name_of(changed), ()) is Kind.VIEW
             changed = changed.args[0] if is_view and changed.args else None
+
+
+_CASTS = frozenset(("to", "type_as", "float", "half", "bfloat16", "contiguous"))
+
+
+def _returns_its_input(target: torch.fx.Node) -> bool:
+    """Whether there was nothing to convert: the code goes on with the very tensor, on whatever name."""
+    given, made = target.all_input_nodes[0].meta.get("val"), target.meta.get("val")
+    if not isinstance(given, Tensor) or not isinstance(made, Tensor):
+        return False
+    return (given.dtype, given.device, given.shape, given.stride()) == (made.dtype, made.device, made.shape, made.stride())
 
 
 def _sums_nothing(equation: str) -> bool:

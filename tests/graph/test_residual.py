@@ -432,3 +432,14 @@ def test_a_gate_of_several_statistics_is_no_fusion() -> None:
 def test_a_product_added_to_a_bias_stays_a_layer() -> None:
     graph = ModelGraph.from_model(Written(lambda m, x: torch.addmm(m.q.bias, x[:, 0], m.q.weight).relu()), TOKENS)
     assert [node.op for node in graph.nodes if node.reads] == ["addmm"]
+
+
+def test_a_cast_that_finds_nothing_to_convert_is_no_operation() -> None:
+    """The code goes on with the same tensor, so a shortcut would seem to start at the norm's own cast."""
+    graph = ModelGraph.from_model(Written(lambda m, x: x + m.out(m.norm(x.float()).contiguous().to(torch.float32))), TOKENS)
+    assert [node.op for node in graph.nodes] == ["input", "layer_norm", "linear", "add"]
+
+
+def test_a_cast_that_converts_stays_one() -> None:
+    graph = ModelGraph.from_model(Written(lambda m, x: m.out(x.double().float())), TOKENS)
+    assert [node.op for node in graph.nodes] == ["input", "to", "to", "linear"]
