@@ -7,6 +7,7 @@ __all__ = ["feeds_attention", "is_attention", "is_pointwise", "is_score"]
 from collections.abc import Sequence
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from pl_normkit.graph.nodes import Kind, Node, kind_of
 from pl_normkit.graph.paths import main_inputs
@@ -42,10 +43,19 @@ def _is_router(softmax: Node) -> bool:
     node = softmax.inputs[0]
     while len(node.inputs) == 1 and node.kind is not Kind.WEIGHT and node.shape == node.inputs[0].shape:
         node = node.inputs[0]
-    features = len(node.shape) - 1 if node.op in ("linear", "addmm", "einsum", "matmul") else 1
+    features = _feature_of_einsum(node) if node.op == "einsum" else len(node.shape) - 1 if node.op in ("linear", "addmm", "matmul") else 1
     asks = node.arguments[:1] in (("other",), ("mat2",))  # a learned query times keys
     is_layer = node.kind is Kind.WEIGHT and len(node.inputs) == 1 and node.shape == softmax.shape and not asks
     return is_layer and int(softmax.argument("dim", 1, -1)) % len(softmax.shape) == features
+
+
+def _feature_of_einsum(node: Node) -> int:
+    """The dimension that its weights make, the last one where that is not known."""
+    given, _, made = str(node.target.args[0]).replace(" ", "").partition("->")
+    operands = tree_leaves(node.target.args[1])
+    read = next((letters for letters, operand in zip(given.split(","), operands, strict=False) if operand is node.inputs[0].target), "")
+    new = [position for position, letter in enumerate(made) if read and letter not in read]
+    return new[0] if len(new) == 1 and "." not in made else len(node.shape) - 1
 
 
 def is_score(operands: Sequence[Node], node: Node) -> bool:

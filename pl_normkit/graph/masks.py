@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["MASKING", "Draw", "Mask", "draw_of", "mask_on"]
+__all__ = ["MASKING", "Draw", "Mask", "draw_of", "is_drawn_around_zero", "mask_on"]
 
 import math
 from collections.abc import Mapping
@@ -127,6 +127,29 @@ def mask_on(op: str, operands: Mapping[str, Draw], shape: tuple[int, ...]) -> Ma
     if len(shape) < 2 or is_per_sample or (sizes != shape and not by_channel):
         return None
     return Mask(1 - mask.value if op == "masked_fill" else mask.value, sizes != shape)
+
+
+def is_drawn_around_zero(product: torch.fx.Node) -> bool:
+    """Whether a factor of `product` is normal noise as large as the product."""
+    return any(_is_normal(factor) and _size(factor) == _size(product) for factor in product.all_input_nodes)
+
+
+def _is_normal(factor: torch.fx.Node) -> bool:
+    while factor.op == "call_function" and factor.all_input_nodes and not _draws_normal(factor):
+        op = getattr(factor.target, "_opname", "")
+        if (op not in _KEEPING and op not in ("mul", "div")) or len(factor.all_input_nodes) > 1:
+            return False
+        factor = factor.all_input_nodes[0]
+    return _draws_normal(factor)
+
+
+def _draws_normal(call: torch.fx.Node) -> bool:
+    return str(getattr(call.target, "_opname", "")).rstrip("_") in ("randn", "randn_like", "normal", "normal_functional")
+
+
+def _size(call: torch.fx.Node) -> int:
+    value = call.meta.get("val")
+    return value.numel() if isinstance(value, torch.Tensor) else 0
 
 
 def _number(target: torch.fx.Node, position: int) -> float | None:

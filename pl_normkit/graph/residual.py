@@ -7,6 +7,7 @@ __all__ = ["Sum", "as_residual", "find_sums", "joins_features"]
 from collections.abc import Iterator, Sequence
 
 from pl_normkit.graph.attention import feeds_attention, is_pointwise, is_score
+from pl_normkit.graph.masks import is_drawn_around_zero
 from pl_normkit.graph.nodes import Kind, Node
 from pl_normkit.graph.paths import Dominators, between, leading, main_inputs, walk_branch
 from pl_normkit.graph.structure import PASSING, Branch, ResidualAdd
@@ -72,14 +73,18 @@ def as_residual(found: Sum) -> ResidualAdd | None:
     - beside a projection a branch is no linear map (a low-rank update of the same layer), and meets no other stream of full size.
     - all ways run at the same resolutions. One that comes back from another joins levels: a fusion.
     - shortcut and branches read the same part of the split, not neighbouring slices (cascades, recurrences).
-    - the sum is no attention score, no scale and shift of features (FiLM at full size, couplings of a flow), and no sum of contexts that
-      are each weighed by another part of one value (FocalNet).
+    - the sum is no attention score, no scale and shift of features (FiLM at full size, couplings of a flow), no sample around a mean
+      (`mu + sigma * noise`), and no sum of contexts that are each weighed by another part of one value (FocalNet).
 
     The split is the last value that all paths to the operands pass. Where values from elsewhere enter a branch there is none, or one
     too far back; then it is the value nearest to the sum, on the way back along the shortcut, from which all branches lead.
     """
     ends = [operand for operand in found.operands if operand not in found.subtracted and operand.numel == found.numel]
-    if not ends or is_score(found.operands, found.node) or _is_recurrence(found) or _is_weighed(found) or _is_modulated(found):
+    if (
+        not ends
+        or is_score(found.operands, found.node)
+        or any(is_of(found) for is_of in (_is_recurrence, _is_weighed, _is_modulated, _is_noised))
+    ):
         return None
     readings = (_residual_of(found, shortcut, branches) for shortcut, branches in _readings(found, ends))
     return next((add for add in readings if add is not None), None)
@@ -184,9 +189,16 @@ def _resizes(side: Branch) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
 def _only_rescales(branch: Branch) -> bool:
     """Whether a side is arithmetic on the split alone, as in rotary embeddings, response normalization and an activation written out.
 
-    Also a value copied back behind the reach of gradients (straight-through estimators).
+    Also a value copied back behind the reach of gradients (straight-through estimators), and a state times activations (delta rules).
     """
-    return branch.end.op == "detach" or all(map(is_pointwise, branch.nodes))
+    inside = {branch.split, *branch.nodes}
+    return branch.end.op == "detach" or all(is_pointwise(node) or _is_step(node, inside) for node in branch.nodes)
+
+
+def _is_step(node: Node, inside: set[Node]) -> bool:
+    """Whether a product multiplies a value of `inside` by what is computed elsewhere (no graph or mask that the model was given)."""
+    others = [source for source in node.inputs if source not in inside]
+    return node.kind is Kind.MATMUL and any(_before_views(other).kind is not Kind.INPUT for other in others)
 
 
 def _is_linear(side: Branch) -> bool:
@@ -242,10 +254,11 @@ def _reads_what_is_left(branch: Branch) -> bool:
 
 
 def _reads_other_part(shortcut: Branch, branch: Branch) -> bool:
-    """Whether the two start from different slices of the split (Res2Net's hierarchy, cascaded heads): they share no value."""
+    """Whether the two start from different slices of the split, alike in size (Res2Net's hierarchy, cascaded heads)."""
     starts = [{node for node in side.nodes if side.split in node.inputs} for side in (shortcut, branch)]
     parts = [set(map(_part, nodes)) for nodes in starts]
-    return all(nodes and all(node.op in _SLICES for node in nodes) for nodes in starts) and not parts[0] & parts[1]
+    are_alike = len({node.numel for nodes in starts for node in nodes}) == 1
+    return all(nodes and all(node.op in _SLICES for node in nodes) for nodes in starts) and are_alike and not parts[0] & parts[1]
 
 
 def _part(node: Node) -> tuple[Node, str, str]:
@@ -306,7 +319,7 @@ def joins_features(found: Sum) -> bool:
     makers = [_maker(operand) for operand in found.operands]
     if any(map(_is_lookup, makers)) or any(map(_is_detached, found.operands)):
         return False
-    if _is_gated(found) or _makes_gate(found.node) or _is_weighed(found) or _is_modulated(found):
+    if _is_gated(found) or _makes_gate(found.node) or _is_weighed(found) or _is_modulated(found) or _is_noised(found):
         return False
     if any(maker.kind is Kind.MATMUL for maker in makers) and not any(maker.kind in _LAYERS for maker in makers):
         return False
@@ -377,6 +390,13 @@ def _is_weighed(found: Sum) -> bool:
         weighers.append({_part(part) for part in map(_before_views, node.inputs) if part.op in _PARTS} if node.kind is Kind.MUL else set())
     sources = [{part[0] for part in parts} for parts in weighers]
     return bool(set.intersection(*sources)) and len(set.union(*weighers)) >= len(weighers)
+
+
+def _is_noised(found: Sum) -> bool:
+    """Whether an operand is noise of its own size, scaled: the sum is a sample (a variational code, noisy routing)."""
+    return any(
+        _before_views(operand).kind is Kind.MUL and is_drawn_around_zero(_before_views(operand).target) for operand in found.operands
+    )
 
 
 def _is_detached(end: Node) -> bool:

@@ -252,3 +252,24 @@ class TwoClassifiers(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.drop(self.stem(x).mean((2, 3)))
         return (self.head(x) + self.distilled(x)) / 2
+
+
+class Written(nn.Module):
+    """A branch, a projection, an embedding of a second input, and whatever `forward` the case gives."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+        self.second = nn.Conv2d(8, 8, 3, padding=1)
+        self.project = nn.Conv2d(8, 8, 1)
+        self.up = nn.ConvTranspose2d(8, 8, 2, 2)
+        self.embed = nn.Linear(4, 8)
+        self.q, self.k, self.v, self.out = (nn.Linear(8, 8) for _ in range(4))
+        self.norm = nn.LayerNorm(8)
+        self.scale = nn.Parameter(torch.ones(1))
+        self.words, self.places = nn.Embedding(20, 8), nn.Embedding(20, 8)
+        self.experts = nn.Parameter(torch.ones(3, 8))
+        self.written = forward
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.written(self, *inputs)

@@ -7,34 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from pl_normkit.graph import ModelGraph
+from tests.graph.networks import Written
 
 X = torch.zeros(2, 8, 8, 8)
 TOKENS = torch.zeros(2, 6, 8)
-
-
-class Written(nn.Module):
-    """A branch, a projection, an embedding of a second input, and whatever `forward` the case gives."""
-
-    def __init__(self, forward: Callable[..., Any]) -> None:
-        super().__init__()
-        self.branch = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
-        self.second = nn.Conv2d(8, 8, 3, padding=1)
-        self.project = nn.Conv2d(8, 8, 1)
-        self.up = nn.ConvTranspose2d(8, 8, 2, 2)
-        self.embed = nn.Linear(4, 8)
-        self.q, self.k, self.v, self.out = (nn.Linear(8, 8) for _ in range(4))
-        self.norm = nn.LayerNorm(8)
-        self.scale = nn.Parameter(torch.ones(1))
-        self.words, self.places = nn.Embedding(20, 8), nn.Embedding(20, 8)
-        self.experts = nn.Parameter(torch.ones(3, 8))
-        self.written = forward
-
-    def forward(self, *inputs: Tensor) -> Any:
-        return self.written(self, *inputs)
 
 
 def adds(forward: Callable[..., Any], *inputs: Tensor) -> tuple[int, int]:
@@ -281,6 +261,14 @@ def _adapted(m: Written, x: Tensor) -> Tensor:
     return m.out(x)
 
 
+def _delta_rule(m: Written, x: Tensor) -> Tensor:
+    q, k = m.q(x)[..., None], m.k(x)[..., None]
+    state = q[:, 0] @ k[:, 0].mT
+    for step in range(1, 3):
+        state = state * k[:, step].sigmoid().mT + (state @ q[:, step]) @ k[:, step].mT
+    return m.out(state)
+
+
 TIED = torch.ones(2, 6, dtype=torch.long)
 LOOK_ALIKES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], int]] = {
     "attention with an additive mask, twice": (_masked_attention, (TOKENS, torch.zeros(2, 6, 6)), 2),
@@ -324,6 +312,9 @@ LOOK_ALIKES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], int]] = {
         (X,),
         2,
     ),
+    "sample around a mean": (lambda m, x: m.out(m.q(x) + torch.randn(x.shape) * (0.5 * m.k(x)).exp()), (TOKENS,), 0),
+    "noise that a router adds": (lambda m, x: m.out((m.q(x) + torch.randn_like(x) * F.softplus(m.k(x))).softmax(-1)), (TOKENS,), 0),
+    "delta rule": (_delta_rule, (TOKENS,), 0),
     "branch times a mask of full size": (lambda m, x, mask: m.up(x + m.branch(x) * mask), (X, X), 1),
     "gate as wide as the features": (lambda m, x: torch.lerp(m.branch(x), x, m.second(x).sigmoid()), (X,), 0),
 }
@@ -388,30 +379,18 @@ def _joined_twice(m: Written, x: Tensor) -> Tensor:
     return m.q(torch.cat([rest, first], 1))
 
 
+def _mixed_streams(m: Written, x: Tensor) -> Tensor:
+    """Of hyper-connections the last: the block reads one mixture of the streams, and is added to each of the others."""
+    mixed = torch.einsum("bld,dm->bmld", x, m.q.weight[:, :4])
+    return m.k((mixed[:, 1:] + m.out(m.norm(mixed[:, 0]).relu())[:, None]).sum(1))
+
+
 @pytest.mark.parametrize(
-    ("forward", "x", "expected"), [(_joined_twice, TOKENS, (2, 0)), (_coupled, X, (2, 0)), (_part_in_place, TOKENS, (1, 0))]
+    ("forward", "x", "expected"),
+    [(_joined_twice, TOKENS, (2, 0)), (_coupled, X, (2, 0)), (_part_in_place, TOKENS, (1, 0)), (_mixed_streams, TOKENS, (1, 0))],
 )
 def test_streams_that_hold_a_part_of_the_value(forward: Callable[..., Any], x: Tensor, expected: tuple[int, int]) -> None:
     assert adds(forward, x) == expected
-
-
-def _softmax_of_einsum(m: Written, x: Tensor) -> Tensor:
-    scores = torch.einsum("bld,bmd->blm", m.q(x), m.k(x))
-    return torch.einsum("blm,bmd,ed->ble", scores.softmax(-1), m.v(x), m.out.weight)
-
-
-def _router(m: Written, x: Tensor) -> Tensor:
-    chances = m.q(x).softmax(-1)
-    return torch.einsum("ble,bled->bld", chances, torch.einsum("bld,ed->bled", x, m.k.weight))
-
-
-def _learned_queries(m: Written, x: Tensor) -> Tensor:
-    return (m.experts @ m.k(x).transpose(1, 2)).softmax(-1) @ m.v(x)
-
-
-@pytest.mark.parametrize(("forward", "expected"), [(_softmax_of_einsum, 1), (_learned_queries, 1), (_router, 0)])
-def test_a_softmax_that_weighs_experts_is_no_attention(forward: Callable[..., Any], expected: int) -> None:
-    assert len(ModelGraph.from_model(Written(forward), TOKENS).attentions) == expected
 
 
 @pytest.mark.parametrize("name", ["decoder's long skip", "levels brought to one size"])

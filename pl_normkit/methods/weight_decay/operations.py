@@ -230,6 +230,8 @@ def _role_on_path(read: Read, path: Sequence[Step], node: Node, context: Context
     if kind_of(last.op, ()) is Kind.WEIGHT:
         role = _role_in_weight_layer(last)
         return Role.GAIN if role is Role.WEIGHT and _multiplies_weight(path) else role
+    if last.op in ("matmul", "mm", "add", "sub") and _multiplies_weight(path):
+        return Role.GAIN
     by_operation = _ROLE_BY_OPERATION.get(last.op)
     return by_operation(read, last, node, context) if by_operation else _role_by_argument(last)
 
@@ -338,8 +340,18 @@ def _in_sum(read: Read, last: Step, node: Node, context: Context) -> Role:
     extents = sum(size > 1 for size in last.shape)
     if extents <= 1 or len(context.shapes.get(read.parameter, last.shape)) == 1:
         return Role.BIAS
+    if any(_is_split_over_heads(source, last.shape) for source in node.inputs):
+        return Role.BIAS
     is_of_product = any(_is_from_product(source) for source in node.inputs)
     return Role.BIAS if is_of_product and not _spans_positions(last.shape, node.shape) else Role.POSITION
+
+
+def _is_split_over_heads(source: Node, shape: Sequence[int]) -> bool:
+    """Whether `source` is what a layer gave, its features in as many rows and columns as `shape` has."""
+    made = _before_views(source)
+    return (
+        made.kind is Kind.WEIGHT and made is not source and made.shape[-1:] == (math.prod(shape),) and len(made.shape) < len(source.shape)
+    )
 
 
 def _spans_positions(shape: Sequence[int], whole: Sequence[int]) -> bool:
@@ -355,6 +367,8 @@ def _in_product(read: Read, last: Step, node: Node, context: Context) -> Role:
     """
     if last.op == "baddbmm" and last.argument == "self":
         return Role.RELATIVE_POSITION if context.reaches_attention_logits(node) else Role.BIAS
+    if any(source.shape == node.shape and _holds_scores(source) for source in node.inputs):  # mixes heads
+        return Role.WEIGHT
     if not context.reaches_attention_logits(node):
         return Role.EMBEDDING if _is_of_indices(node) else Role.WEIGHT
     return Role.RELATIVE_POSITION if context.joins_attention_logits(node) else Role.TOKEN
@@ -376,7 +390,7 @@ def _as_factor(_: Read, last: Step, node: Node, context: Context) -> Role:
     by_head = not last.shape or last.shape[-1] == 1
     if by_head and context.reaches_attention_logits(node, through_product=True):
         return Role.TEMPERATURE
-    if context.scales_residual(node):
+    if extents <= 1 and context.scales_residual(node):
         return Role.LAYER_SCALE
     if extents == 0 and not any(_is_weight_layer(after) for after in context.graph.downstream(node)):
         return Role.TEMPERATURE

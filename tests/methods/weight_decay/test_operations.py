@@ -398,6 +398,22 @@ def _factors_on_activations() -> Case:
 
 
 @case
+def _heads_spectra_and_noise() -> Case:
+    """A shift of queries by head, a mixer of scores, a kernel in the frequency domain, and the strengths of a matrix and of noise."""
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        q, k, v = ((layer(x).view(2, 6, 2, 4) + shift) for layer, shift in ((net.q, net.asked), (net.k, 0), (net.v, 0)))
+        scores = torch.einsum("bhlm,hg->bglm", torch.einsum("blhd,bmhd->bhlm", q, k), net.heads)
+        x = x + torch.einsum("bhlm,bmhd->blhd", scores.softmax(-1), v).flatten(2)
+        x = x + torch.fft.irfft(torch.fft.rfft(net.q(x), dim=1) * torch.fft.rfft(net.kernel.exp(), dim=0), n=6, dim=1)
+        return x @ (net.matrix * net.gain) + net.strength * torch.randn(x.shape)
+
+    parts = {"asked": p(2, 4), "heads": p(2, 2), "kernel": p(6, 8), "matrix": p(8, 8), "gain": p(), "strength": p(1)}
+    roles = {"asked": R.BIAS, "heads": R.WEIGHT, "kernel": R.UNKNOWN, "matrix": R.WEIGHT, "gain": R.GAIN, "strength": R.GAIN}
+    return Net(forward, **parts, **qkv()), TOKENS, {**roles, **QKV}
+
+
+@case
 def _modulated_kernels() -> Case:
     """StyleGAN's convolution: the kernel is scaled by a style, and divided by its own length."""
 
