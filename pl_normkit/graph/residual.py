@@ -139,7 +139,7 @@ def _residual_of(found: Sum, shortcut: Branch, branches: Sequence[Branch]) -> Re
             return None
         if is_projection and (branch.end.numel < found.numel or _is_linear(branch) or _meets_another_stream(branch)):
             return None
-        if _reads_what_is_left(branch):
+        if _reads_what_is_left(branch) or _only_chooses(branch):
             return None
         if branch.end in found.subtracted and not branch.of_kind(Kind.WEIGHT):
             return None
@@ -244,6 +244,15 @@ def _ends_in(found: Sum, branch: Branch) -> bool:
         if node.kind not in PASSING or node.op in _PARTS or len(node.inputs) != 1 or node.inputs[0] is branch.split:
             return True
         inside, node = {node}, node.inputs[0]
+
+
+def _only_chooses(branch: Branch) -> bool:
+    """Whether nothing but whole numbers comes of the split (which code of a table is nearest): no features are computed of it."""
+    reached = {branch.split}
+    for node in branch.nodes:
+        if reached.intersection(node.inputs) and not node.holds_whole_numbers:
+            reached.add(node)
+    return bool(branch.nodes) and branch.end not in reached
 
 
 def _reads_what_is_left(branch: Branch) -> bool:

@@ -239,6 +239,13 @@ def _residual_quantizer(m: Written, x: Tensor) -> Tensor:
     return m.up(total)
 
 
+def _nearest_codes(m: Written, x: Tensor) -> Tensor:
+    x = m.q(x)
+    for _ in range(2):
+        x = x - m.words(torch.cdist(x, m.words.weight[None]).argmin(-1))
+    return m.v(x)
+
+
 def _divided_attention(m: Written, x: Tensor) -> Tensor:
     """Over time and over space, which has a class token of its own (TimeSformer)."""
     for _ in range(2):
@@ -300,6 +307,7 @@ LOOK_ALIKES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], int]] = {
     "quantized, straight-through": (_quantized, (TOKENS,), 0),
     "coupling of a flow": (_coupling, (TOKENS,), 0),
     "forward algorithm": (_forward_algorithm, (TOKENS,), 0),
+    "quantizers of what others left": (_nearest_codes, (TOKENS,), 0),
     "residual quantizer": (_residual_quantizer, (X,), 0),
     "attention over time, then over space": (_divided_attention, (TOKENS,), 4),
     "arithmetic on whole numbers": (_whole_numbers, (TOKENS,), 0),
