@@ -99,7 +99,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "glm4v_moe": {"text_config": {"head_dim": 128, "rope_parameters": AXIAL}},
 }
 """What a configuration needs beside its defaults."""
-ON_CPU = frozenset(("fsmt", "longformer", "led", "glm4v_vision", "qwen3_vl_vision", "dbrx", "switch_transformers", "encodec"))
+ON_CPU = frozenset(("fsmt", "longformer", "led", "glm4v_vision", "qwen3_vl_vision", "dbrx", "switch_transformers", "encodec", "mimi"))
 """Architectures that ask their inputs for values, so that they are run: the meta device has none."""
 
 
