@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +17,7 @@ from pl_normkit.methods.norm_placement.placements import NOT_BY_EDITS
 from tests.methods.norm_placement.by_hand import (
     bert,
     convnext,
+    falcon,
     gpt2,
     hf_vit,
     llama,
@@ -40,6 +40,9 @@ REFUSED: list[tuple[str, Callable[[], Made], dict[str, Any], str]] = [
     ("lns", convnext, {}, "scales the branch already"),
     ("lns", lambda: (timm.create_model("resnet10t"), torch.randn(2, 3, 32, 32)), {}, "behind it would undo the gain"),
     ("head_scale", torch_encoder, {}, "the output projection of its attention is no module that is called, once"),
+    ("post", falcon, {}, "what is added to the stream is the output of no module"),
+    ("peri", falcon, {}, "its output is a sum of what transformer.h.0.self_attention.dense and transformer.h.0.mlp.dense_4h_to_h give"),
+    ("head_scale", falcon, {}, "its output is a sum of what"),
     ("normformer", torch_encoder, {}, "its last weight layer is no module that is called, once"),
 ]
 
@@ -150,7 +153,7 @@ def test_a_network_without_blocks_has_no_place() -> None:
 def test_a_filter_chooses_blocks_and_depth_counts_all() -> None:
     model, inputs = timm_vit()
     place_norms(model, "lns", inputs, filter_fn=lambda block, path: path == "blocks.2")
-    assert model.blocks[2].attn.proj.placed_gain.value == pytest.approx(1 / math.sqrt(3))
+    assert [part.placed_gain.value for part in (model.blocks[2].attn.proj, model.blocks[2].mlp.fc2)] == pytest.approx([3**-0.5] * 2)
     assert not hasattr(model.blocks[1].attn.proj, "placed_gain")
 
 
