@@ -31,7 +31,9 @@ def row_norms(model: nn.Module, graph: ModelGraph | None) -> Iterator[Place]:
             yield Place(path, why_hooked(module, path))
         elif _is_unknown(module):
             formula = "gamma x / rms(x) with gamma as it is stored" if "RMS" in type(module).__name__ else "a layer norm of rows as stored"
-            yield Place(path, f"{type(module).__name__} does not compute {formula}")
+            is_meta = any(parameter.is_meta for parameter in module.parameters())
+            why = "cannot be run on the meta device, to see what it computes" if is_meta else f"does not compute {formula}"
+            yield Place(path, f"{type(module).__name__} {why}")
 
 
 def batch_norms(model: nn.Module, graph: ModelGraph | None) -> Iterator[Place]:

@@ -367,13 +367,14 @@ def _sdd(layout: Layout, sites: list[Site], exits: Exits, options: Mapping[str, 
     for site in sites:
         asking, giving = attention_weights(site)
         _refuse_output_norm(site, "sdd")
+        _refuse_several_ends(site, "sdd")
         for node in site.weights:
             path, axis = layout.weight_module(node), layout.axis(node)
             if path is None or node in asking & giving:
                 why = "a layer of it is no module that is called, once" if path is None else "one layer makes queries, keys and values"
                 raise refuse("sdd", site, why, "build the attention with a layer for each")
             norm = {"kind": "rms", "width": node.shape[axis], "eps": 1e-6, "axis": axis, "bias": False}
-            plan.pieces.append({"piece": "norm", "at": path, "side": "after", **norm, "scale": last if node in site.ends else 1.0})
+            plan.pieces.append({"piece": "norm", "at": path, "side": "after", **norm, "scale": last if node is site.last else 1.0})
     return plan
 
 

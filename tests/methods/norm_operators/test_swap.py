@@ -130,6 +130,8 @@ def test_layer_norms_written_by_hand_are_known_by_what_they_compute(eps: float, 
     assert type(model[0]) is nn.RMSNorm
     with pytest.raises(NothingMatchedError, match="it is rmsnorm already"):
         swap_norms(model, "rmsnorm")
+    with pytest.raises(NothingMatchedError, match="LayerNorm cannot be run on the meta device"):
+        swap_norms(nn.Sequential(LayerNorm()).to("meta"), "rmsnorm")
 
 
 def test_batch_norms_with_activation_become_group_norms_with_the_same() -> None:

@@ -120,6 +120,14 @@ def test_trained_models_are_refused_unless_told() -> None:
     assert place_norms(model, "peri", inputs, retrain=True)
 
 
+@pytest.mark.parametrize("kind", ["depth_init", "deepnorm"])
+def test_weights_without_values_are_not_scaled(kind: str) -> None:
+    with torch.device("meta"):
+        model, _ = torch_encoder(norm_first=False)
+    with pytest.raises(EditError, match="the model is on the meta device"):
+        place_norms(model, kind, torch.randn(2, 6, 16))
+
+
 def test_another_placement_on_top_is_refused() -> None:
     model, inputs = timm_vit()
     place_norms(model, "peri", inputs)
