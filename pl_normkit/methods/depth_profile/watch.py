@@ -90,9 +90,12 @@ def _is_sum_of_two(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool
 
 
 def _calling_line(model: nn.Module) -> str:
-    """The innermost line outside torch that led here, as the graph writes it: "" where torch's own modules are all of the model."""
+    """The innermost line of a `forward` outside torch that led here, as the graph writes it: "" where all of the model is torch's.
+
+    The trace keeps no line of the functions that a forward calls, such as the `dropout_add` of BLOOM and Falcon.
+    """
     frame: FrameType | None = sys._getframe(2)
-    while frame is not None and frame.f_code.co_filename.startswith(_TORCH):
+    while frame is not None and (frame.f_code.co_filename.startswith(_TORCH) or frame.f_code.co_name != "forward"):
         if frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is model:
             return ""
         frame = frame.f_back

@@ -16,7 +16,7 @@ from pl_normkit.methods.norm_operators.find import Stream, Writer
 from pl_normkit.methods.norm_operators.fold import Affine, folded_values, read_affine
 from pl_normkit.methods.norm_operators.last_dim import Layer, readers_by_parameter
 from pl_normkit.methods.norm_operators.modules import CompressedRMSNorm, RecentreAndDrop
-from pl_normkit.methods.norm_operators.rms_conversion import RECENTRE, centred_values, convertible_streams
+from pl_normkit.methods.norm_operators.rms_conversion import RECENTRE, centred_values, convertible_streams, width_and_eps
 from pl_normkit.methods.norm_operators.weights import convert_checked, refuse_sharded
 from pl_normkit.surgery import Changes, Edit, Insert, Replace, SetAttributes, get_module
 from pl_normkit.values import Resize
@@ -130,22 +130,21 @@ def _said_size(model: nn.Module, layer: Layer, which: int, size: int) -> Iterato
 
 def _norm_edits(model: nn.Module, node: Node, affine: Affine | None) -> Iterator[Edit]:
     old = get_module(model, node.module)
-    assert isinstance(old, nn.LayerNorm)
-    (width,), gone = old.normalized_shape, ("weight", "bias") if affine is not None else ()
+    (width, eps), gone = width_and_eps(node), ("weight", "bias") if affine is not None else ()
     if affine is None:
-        new = CompressedRMSNorm(width, old.eps, old._parameters.get("weight"), old._parameters.get("bias"), whole=True)
+        new = CompressedRMSNorm(width, eps, old._parameters.get("weight"), old._parameters.get("bias"), whole=True)
     else:
-        new = CompressedRMSNorm(width, old.eps)
+        new = CompressedRMSNorm(width, eps)
         for layer in {layer.weight: layer for layer in affine.layers}.values():
-            yield from _fewer_inputs(model, layer, affine, old)
+            yield from _fewer_inputs(model, layer, affine, width)
     yield Replace(node.module, new, "CRMSNorm in place of layer norm", gone)
 
 
 @torch.no_grad()
-def _fewer_inputs(model: nn.Module, layer: Layer, affine: Affine, old: nn.LayerNorm) -> Iterator[Edit]:
+def _fewer_inputs(model: nn.Module, layer: Layer, affine: Affine, width: int) -> Iterator[Edit]:
     device = model.get_parameter(layer.weight).device
-    gamma = old.weight.double() if affine.gamma else torch.ones(old.normalized_shape, dtype=torch.float64, device=device)
-    values = folded_values(model, [layer], gamma, old.bias.double() if affine.beta else None)
+    gamma = model.get_parameter(affine.gamma).double() if affine.gamma else torch.ones(width, dtype=torch.float64, device=device)
+    values = folded_values(model, [layer], gamma, model.get_parameter(affine.beta).double() if affine.beta else None)
     weight, inputs = values[layer.weight], 1 - layer.outputs
     last = weight.shape[inputs] - 1
     values[layer.weight] = weight.narrow(inputs, 0, last) - weight.narrow(inputs, last, 1)

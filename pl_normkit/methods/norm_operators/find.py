@@ -146,6 +146,8 @@ def _named(reader: Node) -> str:
         reader = reader.users[0]
     if _rows_from(reader):
         return "the model returns the values that the norm reads"
+    if reader.op in ("layer_norm", "native_layer_norm"):
+        return f"the stream goes on to {reader.module or 'the model'}, whose input cannot be given zero mean"
     return f"{reader.op} of {reader.module or 'the model'} reads the same values without a norm"
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from pl_normkit.graph import ModelGraph
 from pl_normkit.methods.norm_operators.operators import OldNorm, Place
-from pl_normkit.norm_modules import eps_of, is_written_rms_norm
+from pl_normkit.norm_modules import eps_of, is_written_rms_norm, written_layer_norm_eps
 
 _CHANNELS_FIRST = frozenset(
     (("timm.layers.norm", "LayerNorm2d"), ("timm.layers.norm", "RmsNorm2d"), ("torchvision.models.convnext", "LayerNorm2d"))
@@ -23,14 +23,17 @@ _BATCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def row_norms(model: nn.Module, graph: ModelGraph | None) -> Iterator[Place]:
-    """Layer norms and RMS norms of torch, timm, torchvision and transformers, over the last dimension or the channels of images."""
+    """Layer norms and RMS norms of torch, of libraries and written by hand, over the last dimension or the channels of images."""
     for path, module in model.named_modules():
         if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or _name_of(module) in _ROWS | _CHANNELS_FIRST:
             yield Place(path, _why_no_rows(module, path))
-        elif is_written_rms_norm(module):
+        elif is_written_rms_norm(module) or written_layer_norm_eps(module) is not None:
             yield Place(path, why_hooked(module, path))
         elif _is_unknown(module):
-            yield Place(path, f"{type(module).__name__} does not compute gamma x / rms(x) with gamma as it is stored")
+            formula = "gamma x / rms(x) with gamma as it is stored" if "RMS" in type(module).__name__ else "a layer norm of rows as stored"
+            is_meta = any(parameter.is_meta for parameter in module.parameters())
+            why = "cannot be run on the meta device, to see what it computes" if is_meta else f"does not compute {formula}"
+            yield Place(path, f"{type(module).__name__} {why}")
 
 
 def batch_norms(model: nn.Module, graph: ModelGraph | None) -> Iterator[Place]:
@@ -64,9 +67,10 @@ def why_hooked(module: nn.Module, path: str) -> str:
 
 
 def _is_unknown(module: nn.Module) -> bool:
-    """Whether a module of another library is called an RMS norm, and is none that is known (Gemma's)."""
-    weight = module._parameters.get("weight")
-    return weight is not None and weight.ndim == 1 and "RMSNorm" in type(module).__name__ and not getattr(type(module), "is_norm", False)
+    """Whether a module of another library is called a layer or RMS norm, and is none that is known (Gemma's)."""
+    weight, name = module._parameters.get("weight"), type(module).__name__
+    is_called = "RMSNorm" in name or "LayerNorm" in name
+    return weight is not None and weight.ndim == 1 and is_called and not getattr(type(module), "is_norm", False)
 
 
 def _name_of(module: nn.Module) -> tuple[str, str]:
@@ -85,12 +89,13 @@ def old_norm(module: nn.Module) -> OldNorm:
     """What there is to take over from a norm or a convolution."""
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     like = next((tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()), torch.empty(0))
-    eps = eps_of(module)
+    layer_eps = written_layer_norm_eps(module)
+    eps = eps_of(module) if layer_eps is None else layer_eps
     eps = float(torch.finfo(like.dtype).eps if eps is None else eps)
-    is_written = is_written_rms_norm(module)
+    is_written = layer_eps is not None or is_written_rms_norm(module)
     is_row = is_written or isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or _name_of(module) in _ROWS | _CHANNELS_FIRST
     axis: Literal[-1, 1] = -1 if is_row and _name_of(module) not in _CHANNELS_FIRST else 1
-    centred = not is_row or isinstance(module, nn.LayerNorm)
+    centred = not is_row or layer_eps is not None or isinstance(module, nn.LayerNorm)
     names = ("normalized_shape", "num_features", "out_channels", "out_features")
     width: Any = like.shape if is_written else next(getattr(module, name) for name in names if hasattr(module, name))
     return OldNorm(int(width[0] if is_row else width), eps, weight, bias, like.device, like.dtype, axis, centred, module)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["centred_values", "convertible_streams", "to_rmsnorm"]
+__all__ = ["centred_values", "convertible_streams", "to_rmsnorm", "width_and_eps"]
 
 from collections.abc import Sequence
 from typing import Any
@@ -105,11 +105,13 @@ def _why_not(model: nn.Module, graph: ModelGraph, stream: Stream, hosts: Sequenc
         return "no module takes the embeddings, where they could be recentred"
     for norm in stream.norms:
         module = get_module(model, norm.module)
-        if not isinstance(module, nn.LayerNorm) or any(node.module == norm.module and node.op != norm.op for node in graph.nodes):
+        if any(module.children()) or any(node.module == norm.module and node.op != norm.op for node in graph.nodes):
             return f"{norm.module or 'the model'} does more than a layer norm"
+        if not {name for name, _ in module.named_parameters()} <= {"weight", "bias"}:
+            return f"{norm.module} calls its scale and shift something else than weight and bias"
         if any(node.module == norm.module and node not in stream.norms for node in graph.nodes):
             return f"{norm.module} normalizes other values too"
-        if len(module.normalized_shape) != 1 or not norm.module:
+        if len(norm.argument("normalized_shape", 1, ())) != 1 or not norm.module:
             return "it normalizes over more than the last dimension, or is the model itself"
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{norm.module} has hooks"
@@ -143,23 +145,28 @@ def _edits(model: nn.Module, stream: Stream, hosts: Sequence[tuple[str, bool]], 
         what = "the residual stream is recentred where it starts"
         edits.append(Insert(path, RECENTRE, Recentre(), what, "before" if is_before else "after"))
     for norm in {node.module: node for node in stream.norms}.values():
-        old = get_module(model, norm.module)
-        assert isinstance(old, nn.LayerNorm)
-        edits.append(Replace(norm.module, _rms_norm(old), "RMS norm in place of layer norm"))
+        edits.append(Replace(norm.module, _rms_norm(get_module(model, norm.module), norm), "RMS norm in place of layer norm"))
     return edits
 
 
-def _rms_norm(old: nn.LayerNorm) -> nn.RMSNorm:
-    (width,) = old.normalized_shape
-    if not old.elementwise_affine:
-        return nn.RMSNorm(width, eps=old.eps, elementwise_affine=False)
+def width_and_eps(norm: Node) -> tuple[int, float]:
+    """What a layer norm was called with."""
+    (width,) = norm.argument("normalized_shape", 1, ())
+    return int(width), float(norm.argument("eps", 4, 1e-5))
+
+
+def _rms_norm(old: nn.Module, norm: Node) -> nn.RMSNorm:
+    width, eps = width_and_eps(norm)
+    weight, bias = old._parameters.get("weight"), old._parameters.get("bias")
+    if weight is None:
+        return nn.RMSNorm(width, eps=eps, elementwise_affine=False)
     new: nn.RMSNorm
-    if old._parameters.get("bias") is None:
-        new = nn.RMSNorm(width, eps=old.eps, device="meta")
+    if bias is None:
+        new = nn.RMSNorm(width, eps=eps, device="meta")
     else:
-        new = ShiftedRMSNorm(width, old.eps, device="meta")
-        new.bias = old.bias
-    new.weight = old.weight
+        new = ShiftedRMSNorm(width, eps, device="meta")
+        new.bias = bias
+    new.weight = weight
     return new
 
 

@@ -63,6 +63,9 @@ def swap_norms(model: nn.Module, to: str, *, example_inputs: Any = None, where: 
             skipped.append(Change(place.path, reason))
             continue
         new = operator.make(old_norm(old), {**operator.options, **options})
+        if type(new) is type(old):
+            skipped.append(Change(place.path, f"it is {to} already"))
+            continue
         keys = set(old.state_dict()) ^ set(new.state_dict())
         edits.append(Replace(place.path, new, f"{to} in place of {type(old).__name__}", keys))
         edits += [Replace(path, nn.Identity(), f"{to} acts in its place") for path in place.goes]

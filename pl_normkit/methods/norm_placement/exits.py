@@ -78,12 +78,16 @@ def _keep_first(inputs: dict[str, Tensor], path: str) -> Callable[..., None]:
 
 
 class _Additions(TorchFunctionMode):
-    """Remembers what was added to what, and which modules gave out a tensor. Tensors are kept alive, so that their ids stay theirs."""
+    """Remembers what was added to what, and which modules gave out a tensor. Tensors are kept alive, so that their ids stay theirs.
+
+    A tensor that was changed in place (`out += other`) is no longer what the module gave out.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._sums: list[tuple[Tensor, Tensor, Tensor]] = []
         self._makers: dict[int, list[str]] = {}
+        self._versions: dict[int, int] = {}
         self._dropped: dict[str, Tensor] = {}
         self._calls: Counter[str] = Counter()
         self._kept: list[Any] = []
@@ -99,6 +103,7 @@ class _Additions(TorchFunctionMode):
             runs_children = type(module).forward is nn.Sequential.forward  # an edit at it would become one of them
             if isinstance(output, Tensor) and not runs_children:
                 self._kept.append(output)
+                self._forget_if_changed(output)
                 self._makers.setdefault(id(output), []).append(path)
             return output
 
@@ -107,11 +112,21 @@ class _Additions(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        is_sum = func in _ADDS and len(args) == 2 and all(isinstance(operand, Tensor) for operand in args)
+        for operand in args if is_sum else ():
+            self._forget_if_changed(operand)
         result = func(*args, **kwargs or {})
-        if func in _ADDS and len(args) == 2 and all(isinstance(operand, Tensor) for operand in args):
+        if is_sum:
             self._sums.append((args[0], args[1], result))
             self._kept += [*args, result]
         return result
+
+    def _forget_if_changed(self, value: Tensor) -> None:
+        """Forget who made a value that was changed in place since."""
+        version = value._version
+        if self._versions.setdefault(id(value), version) != version:
+            self._makers.pop(id(value), None)
+            self._versions[id(value)] = version
 
     def exit_of(self, stream: Tensor) -> str | None:
         """The last module that gave out what was added to `stream`, and was called once; None where none or several sums have it."""

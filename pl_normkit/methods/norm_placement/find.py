@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["Layout", "OutputPlace", "Site", "read_layout"]
 
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
 from torch import nn
@@ -29,6 +30,7 @@ class Site:
     Attributes:
         add: the addition.
         branch: the branch.
+        block: the numbered block that holds the addition.
         layer: number of its layer, from 1.
         norm: the first norm before its first weight layer; in a branch without one, its first norm that no weight layer is behind.
         is_entry: whether nothing but views stands before `norm`, and a weight layer behind it.
@@ -40,6 +42,7 @@ class Site:
 
     add: Node
     branch: Branch
+    block: str
     layer: int
     norm: Norm | None
     is_entry: bool
@@ -57,8 +60,10 @@ class Site:
         return self.weights[-1]
 
     @property
-    def block(self) -> str:
-        return block_of(self.last.module)
+    def ends(self) -> list[Node]:
+        """The weight layers with no other behind them: several where the branch adds what they give (parallel layers, LoRA)."""
+        weights = set(self.weights)
+        return [node for node in self.weights if weights.isdisjoint(self.branch.downstream(node))]
 
 
 @dataclass(frozen=True)
@@ -133,12 +138,30 @@ def read_layout(model: nn.Module, example_inputs: Any) -> Layout:
     graph = ModelGraph.from_model(model, example_inputs)
     adds = [add for add in graph.residual_adds if any(branch.of_kind(Kind.WEIGHT) for branch in add.branches)]
     nested = {add.node for add in adds if any(add.node in branch for other in adds if other is not add for branch in other.branches)}
-    adds = [add for add in adds if add.node not in nested]
+    adds = [add for add in adds if add.node not in nested and not _is_sum_of_heads(add)]
+    if any(_attends(add) for add in adds):
+        adds = [add for add in adds if not _adds_positions(add, graph)]
     if not adds:
         raise NothingMatchedError("the model has no residual branch with a weight layer", fix="give a network with residual blocks")
     numbers = _layer_numbers(adds)
     sites = [_site(graph, add, branch, numbers[add.node]) for add in adds for branch in add.branches if branch.of_kind(Kind.WEIGHT)]
     return Layout(model, graph, tuple(sites))
+
+
+def _is_sum_of_heads(add: ResidualAdd) -> bool:
+    """Whether both sides have weights, and nothing but the model's output is made of the sum: VOLO's two heads, no residual block."""
+    return add.kind == "projection" and not add.node.users
+
+
+def _adds_positions(add: ResidualAdd, graph: ModelGraph) -> bool:
+    """Whether its branch is one convolution without a norm: in a transformer, positions (Twins, wav2vec 2.0) and no layer."""
+    weights = [node for branch in add.branches for node in branch.of_kind(Kind.WEIGHT)]
+    has_norm = any(norm.node in branch for branch in add.branches for norm in graph.norms)
+    return len(weights) == 1 and "conv" in weights[0].op and not has_norm
+
+
+def _attends(add: ResidualAdd) -> bool:
+    return any(branch.of_kind(Kind.ATTENTION, Kind.SOFTMAX) for branch in add.branches)
 
 
 def _site(graph: ModelGraph, add: ResidualAdd, branch: Branch, layer: int) -> Site:
@@ -152,7 +175,7 @@ def _site(graph: ModelGraph, add: ResidualAdd, branch: Branch, layer: int) -> Si
     post = readers[0] if len(readers) == 1 and not is_entry and set(add.node.users) <= _within(readers[0].node) else None
     gammas = {norm.gamma for norm in behind}
     scale = next((name for node in branch.downstream(weights[-1]) if (name := _factor(node)) and name not in gammas), "")
-    return Site(add.node, branch, layer, norm, is_entry, behind[-1] if behind else None, post, scale, _heads(branch))
+    return Site(add.node, branch, _block_of(add), layer, norm, is_entry, behind[-1] if behind else None, post, scale, _heads(branch))
 
 
 def _is_first(branch: Branch, norm: Node) -> bool:
@@ -190,15 +213,22 @@ def _layer_numbers(adds: list[ResidualAdd]) -> dict[Node, int]:
     numbers: dict[Node, int] = {}
     number, last_block, after_attention = 0, "", False
     for add in adds:
-        weight = next(node for branch in add.branches for node in branch.of_kind(Kind.WEIGHT))
-        block = block_of(weight.module)
-        attends = any(branch.of_kind(Kind.ATTENTION, Kind.SOFTMAX) for branch in add.branches)
+        block, attends = _block_of(add), _attends(add)
         is_second = after_attention and (not attends or _enclosing(block) == _enclosing(last_block) != "")
         if block != last_block and not is_second:
             number += 1
         numbers[add.node] = number
         last_block, after_attention = block, attends
     return numbers
+
+
+def _block_of(add: ResidualAdd) -> str:
+    """Of the module that adds or, where this has no number, of what holds the branches' weight layers (a layer may be called fc1)."""
+    weights = [node.module for branch in add.branches for node in branch.of_kind(Kind.WEIGHT)]
+    parents = zip(*(path.split(".")[:-1] for path in weights), strict=False)
+    common = ".".join(names[0] for names in takewhile(lambda names: len(set(names)) == 1, parents))
+    found = (block_of(path) for path in (add.node.module, common))
+    return next((block for block in found if block[-1:].isdigit()), block_of(weights[0]))
 
 
 def _enclosing(block: str) -> str:

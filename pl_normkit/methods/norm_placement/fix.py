@@ -88,6 +88,8 @@ def place_norms(
         if plan.notes:
             return Changes(skipped=plan.notes)
         raise NothingMatchedError(f"there is no place for {kind!r}", fix="give a network with such blocks, and a filter that takes some")
+    if any(value.is_meta for value in plan.values.values()):
+        raise EditError(f"{kind!r} scales weights, and the model is on the meta device", fix="call it once the weights have their values")
     edits: list[Edit] = [*edits_of(model, plan.pieces), *_value_edits(plan)]
     return apply_edits(model, [*edits, PlacedMark(kind, tuple(plan.pieces), f"placed {kind!r}: {plan.words}")], plan.notes)
 

@@ -26,7 +26,7 @@ def fold_edits(model: nn.Module) -> tuple[list[Edit], list[Change]]:
         host = get_module(model, at)
         values = _values(host, gain.value) if gain.side == "after" else None
         if values is None:
-            kept.append(Change(at, "keeps its gain: scale and shift that could take it are not its own parameters"))
+            kept.append(Change(at, "keeps its gain: it has no scale and shift of its own that take it exactly"))
             continue
         named = {f"{at}.{own}": value for own, value in values.items()}
         edits += [SetValues(at, named, f"times {gain.value:.4g}"), Remove(at, name, "the gain is folded")]

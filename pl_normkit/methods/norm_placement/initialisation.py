@@ -54,9 +54,9 @@ def is_trained(model: nn.Module, graph: ModelGraph) -> str:
 
 
 @torch.no_grad()
-def depth_values(layout: Layout, site: Site, factor: float) -> dict[str, Tensor]:
-    """The weights of the branch's last layer times a factor. Shifts stay."""
-    name = layout.weight_name(site.last)
+def depth_values(layout: Layout, last: Node, factor: float) -> dict[str, Tensor]:
+    """The weights of a last layer times a factor. Shifts stay."""
+    name = layout.weight_name(last)
     return {name: layout.model.get_parameter(name) * factor}
 
 

@@ -77,7 +77,8 @@ def _depth_init(layout: Layout, sites: list[Site], exits: Exits, options: Mappin
         if site.output_norm is not None:
             plan.notes.append(Change(site.last.module, f"{site.output_norm.module} behind it would undo the scale"))
         else:
-            plan.values |= depth_values(layout, site, factor)
+            for node in site.ends:
+                plan.values |= depth_values(layout, node, factor)
     return plan
 
 
@@ -85,7 +86,9 @@ def _refuse_two_stacks(layout: Layout, kind: str) -> None:
     decoders = _decoder_layers(layout)
     if decoders and decoders != {site.layer for site in layout.sites}:
         site = next(site for site in layout.sites if site.layer in decoders)
-        raise refuse(kind, site, "encoder and decoder each count their own layers", "call place_norms on each of the two")
+        raise refuse(
+            kind, site, "some layers have a second attention: encoder and decoder count apart", "call place_norms on each of the two"
+        )
 
 
 def _decoder_layers(layout: Layout) -> set[int]:
@@ -199,6 +202,7 @@ def _normformer(layout: Layout, sites: list[Site], exits: Exits, options: Mappin
     plan = Plan(words="head gains, a norm behind attention and one in the feed-forward; raise the learning rate (125M: 3e-3, 1.3B: 6e-4)")
     for site in sites:
         _entry(layout, site, "normformer")
+        _refuse_several_ends(site, "normformer")
         path = layout.weight_module(site.last)
         if path is None:
             raise refuse("normformer", site, "its last weight layer is no module that is called, once")
@@ -217,6 +221,7 @@ def _normformer(layout: Layout, sites: list[Site], exits: Exits, options: Mappin
 def _head_gains(layout: Layout, sites: list[Site], exits: Exits, options: Mapping[str, Any]) -> Plan:
     plan = Plan(words="a gain of 1 for each head; the function stays, in training and after it")
     for site in (site for site in sites if site.heads):
+        _refuse_several_ends(site, "head_scale")
         path = layout.weight_module(site.last)
         if path is None:
             raise refuse("head_scale", site, "the output projection of its attention is no module that is called, once")
@@ -282,7 +287,14 @@ def _entry(layout: Layout, site: Site, kind: str) -> str:
     return path
 
 
+def _refuse_several_ends(site: Site, kind: str) -> None:
+    if len(site.ends) > 1:
+        several = " and ".join(node.module for node in site.ends[:2])
+        raise refuse(kind, site, f"its output is a sum of what {several} give", "write the block with a module at the end of each branch")
+
+
 def _output(layout: Layout, site: Site, kind: str) -> tuple[str, str]:
+    _refuse_several_ends(site, kind)
     place = layout.output_place(site)
     if place is None:
         raise refuse(kind, site, "its last weight layer is no module that is called, once, and no dropout of its own follows")
@@ -333,6 +345,10 @@ def _hybrid(layout: Layout, sites: list[Site], exits: Exits, options: Mapping[st
 def _head_norms(layout: Layout, site: Site) -> list[Piece]:
     asking, giving = attention_weights(site)
     assert site.norm is not None
+    if not giving:
+        raise refuse(
+            "hybrid", site, "its keys and values are made of other states (cross-attention)", "give a model without cross-attention"
+        )
     if len(asking) != 2 or len(giving) != 1 or asking & giving:
         raise refuse("hybrid", site, "queries, keys and values have no layer each", "build the attention with a layer for each")
     if any(norm.node in site.branch and norm is not site.norm for norm in layout.graph.norms if norm.node.index < site.last.index):
@@ -351,6 +367,7 @@ def _sdd(layout: Layout, sites: list[Site], exits: Exits, options: Mapping[str, 
     for site in sites:
         asking, giving = attention_weights(site)
         _refuse_output_norm(site, "sdd")
+        _refuse_several_ends(site, "sdd")
         for node in site.weights:
             path, axis = layout.weight_module(node), layout.axis(node)
             if path is None or node in asking & giving:

@@ -10,7 +10,7 @@ import torch
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,14 @@ SWIN = Network(
     lambda: torch.randn(2, 3, 32, 32),
     *_blocks([f"layers.{stage}.blocks.{i}" for stage in range(2) for i in range(2)], "norm2", ("attn", "mlp")),
 )
-NETWORKS = {"gpt2": GPT2, "llama": LLAMA, "vit": VIT, "swin": SWIN}
+BLOOM = Network(  # a function that its forwards call adds
+    lambda: BloomForCausalLM(BloomConfig(hidden_size=16, n_layer=2, n_head=2, vocab_size=32)),
+    tokens,
+    [("out", f"transformer.h.{i}{part}") for i in range(2) for part in (".self_attention", "")],
+    [f"transformer.h.{i}.{part}" for i in range(2) for part in ("self_attention.dense", "mlp.dense_4h_to_h")],
+    lambda output: output.logits,
+)
+NETWORKS = {"gpt2": GPT2, "llama": LLAMA, "vit": VIT, "swin": SWIN, "bloom": BLOOM}
 
 
 def by_hooks(network: Network, model: nn.Module, batch: Any) -> tuple[list[Tensor], list[Tensor], Any]:

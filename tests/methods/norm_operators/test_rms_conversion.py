@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pl_normkit.errors import EditError, NothingMatchedError
-from pl_normkit.methods.norm_operators import fold_norms, to_rmsnorm
+from pl_normkit.methods.norm_operators import fold_norms, to_crmsnorm, to_rmsnorm
 from tests.methods.norm_operators.tiny_models import build, difference, gpt2, output, timm_vit, tokens, trained_like
 
 
@@ -98,6 +98,17 @@ class Block(nn.Module):
         return result
 
 
+class WrittenNorm(nn.Module):
+    """nanoGPT's LayerNorm: not torch's, nor does it keep its eps."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-2)
+
+
 class Net(nn.Module):
     """Two blocks and a head; `what` spoils it."""
 
@@ -114,6 +125,8 @@ class Net(nn.Module):
         self.tap = nn.Linear(6, 3)
         if what == "shared block":
             self.blocks[1] = self.blocks[0]
+        if what == "written norms":
+            self.blocks[0].norm, self.blocks[1].norm, self.norm = (WrittenNorm(6) for _ in range(3))
 
     def forward(self, ids: Tensor) -> Any:
         x = self.embed(ids) + self.position
@@ -138,13 +151,17 @@ class Net(nn.Module):
 IDS = torch.arange(8).reshape(2, 4)
 
 
-@pytest.mark.parametrize("what", ["", "shared block"])
-def test_toys_that_meet_the_conditions(what: str) -> None:
+@pytest.mark.parametrize(("what", "count"), [("", 3), ("shared block", 2), ("written norms", 3)])
+def test_toys_that_meet_the_conditions(what: str, count: int) -> None:
     model = trained_like(Net(what))
-    before = model(IDS)
-    to_rmsnorm(model, IDS)
+    before, keys = model(IDS), set(model.state_dict())
+    changes = to_rmsnorm(model, IDS)
     assert difference(model(IDS), before) < 1e-12
-    assert kinds(model)["layer"] == 0
+    assert (kinds(model), set(model.state_dict())) == ({"layer": 0, "rms": count}, keys)
+    changes.undo()
+    if what != "shared block":  # it would drop a channel each time
+        to_crmsnorm(model, IDS)
+    assert difference(model(IDS), before) < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -229,7 +246,11 @@ def test_one_shot_conversion_and_training_on_part_ways() -> None:
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("gpt2", r"dropout of transformer\.h\.\d\.\S+ takes the zero mean away in training mode"), ("dinov2", "a LayerScale")],
+    [
+        ("gpt2", r"dropout of transformer\.h\.\d\.\S+ takes the zero mean away in training mode"),
+        ("gpt2", r"h\.0\.ln_1: the stream goes on to transformer\.h\.0\.ln_2, whose input cannot be given zero mean"),
+        ("dinov2", "a LayerScale"),
+    ],
 )
 def test_what_training_cannot_keep_centred_is_refused(name: str, reason: str) -> None:
     model, inputs = build(name)

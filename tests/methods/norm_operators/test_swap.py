@@ -12,7 +12,8 @@ import transformers
 from torch import Tensor, nn
 
 from pl_normkit.errors import ConfigError, NothingMatchedError
-from pl_normkit.methods.norm_operators import swap_norms
+from pl_normkit.methods.norm_operators import norm_inputs, swap_norms
+from pl_normkit.norm_modules import is_norm
 from tests.methods.norm_operators.tiny_models import build, output, trained_like
 
 WIDTH = 7
@@ -94,6 +95,43 @@ def test_rms_norms_of_transformers_are_known_by_what_they_compute(name: str, cou
     assert type(model[1]) is nn.RMSNorm
     assert model[1].weight is gamma
     torch.testing.assert_close(model(x).detach(), before)
+
+
+@pytest.mark.parametrize(("eps", "is_told", "has_bias"), [(1e-5, False, True), (1e-6, False, False), (1e-3, True, True)])
+def test_layer_norms_written_by_hand_are_known_by_what_they_compute(eps: float, is_told: bool, has_bias: bool) -> None:
+    """nanoGPT's class, with eps in its forward; the other one is that of ConvNeXt's authors for images (N, C, H, W)."""
+
+    class LayerNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.ones(6)), nn.Parameter(torch.zeros(6)) if has_bias else None
+            if is_told:
+                self.variance_epsilon = eps
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.layer_norm(x, self.weight.shape, self.weight, self.bias, eps)
+
+    class LayerNormOfImages(LayerNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            normed = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, unbiased=False) + eps).sqrt()
+            return self.weight[:, None, None] * normed
+
+    model, x = trained_like(nn.Sequential(LayerNorm(), LayerNormOfImages())), 1e-3 * torch.randn(2, 6, 6, 6, dtype=torch.float64)
+    before, keys = model[0](x).detach(), set(model.state_dict())
+    assert is_norm(model[0])
+    assert not is_norm(model[1])
+    changes = swap_norms(model, "tdln")
+    assert list(map(str, changes.skipped)) == ["1: LayerNormOfImages does not compute a layer norm of rows as stored"]
+    with norm_inputs(model, time=torch.randn(2, dtype=torch.float64)):
+        torch.testing.assert_close(model[0](x).detach(), before)
+    changes.undo()
+    assert set(model.state_dict()) == keys
+    swap_norms(model, "rmsnorm")
+    assert type(model[0]) is nn.RMSNorm
+    with pytest.raises(NothingMatchedError, match="it is rmsnorm already"):
+        swap_norms(model, "rmsnorm")
+    with pytest.raises(NothingMatchedError, match="LayerNorm cannot be run on the meta device"):
+        swap_norms(nn.Sequential(LayerNorm()).to("meta"), "rmsnorm")
 
 
 def test_batch_norms_with_activation_become_group_norms_with_the_same() -> None:

@@ -53,6 +53,15 @@ def swin() -> tuple[nn.Module, Any]:
     return timm.create_model("swin_tiny_patch4_window7_224", **sizes), torch.randn(2, 3, 28, 28)
 
 
+def mixer() -> tuple[nn.Module, Any]:
+    return timm.models.mlp_mixer.MlpMixer(img_size=16, patch_size=8, embed_dim=16, num_blocks=2, num_classes=3), torch.randn(2, 3, 16, 16)
+
+
+def falcon() -> tuple[nn.Module, Any]:
+    config = tf.FalconConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=4, vocab_size=50, bos_token_id=0, eos_token_id=0)
+    return tf.FalconForCausalLM(config), {"input_ids": torch.arange(16).reshape(2, 8) % 50, "use_cache": False}
+
+
 def convnext(**options: Any) -> tuple[nn.Module, Any]:
     model = timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), num_classes=3, **options)
     return model, torch.randn(2, 3, 32, 32)

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from torch import nn
+from torch import Tensor, nn
 
 from pl_normkit.methods.norm_placement.find import read_layout
-from tests.methods.norm_placement.by_hand import bert, swin, torch_encoder
+from tests.methods.norm_placement.by_hand import bert, mixer, swin, torch_encoder
 
 
 def t5() -> tuple[nn.Module, Any]:
@@ -25,6 +25,31 @@ def whole_t5() -> tuple[nn.Module, Any]:
     return tf.T5ForConditionalGeneration(config), {"input_ids": tokens, "decoder_input_ids": tokens, "use_cache": False}
 
 
+class Twin(nn.Module):
+    """Attention, then positions by a convolution that is added, as in Twins; two heads on the stream, as in VOLO."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(16), nn.MultiheadAttention(16, 4, batch_first=True)
+        self.positions = nn.Conv1d(16, 16, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        x = x + self.attention(h, h, h, need_weights=False)[0]
+        return x + self.positions(x.transpose(1, 2)).transpose(1, 2)
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.norm, self.head, self.tokens = nn.Sequential(Twin(), Twin()), nn.LayerNorm(16), nn.Linear(16, 3), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.blocks(x))
+        scores: Tensor = self.head(x[:, 0]) + 0.5 * self.tokens(x[:, 1:]).amax(1)
+        return scores
+
+
 @pytest.mark.parametrize(
     ("make", "layers", "heads"),
     [
@@ -33,8 +58,10 @@ def whole_t5() -> tuple[nn.Module, Any]:
         (bert, [1, 1, 2, 2, 3, 3], [4, 0, 4, 0, 4, 0]),
         (swin, [1, 1, 2, 2, 3, 3], [1, 0, 1, 0, 2, 0]),
         (lambda: (nn.TransformerEncoderLayer(16, 4, 32), torch.randn(6, 2, 16)), [1, 1], [4, 0]),
+        (mixer, [1, 1, 2, 2], [0, 0, 0, 0]),
+        (lambda: (TwoHeads(), torch.randn(2, 6, 16)), [1, 2], [4, 4]),
     ],
-    ids=["t5", "whole t5", "bert", "swin", "one layer"],
+    ids=["t5", "whole t5", "bert", "swin", "one layer", "mixer", "positions and two heads"],
 )
 def test_layers_and_heads(make: Callable[[], tuple[nn.Module, Any]], layers: list[int], heads: list[int]) -> None:
     layout = read_layout(*make())

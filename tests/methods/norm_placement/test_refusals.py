@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +17,7 @@ from pl_normkit.methods.norm_placement.placements import NOT_BY_EDITS
 from tests.methods.norm_placement.by_hand import (
     bert,
     convnext,
+    falcon,
     gpt2,
     hf_vit,
     llama,
@@ -40,6 +40,9 @@ REFUSED: list[tuple[str, Callable[[], Made], dict[str, Any], str]] = [
     ("lns", convnext, {}, "scales the branch already"),
     ("lns", lambda: (timm.create_model("resnet10t"), torch.randn(2, 3, 32, 32)), {}, "behind it would undo the gain"),
     ("head_scale", torch_encoder, {}, "the output projection of its attention is no module that is called, once"),
+    ("post", falcon, {}, "what is added to the stream is the output of no module"),
+    ("peri", falcon, {}, "its output is a sum of what transformer.h.0.self_attention.dense and transformer.h.0.mlp.dense_4h_to_h give"),
+    ("head_scale", falcon, {}, "its output is a sum of what"),
     ("normformer", torch_encoder, {}, "its last weight layer is no module that is called, once"),
 ]
 
@@ -117,6 +120,14 @@ def test_trained_models_are_refused_unless_told() -> None:
     assert place_norms(model, "peri", inputs, retrain=True)
 
 
+@pytest.mark.parametrize("kind", ["depth_init", "deepnorm"])
+def test_weights_without_values_are_not_scaled(kind: str) -> None:
+    with torch.device("meta"):
+        model, _ = torch_encoder(norm_first=False)
+    with pytest.raises(EditError, match="the model is on the meta device"):
+        place_norms(model, kind, torch.randn(2, 6, 16))
+
+
 def test_another_placement_on_top_is_refused() -> None:
     model, inputs = timm_vit()
     place_norms(model, "peri", inputs)
@@ -150,7 +161,7 @@ def test_a_network_without_blocks_has_no_place() -> None:
 def test_a_filter_chooses_blocks_and_depth_counts_all() -> None:
     model, inputs = timm_vit()
     place_norms(model, "lns", inputs, filter_fn=lambda block, path: path == "blocks.2")
-    assert model.blocks[2].attn.proj.placed_gain.value == pytest.approx(1 / math.sqrt(3))
+    assert [part.placed_gain.value for part in (model.blocks[2].attn.proj, model.blocks[2].mlp.fc2)] == pytest.approx([3**-0.5] * 2)
     assert not hasattr(model.blocks[1].attn.proj, "placed_gain")
 
 
