@@ -82,7 +82,7 @@ class DepthProfile(Callback):
         if self._probe is None or self._has_failed or trainer.global_step % self.gradient_every:
             return
         self._ratio = gradient_ratio(self._probe.live_gradients())
-        if self._probe.keeps_width and self._watch.add(self._ratio) and not self.is_stuck:
+        if self._probe.is_one_stack and self._watch.add(self._ratio) and not self.is_stuck:
             self.is_stuck = True
             self._say(
                 trainer,

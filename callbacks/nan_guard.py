@@ -131,7 +131,7 @@ class NaNGuard(Callback):
         self._guard.clean()
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._guard.clean()
+        self._guard.clean(for_checkpoint=True)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._guard.finish()

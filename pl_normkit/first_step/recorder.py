@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["EvaluationRecorder", "StepRecorder", "read_step"]
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -24,6 +24,7 @@ from pl_normkit.first_step.divergences import misread_divergences
 from pl_normkit.first_step.facts import ForwardFacts, StepFacts
 from pl_normkit.first_step.watch import ForwardWatch
 from pl_normkit.graph import call_arguments
+from pl_normkit.optimizer_hooks import around_steps
 from pl_normkit.preserve import preserved
 from pl_normkit.wrappers import unwrapped
 
@@ -312,7 +313,7 @@ class _Clearing:
         self._optimizer = optimizer
         self._watched: Tensor | None = None
         self._was_cleared = self._has_grown = self._is_over = False
-        self._handles: list[Any] = [optimizer.register_step_post_hook(self._after_step)]
+        self._endings: list[Callable[[], Any]] = [around_steps(optimizer, None, self._after_step)]
 
     def _after_step(self, *_: Any) -> None:
         """A hook may not take itself away while the optimizer goes through its hooks: `take` and `close` do."""
@@ -326,7 +327,7 @@ class _Clearing:
         self._watched = _smallest_with_gradient(self._optimizer.param_groups)
         self._is_over = self._watched is None
         if self._watched is not None:
-            self._handles.append(self._watched.register_hook(self._before_accumulation))  # type: ignore[no-untyped-call]
+            self._endings.append(self._watched.register_hook(self._before_accumulation).remove)  # type: ignore[no-untyped-call]
 
     def _before_accumulation(self, _: Tensor) -> None:
         assert self._watched is not None
@@ -342,8 +343,8 @@ class _Clearing:
         return found
 
     def close(self) -> None:
-        while self._handles:
-            self._handles.pop().remove()
+        while self._endings:
+            self._endings.pop()()
 
 
 def _smallest_with_gradient(groups: Iterable[Mapping[str, Any]]) -> Tensor | None:

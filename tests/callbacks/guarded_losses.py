@@ -39,7 +39,8 @@ class Manual(SelectsNothing):
         self.automatic_optimization = False
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:  # type: ignore[override]
-        optimizer = self.optimizers(use_pl_optimizer="step" not in self.past and "closure" not in self.past)
+        found = self.optimizers(use_pl_optimizer="step" not in self.past and "closure" not in self.past)
+        optimizer = found[0] if isinstance(found, list) else found  # Lightning gives a list of what is no torch optimizer
 
         def closure() -> Tensor:
             optimizer.zero_grad()
@@ -54,13 +55,36 @@ class Manual(SelectsNothing):
             optimizer.step()
 
 
-STYLES: dict[str, type[Module]] = {"automatic": SelectsNothing, "dict": AsDict, "manual": Manual} | {
+class AsksForGradients(Manual):
+    """No backward: gradients are asked for, and set by hand."""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:  # type: ignore[override]
+        held = list(self.parameters())
+        for parameter, gradient in zip(held, torch.autograd.grad(self.loss(batch), held), strict=True):
+            parameter.grad = gradient
+        self.optimizers().step()
+
+
+class Wrapped:
+    """What Lightning takes for an optimizer: no torch class, no hooks."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner = inner
+        self.param_groups, self.state, self.defaults = inner.param_groups, inner.state, inner.defaults
+        self.state_dict, self.load_state_dict, self.zero_grad = inner.state_dict, inner.load_state_dict, inner.zero_grad
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step(closure)
+
+
+STYLES: dict[str, type[Module]] = {"automatic": SelectsNothing, "dict": AsDict, "manual": Manual, "grad": AsksForGradients} | {
     f"past Lightning: {past}": type(f"Past{index}", (Manual,), {"past": past})
     for index, past in enumerate(("backward", "step", "backward and step", "closure"))
 }
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
     "sgd": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, weight_decay=0.1),
+    "wrapped": lambda p: Wrapped(torch.optim.SGD(p, lr=0.01, momentum=0.9)),
     "lbfgs": lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3),
 }
 

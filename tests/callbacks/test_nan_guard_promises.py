@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from pl_normkit.callbacks.nan_guard import NaNGuard
 from pl_normkit.errors import NonFiniteError
@@ -231,6 +233,37 @@ def test_an_overflow_of_the_optimizer_itself_is_named(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match=r"last.weight is not finite; SGD\(lr=3e\+38"):
         fit(module, Batches(40, {}), tmp_path, guard := NaNGuard())
     assert guard.budget.steps == 5
+
+
+@pytest.mark.parametrize("rate_ends_at", [6, 9])
+def test_weights_that_the_last_step_spoils_end_the_run_and_reach_no_checkpoint(rate_ends_at: int, tmp_path: Path) -> None:
+    """A learning rate that becomes NaN before the last of ten steps, or before a checkpoint after the seventh."""
+
+    class Scheduled(Module):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.01)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: math.nan if step == rate_ends_at else 1.0)
+            return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    saved = ModelCheckpoint(tmp_path, every_n_train_steps=7, save_on_train_epoch_end=False)
+    with pytest.raises(NonFiniteError, match=rf"step {rate_ends_at + 1}, ranks(.|\n)*first.weight is not finite"):
+        fit(Scheduled(), Batches(10, {}), tmp_path, NaNGuard(), saved, enable_checkpointing=True)
+    assert len(list(tmp_path.glob("*.ckpt"))) == (rate_ends_at == 9)
+
+
+def test_statistics_that_the_last_validation_spoils_come_back(tmp_path: Path) -> None:
+    class Spoils(Module):
+        def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+            self.norm.train()
+            self.norm(torch.full((8, 8), math.nan))
+
+        def val_dataloader(self) -> Any:
+            return DataLoader(Batches(1, {}), batch_size=None)
+
+    module, guard = Spoils(), NaNGuard()
+    state = state_of(module, fit(module, Batches(4, {}), tmp_path, guard, num_sanity_val_steps=0))
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in state)
+    assert [event["first"].module for event in guard.events] == ["norm.running_mean", "norm.running_var"]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -54,6 +54,17 @@ class Codebook(Module):
         return self.last(hidden + (self.entries[chosen] - hidden).detach())
 
 
+class Lazy(Module):
+    """Its norm gets parameters and statistics in the first forward pass; no optimizer holds them."""
+
+    def __init__(self, optimizer: Any = None) -> None:
+        super().__init__(optimizer)
+        self.norm = nn.LazyBatchNorm1d()  # type: ignore[assignment]
+
+    def configure_optimizers(self) -> Any:
+        return self.make([*self.first.parameters(), *self.last.parameters()])
+
+
 class Teacher(Module):
     def __init__(self, optimizer: Any = None) -> None:
         super().__init__(optimizer)
@@ -66,7 +77,7 @@ class Teacher(Module):
         return loss + 0.1 * F.mse_loss(self.first(batch["y"].expand(8, 4)), self.teacher(batch["y"].expand(8, 4)))
 
 
-STYLES = [Checkpointed, Codebook, Teacher]
+STYLES = [Checkpointed, Codebook, Lazy, Teacher]
 
 
 @pytest.mark.parametrize("style", STYLES)

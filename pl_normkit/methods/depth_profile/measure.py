@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["DepthProbe", "gradients_of", "measure_depth_profile"]
 
 import math
+import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -144,9 +145,16 @@ class DepthProbe:
         return [(name, parameter) for name, parameter in known if parameter.dim() > 1]
 
     @property
-    def keeps_width(self) -> bool:
-        """Whether the main stream has as many channels everywhere; gradients of stages of different width are not comparable."""
-        return len({addition.width for addition in self.additions if not addition.is_nested}) == 1
+    def is_one_stack(self) -> bool:
+        """Whether the main stream has as many channels everywhere, and its first and last quarter have blocks of one list in common.
+
+        Gradients of stages of different width, of an encoder and its decoder, and of blocks that read a single token (CaiT) are not
+        comparable.
+        """
+        stream = [addition for addition in self.additions if not addition.is_nested]
+        lists = [re.sub(r"\d+", "", addition.block) for addition in stream]
+        quarter = max(1, len(lists) // 4)
+        return len({addition.width for addition in stream}) == 1 and not set(lists[:quarter]).isdisjoint(lists[-quarter:])
 
     def live_gradients(self) -> list[tuple[str, float | None, int]]:
         """(block, root mean square gradient, number of elements) of the `.grad` that the weights hold now, for `gradient_ratio`."""

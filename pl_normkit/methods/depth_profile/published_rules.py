@@ -336,7 +336,7 @@ def patch_embedding_gradient(subject: Subject) -> Iterator[Observation]:
     own = _gradient_norm([known[name].grad for name in patches.parameters if name in known])
     blocks = [_gradient_norm([matrix.grad for matrix in _matrices([layer], model).values()]) for layer in layers]
     held = [norm for norm in blocks if norm is not None]
-    if own is not None and held and own > LARGE_GRADIENT * median(held):
+    if own is not None and held and own > LARGE_GRADIENT * median(held) > 0.0:
         yield Observation(
             message="The patch embedding gets many times the gradient of the blocks",
             places=[Place(patches.module, patches.source)],
@@ -411,6 +411,8 @@ def start_variance(subject: Subject) -> Iterator[Observation]:
     layers, model = subject.once(layers_of), subject.model
     profile = subject.once(profile_of)
     if model is None or profile is None or len(profile.stream) != len(layers) or any(layer.is_post for layer in layers):
+        return
+    if len({layer.add.node.shape for layer in layers}) != 1:  # a head that pools by attention has an addition of its own (SigLIP)
         return
     gains = [gain for layer in layers for node in layer.weights if (gain := gain_of(node, model)) is not None]
     first, last, depth = profile.stream[0], profile.stream[-1], sum(layer.attends for layer in layers)

@@ -11,6 +11,7 @@ from typing import Any, TypedDict
 from torch.optim import Optimizer
 
 from pl_normkit.errors import ConfigError
+from pl_normkit.optimizer_hooks import before_loading
 
 
 class OptimizerLayout(TypedDict):
@@ -51,7 +52,7 @@ class SavedLayouts:
     def check_on_load(self, optimizers: Iterable[Optimizer], current: Callable[[], Sequence[OptimizerLayout]]) -> None:
         """From now on let `load_state_dict` of these optimizers raise ConfigError where their layouts are others."""
         for optimizer in optimizers:
-            optimizer.register_load_state_dict_pre_hook(lambda *_: self._check(current()))
+            before_loading(optimizer, lambda: self._check(current()))
 
     def clear(self) -> None:
         self.layouts, self.sizes = None, ()

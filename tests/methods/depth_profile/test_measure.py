@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from typing import Any
 
 import pytest
@@ -193,7 +194,7 @@ def test_a_line_that_runs_another_number_of_times_is_not_guessed() -> None:
 
 def test_blocks_are_those_of_the_adding_modules_or_of_the_weights(network: Network) -> None:
     rows = DepthProbe(network.build(), network.batch()).additions
-    assert [row.block for row in rows] == [path.rpartition(".")[0] for path in network.branches]
+    assert [row.block for row in rows] == [re.sub(r"(.*\.\d+)\..*", r"\1", path) for path in network.branches]
 
 
 def test_blocks_of_additions_written_in_a_loop() -> None:

@@ -139,6 +139,23 @@ def test_how_the_stream_starts(factor: float, fires: bool) -> None:
     assert found(model, x) == []
 
 
+class PooledByAttention(nn.Module):
+    """Three plain blocks, and a head of another start, as SigLIP has one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.head = nn.Sequential(*(PlainBlock(1.0) for _ in range(3))), PlainBlock(8.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled: Tensor = self.head(self.blocks(x).mean(1, keepdim=True))
+        return pooled
+
+
+def test_the_additions_of_a_head_are_not_the_streams() -> None:
+    torch.manual_seed(0)
+    assert found(PooledByAttention(), torch.randn(2, 6, 16)) == []
+
+
 def vit(**options: Any) -> nn.Module:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 4}
@@ -152,9 +169,18 @@ def small_patches(model: Any) -> nn.Module:
     return model
 
 
+def silent(model: Any) -> nn.Module:
+    """Blocks that hand on zeros, whose matrices get no gradient."""
+    for block in model.blocks:
+        for layer in (block.norm1, block.norm2, block.attn.proj, block.mlp.fc2):
+            nn.init.zeros_(layer.weight)
+    return model
+
+
 VITS: dict[str, tuple[Callable[[], Any], bool, bool]] = {
     "as it is": (vit, False, False),
     "a small start": (lambda: small_patches(vit(global_pool="avg")), True, True),
+    "blocks without gradient": (lambda: silent(vit(global_pool="avg")), True, False),
     "LayerScale, whose blocks get little": (lambda: vit(global_pool="avg", init_values=1e-3), True, False),
 }
 

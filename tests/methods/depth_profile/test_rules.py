@@ -55,13 +55,34 @@ def with_gradients(model: Blocks, sizes: list[float]) -> Blocks:
     return model
 
 
+def alive_at(model: Blocks, index: int) -> Blocks:
+    for block in [block for number, block in enumerate(model.blocks) if number != index]:
+        nn.init.zeros_(block[1].weight)
+        nn.init.zeros_(block[1].bias)
+    return model
+
+
+class TwoStacks(nn.Module):
+    """An encoder and a decoder, the first of which gets its gradient through the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = with_gradients(Blocks(4), [0.01] * 4), with_gradients(Blocks(4), [1.0] * 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        decoded: Tensor = self.decoder(self.encoder(x))
+        return decoded
+
+
 X = torch.linspace(-1.0, 1.0, 2 * 5 * 8).reshape(2, 5, 8).sin()
 
 CASES: dict[str, tuple[Callable[[], nn.Module], Tensor, list[tuple[str, Severity, int]]]] = {
     "healthy": (Blocks, X, []),
     "stuck": (lambda: with_gradients(Blocks(), [0.01] * 2 + [1.0] * 6), X, [("NK901", Severity.WARNING, 1)]),
+    "an encoder and its decoder": (TwoStacks, X, []),
     "even gradients": (lambda: with_gradients(Blocks(), [0.06] * 2 + [1.0] * 6), X, []),
     "growing": (lambda: Blocks(gain=3.0, norm=False), X, [("NK902", Severity.WARNING, 1)]),
+    "one step from a small start": (lambda: alive_at(Blocks(), 1), X * 0.01, []),
     "dead": (lambda: dead_from(trained(Blocks()), 6), X, [("NK903", Severity.NOTE, 2)]),
     "one in four dead": (lambda: dead_from(trained(Blocks()), 7), X, []),
     "zero at initialization": (lambda: dead_from(Blocks(), 6), X, []),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_buffer_registration_hook
 
-from pl_normkit.methods.nan_safety.guard.decision import local, total_of
+from pl_normkit.methods.nan_safety.guard.decision import has_values, local, total_of
 from pl_normkit.methods.nan_safety.guard.written import WrittenParameters, is_plain, mark_of
 
 SMALL = 4096
@@ -96,7 +96,7 @@ class BufferShadow:
             seen.add(id(module))
             waiting += [child for child in module._modules.values() if child is not None]
             for name, buffer in module._buffers.items():
-                if buffer is None or _has_values(buffer):
+                if buffer is None or has_values(buffer):
                     yield module._buffers, module, name, buffer
             if self._written.ids:
                 for name, parameter in module._parameters.items():
@@ -106,7 +106,7 @@ class BufferShadow:
     def _note_registration(self, module: nn.Module, name: str, buffer: Tensor | None) -> None:
         """A buffer that is new: its value as registered, should it go bad in the very step that made it."""
         key = id(module._buffers), name
-        if buffer is not None and key not in self._slots and _has_values(buffer):
+        if buffer is not None and key not in self._slots and has_values(buffer):
             self._registered[key] = module, _clone(buffer)
 
     def _look(self) -> _Look:
@@ -309,10 +309,6 @@ class BufferShadow:
             return False
         kept = self._kept[id(slot.tensor)]
         return kept.value.shape == local(buffer).shape and kept.value.dtype == buffer.dtype
-
-
-def _has_values(buffer: Tensor) -> bool:
-    return not buffer.is_meta and not isinstance(buffer, nn.parameter.UninitializedBuffer)
 
 
 def _is_norm(module: nn.Module) -> bool:

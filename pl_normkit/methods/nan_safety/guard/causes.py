@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pl_normkit.methods.nan_safety.diagnosis.first_bad import Diagnosis, statistics
-from pl_normkit.methods.nan_safety.guard.decision import local
+from pl_normkit.methods.nan_safety.guard.decision import has_values, local
 
 SHOWN = ("lr", "eps", "weight_decay", "momentum", "betas", "alpha", "rho")
 MEANT_POSITIVE = ("eps",)
@@ -79,7 +79,7 @@ def bad_gradient(module: nn.Module, optimizer: Optimizer) -> str:
 
 def _all_parameters(module: nn.Module, optimizers: Iterable[Optimizer]) -> list[Tensor]:
     held = [parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]]
-    return list(dict.fromkeys([*module.parameters(), *held]))
+    return [parameter for parameter in dict.fromkeys([*module.parameters(), *held]) if has_values(parameter)]
 
 
 def _is_bad(tensor: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Verdict", "gradient_norm", "gradients", "local", "measure", "shared", "total_of", "values_in"]
+__all__ = ["Verdict", "gradient_norm", "gradients", "has_values", "local", "measure", "shared", "total_of", "values_in"]
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.optim import Optimizer
 
 
@@ -43,6 +44,11 @@ class Verdict(NamedTuple):
 def gradients(optimizer: Optimizer) -> list[Tensor]:
     """The gradients `optimizer` would use: local shards of sharded ones, values of sparse ones."""
     return [local(parameter.grad) for group in optimizer.param_groups for parameter in group["params"] if parameter.grad is not None]
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Not so for what a lazy module makes in its first forward, and on the meta device."""
+    return not tensor.is_meta and not isinstance(tensor, (UninitializedBuffer, UninitializedParameter))
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -133,7 +133,9 @@ def end_of_run(event: dict[str, Any], exceeded: str, *, stays: bool) -> NonFinit
     lasting = "a parameter or optimizer state is not finite: every further step would be bad" if stays else ""
     return NonFiniteError(
         lasting or exceeded or "a training step is not finite; it was not made",
-        where=f"step {event['step']}, batch {event['batch_index']}, ranks {event['ranks']}",
+        where=", ".join(
+            f"{name} {event[key]}" for name, key in (("step", "step"), ("batch", "batch_index"), ("ranks", "ranks")) if event[key] != -1
+        ),
         evidence=str(event["first"]),
         fix=f"pl-normkit replay {event['file']}" if event["file"] else "see NaNGuard.events",
         silence="" if stays else 'NaNGuard(policy="skip", max_skips=None, max_skips_per_1000=None)',

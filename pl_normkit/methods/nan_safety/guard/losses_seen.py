@@ -91,8 +91,8 @@ class LossRecorder:
         return not self.heard or any(seen.is_bad() for waiting in self._waiting.values() for seen in waiting[-1:])
 
     def watch(self) -> Callable[[], None]:
-        """See every loss whose backward is run by hand; returns what ends that."""
-        original = torch.autograd.backward
+        """See every loss whose backward is run by hand, or whose gradients are asked for; returns what ends that."""
+        original, original_grad = torch.autograd.backward, torch.autograd.grad
 
         def backward(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
             if grad_tensors is None and kwargs.get("grad_variables") is None and len(args) < 3:
@@ -102,12 +102,26 @@ class LossRecorder:
             self._announced = None
             original(tensors, grad_tensors, *args, **kwargs)
 
+        def grad(outputs: Any, inputs: Any, grad_outputs: Any = None, *args: Any, **kwargs: Any) -> Any:
+            if grad_outputs is None and self._are_trained(inputs):
+                for tensor in [outputs] if isinstance(outputs, Tensor) else outputs:
+                    if isinstance(tensor, Tensor) and tensor.numel() == 1:
+                        self.saw(tensor)
+            return original_grad(outputs, inputs, grad_outputs, *args, **kwargs)
+
         def undo() -> None:
             if torch.autograd.backward is backward:
                 torch.autograd.backward = original
+            if torch.autograd.grad is grad:
+                torch.autograd.grad = original_grad
 
-        torch.autograd.backward = backward
+        torch.autograd.backward, torch.autograd.grad = backward, grad
         return undo
+
+    def _are_trained(self, inputs: Any) -> bool:
+        """Whether gradients of parameters are asked for: those of inputs are a penalty, not what is trained on."""
+        asked = {id(tensor) for tensor in ([inputs] if isinstance(inputs, Tensor) else inputs)}
+        return any(id(p) in asked for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"])
 
     def _reached(self, loss: Tensor) -> list[Optimizer]:
         if len(self._optimizers) == 1:

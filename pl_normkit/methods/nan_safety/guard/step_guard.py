@@ -37,10 +37,12 @@ from pl_normkit.methods.nan_safety.guard.causes import bad_gradient, lasting_cau
 from pl_normkit.methods.nan_safety.guard.decision import Verdict, gradients, measure, shared
 from pl_normkit.methods.nan_safety.guard.device_flags import DeviceFlags
 from pl_normkit.methods.nan_safety.guard.events import EventLog, end_of_run
+from pl_normkit.methods.nan_safety.guard.last_look import LastLook
 from pl_normkit.methods.nan_safety.guard.losses_seen import Seen
 from pl_normkit.methods.nan_safety.guard.raw_steps import RawSteps
 from pl_normkit.methods.nan_safety.guard.running import Run, SkipStep, Step, Surroundings, device_of, drop_gradients
 from pl_normkit.methods.nan_safety.guard.undo import Snapshot, Transaction, accepts_device_flag, steps_once
+from pl_normkit.optimizer_hooks import around_steps
 
 log = logging.getLogger(__name__)
 
@@ -143,8 +145,7 @@ class StepGuard:
         self._undo.append(run.shadow.close)
         raw = RawSteps(self)
         for optimizer in optimizers:
-            self._undo.append(optimizer.register_step_pre_hook(raw.before).remove)
-            self._undo.append(optimizer.register_step_post_hook(raw.after).remove)
+            self._undo.append(around_steps(optimizer, raw.before, raw.after))
         if around.manual:
             self._undo.append(run.losses.watch())
         self._take_snapshot()
@@ -156,7 +157,7 @@ class StepGuard:
             self.end()
         self._flags.read()
         if run.decided:
-            self._report_buffers(run.shadow.accept_outside())
+            self.report_buffers(run.shadow.accept_outside())
         run.decided = False
         run.batches += 1
         known = batch is not None
@@ -182,35 +183,25 @@ class StepGuard:
             if run.last_bad:
                 run.shadow.restore()
             elif run.decided:
-                self._report_buffers(run.shadow.restore_bad())
+                self.report_buffers(run.shadow.restore_bad())
         if run.batches and not run.decided:
-            self._end_undecided()
+            LastLook(self).at_open_step()
         if run.decided and self.budget.row == 0 and self.where()[0] % self.snapshot_every == 0:
             self._take_snapshot()
 
-    def _end_undecided(self) -> None:
-        """A batch after which no optimizer step was made: part of a window, or one that trains nothing, as when statistics are renewed."""
-        run = self.running
-        if not run.losses.heard:
-            if names := run.shadow.bad_names():
-                run.shadow.restore()
-                self._report_buffers(names, "in a batch without a loss")
-            run.shadow.accept()
-        if run.around.manual and run.losses.may_be_bad():
-            cause = lasting_cause(run.module, run.optimizers, run.excused)
-            if cause is not None:
-                self._act(self._add_event((cause, None, None), self.where(), gather=False, skipped=False), stays=True)
-
-    def clean(self) -> None:
-        """Before anyone looks at the buffers while no step has been decided yet: put bad ones back."""
-        if self._run is not None and not self._run.decided and self._run.shadow.restore_bad():
-            self._run.spoiled = True  # the step that is still open is bad
+    def clean(self, *, for_checkpoint: bool = False) -> None:
+        """Before others read the buffers, or a checkpoint stores all: put back what is bad, end a run whose weights are."""
+        if self._run is not None:
+            LastLook(self).at_buffers()
+            if for_checkpoint:
+                LastLook(self).at_weights(together=False)
 
     def finish(self) -> None:
         """The last batch is done."""
         self.end()
         self._flags.read(wait=True)
-        self.clean()
+        LastLook(self).at_buffers()
+        LastLook(self).at_weights(together=True)
 
     def stop(self) -> None:
         """Take away all hooks."""
@@ -419,12 +410,16 @@ class StepGuard:
         facts = {"step": where[0], "epoch": where[1], "rank": run.around.rank}
         return self.log.add(found, facts, folder=Path(self.folder or "nan_guard"), module=run.module, gather=gather, skipped=skipped)
 
-    def _report_buffers(self, names: list[str], when: str = "after the optimizer step") -> None:
+    def report_buffers(self, names: list[str], when: str = "after the optimizer step") -> None:
         """Buffers that went bad outside of any step that could be skipped; put back already. Of this rank alone: others may have none."""
         for name in names:
             diagnosis = Diagnosis("buffer", name, detail=f"{name} was not finite {when}; its last good value is back")
             self._add_event((diagnosis, None, None), self.where(), gather=False, skipped=False)
             log.warning("NaNGuard: %s", diagnosis)
+
+    def end_for(self, cause: Diagnosis, *, gather: bool = False) -> None:
+        """A cause that stays, found outside of a step: the run ends or goes back."""
+        self._act(self._add_event((cause, None, None), self.where(), gather=gather, skipped=False), stays=True)
 
     def _act(self, event: dict[str, Any], *, stays: bool) -> None:
         run, exceeded = self.running, self.budget.exceeded()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Optimizer
 
-from pl_normkit.methods.nan_safety.guard.decision import local, values_in
+from pl_normkit.methods.nan_safety.guard.decision import has_values, local, values_in
 
 
 def steps_once(optimizer: Optimizer) -> bool:
@@ -44,7 +44,7 @@ class Transaction:
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizers = [optimizer, *(held for held in vars(optimizer).values() if isinstance(held, Optimizer))]
         parameters = (p for found in self._optimizers for group in found.param_groups for p in group["params"])
-        self._parameters = list(dict.fromkeys(parameters))
+        self._parameters = [parameter for parameter in dict.fromkeys(parameters) if has_values(parameter)]
         self._values = [parameter.detach().clone() for parameter in self._parameters]
         self._states = [self._copied(dict(found.state)) for found in self._optimizers]
 
@@ -85,11 +85,14 @@ class Snapshot:
 
     def __init__(self, module: nn.Module, optimizers: Sequence[Optimizer], schedulers: Sequence[Any] = (), step: int = 0) -> None:
         self.step, self.uses_for_cause = step, 0
-        self._parameters = [(parameter, parameter.detach().to("cpu", copy=True)) for parameter in module.parameters()]
+        self._parameters = [
+            (parameter, parameter.detach().to("cpu", copy=True)) for parameter in module.parameters() if has_values(parameter)
+        ]
         self._buffers = [
             (owner, name, None if buffer is None else buffer.detach().to("cpu", copy=True))
             for owner in module.modules()
             for name, buffer in owner._buffers.items()
+            if buffer is None or has_values(buffer)
         ]
         self._optimizers = [(optimizer, _to_cpu(optimizer.state_dict())) for optimizer in optimizers]
         self._schedulers = [(scheduler, copy.deepcopy(scheduler.state_dict())) for scheduler in schedulers]
