@@ -19,6 +19,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -196,7 +197,7 @@ def interval(losses: list[float]) -> str:
 
 
 def print_table(letters: float) -> None:
-    """Bits a byte, with how many runs ended no more than 3 % below what letter frequencies give; variance and gradients, first seed."""
+    """Bits a byte, with how many runs ended no more than 3 % below what letter frequencies give; what the profile says, first seed."""
     cells: defaultdict[tuple[str, ...], dict[tuple[str, str], list[dict[str, str]]]] = defaultdict(dict)
     for row in read():
         key, setting = (row["model"], row["vocabulary"], row["arm"]), (row["lr"], row["warmup"])
@@ -204,22 +205,29 @@ def print_table(letters: float) -> None:
     for model, vocabulary in dict.fromkeys(key[:2] for key in cells):
         arms = {key[2]: found for key, found in cells.items() if key[:2] == (model, vocabulary)}
         settings = list(dict.fromkeys(setting for found in arms.values() for setting in found))
-        print(f"\n{model}, {vocabulary} tokens; letter frequencies alone {letters / math.log(2):.2f} bits\n")
-        print("| |", " | ".join(f"lr {lr}, warm-up {warmup}" for lr, warmup in settings), "|\n|---|" + "---|" * len(settings))
-        for arm, found in arms.items():
-            print(f"| {arm} |", " | ".join(_cell(found.get(setting, []), letters) for setting in settings), "|")
+        for title, cell in (
+            ("bits a byte", partial(_loss, letters=letters)),
+            ("variance, and gradients of first over last blocks", _profile),
+        ):
+            print(f"\n{model}, {vocabulary} tokens: {title} (letter frequencies alone {letters / math.log(2):.2f} bits)\n")
+            print("| |", " | ".join(f"{lr}, warm-up {warmup}" for lr, warmup in settings), "|\n|---|" + "---|" * len(settings))
+            for arm, found in arms.items():
+                print(f"| {arm} |", " | ".join(cell(found.get(setting, [])) for setting in settings), "|")
 
 
-def _cell(rows: list[dict[str, str]], letters: float) -> str:
-    if not rows:
-        return "-"
+def _loss(rows: list[dict[str, str]], letters: float) -> str:
     losses = [float(row["loss"]) for row in rows]
     stuck = sum(not loss < 0.97 * letters for loss in losses)
-    first = rows[0]
-    depth = (
-        f"; {first['variance']} to {first['variance_end']}; {first['gradients']} to {first['gradients_end']}" if first["variance"] else ""
-    )
-    return interval(losses) + (f", {stuck} of {len(losses)} stuck" if stuck else "") + depth
+    return (interval(losses) if losses else "-") + (f", {stuck} of {len(losses)} stuck" if stuck else "")
+
+
+def _profile(rows: list[dict[str, str]]) -> str:
+    """Of the first seed, from the start of the run to its end."""
+    measured = [row for row in rows if row["variance"]]
+    if not measured:
+        return "-"
+    start, end = ([float(measured[0][name + when]) for name in ("variance", "gradients")] for when in ("", "_end"))
+    return f"{start[0]:.3g} to {end[0]:.3g}, {start[1]:.2g} to {end[1]:.2g}"
 
 
 def main() -> None:
