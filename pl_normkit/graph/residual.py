@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["Sum", "as_residual", "find_sums", "joins_features"]
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 from pl_normkit.graph.attention import feeds_attention, is_pointwise, is_score
 from pl_normkit.graph.masks import is_drawn_around_zero
@@ -151,10 +152,13 @@ def _residual_of(found: Sum, shortcut: Branch, branches: Sequence[Branch]) -> Re
 def _is_plain(shortcut: Branch) -> bool:
     """Linear, with at most one weight layer (or a depthwise and a pointwise one), which a pre-activation of its own may precede.
 
-    What a value looks up in a table hands nothing of the value on, nor does its product with a fixed matrix (the first state of a scan).
+    What a value looks up in a table hands nothing of the value on, nor does its product with a fixed matrix (the first state of a scan),
+    nor a gate that is spread over what it scales.
     """
     weights = shortcut.of_kind(Kind.WEIGHT)
     if any(_is_lookup(node) or _adds_up(node) or (node.kind is Kind.MATMUL and len(node.inputs) == 1) for node in shortcut.nodes):
+        return False
+    if any(after.kind is Kind.MUL and after.numel > before.numel for before, after in pairwise(shortcut.nodes)):
         return False
     is_separable = len(weights) == 2 and "conv" in weights[0].op and weights[0].argument("groups", 6, 1) > 1
     bends = [node for node in shortcut.nodes if node.kind in (Kind.ACTIVATION, Kind.ATTENTION, Kind.SOFTMAX) or node.op in _BENDING]

@@ -187,6 +187,14 @@ def _weighed_contexts(m: Written, x: Tensor) -> Tensor:
     return m.up(near * weights[:, :1] + far * weights[:, 1:2] + everywhere * weights[:, 2:3])
 
 
+def _focal_context(m: Written, x: Tensor) -> Tensor:
+    """Gates of one channel beside the features, in one value (FocalNet)."""
+    features, _, gates = torch.cat([m.project(x), m.second(x)], 1).split([8, 5, 3], 1)
+    near = m.branch(features).relu()
+    far = m.branch(near).relu()
+    return m.up(near * gates[:, :1] + far * gates[:, 1:2] + far.mean((2, 3), keepdim=True) * gates[:, 2:])
+
+
 def _rotated(m: Written, x: Tensor) -> Tensor:
     q = m.q(x)
     turned = torch.stack([-q[..., 1::2], q[..., ::2]], dim=-1).reshape_as(q)
@@ -300,6 +308,7 @@ LOOK_ALIKES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], int]] = {
     "rows of a triangle, in place": (_rows_in_place, (TOKENS,), 0),
     "highway": (_highway, (TOKENS,), 0),
     "contexts, each weighed": (_weighed_contexts, (X,), 0),
+    "gates of one channel": (_focal_context, (X,), 0),
     "rotary embedding, in the shape of another value": (_rotated, (TOKENS,), 0),
     "a layer and its low-rank update": (_low_rank, (TOKENS,), 0),
     "features modulated by a map": (_modulated, (X, X), 0),
