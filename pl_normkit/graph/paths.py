@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Dominators", "between", "block_of", "last_resize", "leading", "main_inputs", "walk_branch"]
+__all__ = ["Dominators", "between", "block_of", "goes_around", "last_resize", "leading", "main_inputs", "walk_branch"]
 
 from collections.abc import Iterable, Sequence
 
@@ -104,3 +104,15 @@ def last_resize(node: Node) -> Node | None:
         if node.kind in (Kind.WEIGHT, Kind.CAT, Kind.INPUT) or len(main_inputs(node)) != 1:
             return None
         node = main_inputs(node)[0]
+
+
+def goes_around(end: Node, start: Node) -> bool:
+    """Whether `start` reaches an output by another way than through `end`."""
+    pending, seen = [start], {start, end}
+    while pending:
+        node = pending.pop()
+        if not node.users:
+            return True
+        pending += [user for user in node.users if user not in seen]
+        seen.update(node.users)
+    return False

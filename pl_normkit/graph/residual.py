@@ -10,7 +10,7 @@ from itertools import pairwise
 from pl_normkit.graph.attention import feeds_attention, is_pointwise, is_score
 from pl_normkit.graph.masks import is_drawn_around_zero
 from pl_normkit.graph.nodes import Kind, Node
-from pl_normkit.graph.paths import Dominators, between, leading, main_inputs, walk_branch
+from pl_normkit.graph.paths import Dominators, between, goes_around, leading, main_inputs, walk_branch
 from pl_normkit.graph.structure import PASSING, Branch, ResidualAdd
 from pl_normkit.graph.sums import Sum, sum_of, sum_of_parts
 
@@ -71,6 +71,8 @@ def as_residual(found: Sum) -> ResidualAdd | None:
     - a branch reads more of the split than what that leaves of another stream: stages of a residual quantizer code one value.
     - a branch ends in the sum. A value that lives on beside it was not added to the stream; the sum serves something else
       (a position that is added again to make queries and keys).
+    - no branch returns to the stream that the split was taken off while that goes on around the sum (values of a first attention, which are
+      added to those of later ones).
     - beside a projection a branch is no linear map (a low-rank update of the same layer), and meets no other stream of full size.
     - all ways run at the same resolutions. One that comes back from another joins levels: a fusion.
     - shortcut and branches read the same part of the split, not neighbouring slices (cascades, recurrences).
@@ -140,7 +142,7 @@ def _residual_of(found: Sum, shortcut: Branch, branches: Sequence[Branch]) -> Re
             return None
         if is_projection and (branch.end.numel < found.numel or _is_linear(branch) or _meets_another_stream(branch)):
             return None
-        if _reads_what_is_left(branch) or _only_chooses(branch):
+        if _reads_what_is_left(branch) or _only_chooses(branch) or _returns_to_its_stream(found, branch):
             return None
         if branch.end in found.subtracted and not branch.of_kind(Kind.WEIGHT):
             return None
@@ -264,6 +266,21 @@ def _reads_what_is_left(branch: Branch) -> bool:
     starts = [node for node in branch.nodes if branch.split in node.inputs]
     rests = (node for node in starts if node.op == "sub" and len(node.inputs) == 2 and node.inputs[1] is branch.split)
     return bool(starts) and sum(not _leads(branch.split, node.inputs[0]) for node in rests) == len(starts)
+
+
+def _returns_to_its_stream(found: Sum, branch: Branch) -> bool:
+    """Whether a branch is added to a value that its split was made of, and the result reaches an output by other ways than the sum.
+
+    What was looked up for the values alone (value embeddings) stands beside the stream from the start.
+    """
+    inside = {branch.split, *branch.nodes}
+    return any(
+        source not in inside and source.numel == node.numel and goes_around(found.node, node)
+        for node in branch.nodes
+        if node.kind is Kind.ADD and len(node.inputs) > 1
+        for source in node.inputs
+        if _is_lookup(branch.split) or (source.index < branch.split.index and _leads(source, branch.split))
+    )
 
 
 def _reads_other_part(shortcut: Branch, branch: Branch) -> bool:

@@ -284,6 +284,14 @@ def _delta_rule(m: Written, x: Tensor) -> Tensor:
     return m.out(state)
 
 
+def _first_values_again(m: Written, x: Tensor) -> Tensor:
+    values = m.v(m.norm(x))
+    for _ in range(2):
+        y = m.norm(x)
+        x = x + m.out(F.scaled_dot_product_attention(m.q(y), m.k(y), 0.5 * m.v(y) + 0.5 * values))
+    return x
+
+
 TIED = torch.ones(2, 6, dtype=torch.long)
 LOOK_ALIKES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], int]] = {
     "attention with an additive mask, twice": (_masked_attention, (TOKENS, torch.zeros(2, 6, 6)), 2),
@@ -329,6 +337,7 @@ LOOK_ALIKES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], int]] = {
         (X,),
         2,
     ),
+    "values of the first attention added again": (_first_values_again, (TOKENS,), 2),
     "sample around a mean": (lambda m, x: m.out(m.q(x) + torch.randn(x.shape) * (0.5 * m.k(x)).exp()), (TOKENS,), 0),
     "noise that a router adds": (lambda m, x: m.out((m.q(x) + torch.randn_like(x) * F.softplus(m.k(x))).softmax(-1)), (TOKENS,), 0),
     "delta rule": (_delta_rule, (TOKENS,), 0),

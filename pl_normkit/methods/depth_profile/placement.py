@@ -139,5 +139,10 @@ def ends_in_norm(layer: Layer) -> bool:
 
 
 def is_on_sphere(layers: list[Layer]) -> bool:
-    """Whether every sum of the stream is divided by its length."""
-    return all(any("vector_norm" in user.op for user in layer.add.node.users) for layer in layers)
+    """Whether the stream goes on from every sum divided by its length, and from that alone (a pre-norm that divides leaves the sum too)."""
+    return all(_is_divided_by_length(layer.add.node) for layer in layers)
+
+
+def _is_divided_by_length(total: Node) -> bool:
+    measured = [user for user in total.users if "vector_norm" in user.op]
+    return bool(measured) and all(user in measured or (user.op == "div" and user.inputs[0] is total) for user in total.users)

@@ -214,7 +214,7 @@ def mix_share(subject: Subject) -> Iterator[Observation]:
 def unit_weights(subject: Subject) -> Iterator[Observation]:
     """What it does
     In a transformer whose stream has length 1 after each addition (nGPT), finds weight matrices with rows and columns that are more than a
-    thousandth off length 1, and an optimizer that decays such matrices.
+    thousandth off length 1, and an optimizer that decays such matrices. Those that the forward pass itself brings to length 1 are left out.
 
     Why it hurts
     nGPT's learning rates are angles on a sphere: weights that are not brought back to it after each step learn at another rate, and decay
@@ -251,7 +251,8 @@ def unit_weights(subject: Subject) -> Iterator[Observation]:
     layers, model = subject.once(layers_of), subject.model
     if model is None or len(layers) < 2 or not is_on_sphere(layers):
         return
-    matrices = _matrices(layers, model)
+    made = {read.parameter for layer in layers for node in layer.weights for read in node.reads if len(read.path) > 1}
+    matrices = {name: matrix for name, matrix in _matrices(layers, model).items() if name not in made}
     off = {name: distance for name, matrix in matrices.items() if not (distance := _off_unit(matrix)) <= OFF_UNIT}
     if off:
         worst = max(off, key=lambda name: off[name])

@@ -78,7 +78,7 @@ def eps_hides_variance(subject: Subject) -> Iterator[Observation]:
 
 
 def _eps_ratios(subject: Subject) -> dict[str, float]:
-    """For each layer norm or RMS norm that ran, the median of eps over the variance of its rows."""
+    """For each layer norm or RMS norm that ran, the median of eps over the variance of its rows; rows of zeros hold nothing to divide."""
     assert subject.model is not None
     found: dict[str, float] = {}
     for path, (norm, x) in inputs_of(subject, (nn.LayerNorm, nn.RMSNorm)).items():
@@ -87,7 +87,7 @@ def _eps_ratios(subject: Subject) -> dict[str, float]:
         rows = x.flatten(-len(norm.normalized_shape)).float()
         power = rows.var(-1, correction=0) if isinstance(norm, nn.LayerNorm) else rows.square().mean(-1)
         eps = norm.eps if norm.eps is not None else torch.finfo(x.dtype).eps
-        if power.numel():
+        if (power := power[power > 0]).numel():
             found[path] = float((eps / power.clamp(min=1e-38)).median())
     return found
 

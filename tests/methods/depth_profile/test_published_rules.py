@@ -112,6 +112,30 @@ def test_weights_of_a_network_on_the_sphere() -> None:
     assert found(model, TOKENS, optimizer) == []
 
 
+class UnitRows(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return F.normalize(weight)
+
+
+class RMSByLength(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=-1) * x.shape[-1] ** 0.5
+
+
+def test_a_pre_norm_by_length_is_no_sphere_and_matrices_made_of_unit_rows_are_on_it() -> None:
+    model = decoder("pre", 2)
+    for block in model.blocks:
+        block.norm1, block.norm2 = RMSByLength(), RMSByLength()
+    model.norm = RMSByLength()
+    assert found(model, TOKENS) == []
+
+    model = decoder("ngpt", 2)
+    for layer in [module for module in model.blocks.modules() if isinstance(module, nn.Linear)]:
+        nn.init.normal_(layer.weight)
+        nn.utils.parametrize.register_parametrization(layer, "weight", UnitRows())
+    assert found(model, TOKENS) == []
+
+
 class PlainBlock(nn.Module):
     def __init__(self, factor: float) -> None:
         super().__init__()

@@ -39,6 +39,11 @@ def test_eps_above_the_variance(eps: float, scale: float, expected: set[str]) ->
     assert (norm(x).square().mean().item() < 0.5) is bool(expected)  # at a ratio of 1 the mean square is one half
 
 
+def test_rows_of_zeros_have_nothing_to_divide() -> None:
+    """The queries of DETR's first decoder layer start at zero, and so does what its attention makes of them."""
+    assert codes(nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 2)), torch.zeros(8, 16), "NK921") == set()
+
+
 # -- NK922 to NK924
 
 
