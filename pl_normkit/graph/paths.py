@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
-__all__ = ["Dominators", "between", "block_of", "goes_around", "last_resize", "leading", "main_inputs", "walk_branch"]
+__all__ = [
+    "CHAIN_LIMIT",
+    "PARTS",
+    "SLICES",
+    "Dominators",
+    "before_views",
+    "between",
+    "block_of",
+    "chain_back",
+    "goes_around",
+    "last_resize",
+    "leading",
+    "main_inputs",
+    "part_of",
+    "walk_branch",
+]
 
 from collections.abc import Iterable, Sequence
 
 from pl_normkit.graph.nodes import Kind, Node
 from pl_normkit.graph.structure import Branch
+
+SLICES = frozenset(("slice", "select", "narrow", "getitem", "index_select"))
+PARTS = SLICES | {"chunk", "split", "split_with_sizes", "tensor_split", "unbind"}
+CHAIN_LIMIT = 24
 
 
 def block_of(module: str) -> str:
@@ -116,3 +135,26 @@ def goes_around(end: Node, start: Node) -> bool:
         pending += [user for user in node.users if user not in seen]
         seen.update(node.users)
     return False
+
+
+def chain_back(end: Node) -> list[Node]:
+    """`end` and what lies before it on a way that could be a shortcut."""
+    chain = [end]
+    weights = [node for node in chain if node.kind is Kind.WEIGHT]
+    while len(main_inputs(chain[-1])) == 1 and len(chain) < CHAIN_LIMIT:
+        chain.append(main_inputs(chain[-1])[0])
+        weights += [chain[-1]] if chain[-1].kind is Kind.WEIGHT else []
+        if len(weights) > 2:
+            break
+    return chain
+
+
+def part_of(node: Node) -> tuple[Node, str, str]:
+    """What a slice takes of which value."""
+    return node.inputs[0], node.op, repr((*node.target.args[1:], *node.target.kwargs.values()))
+
+
+def before_views(node: Node) -> Node:
+    while node.kind is Kind.VIEW and len(node.inputs) == 1 and node.op not in PARTS:
+        node = node.inputs[0]
+    return node

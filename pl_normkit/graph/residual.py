@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-__all__ = ["Sum", "as_residual", "find_sums", "joins_features"]
+__all__ = ["as_residual", "find_sums", "joins_features"]
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from pl_normkit.graph.attention import feeds_attention, is_pointwise, is_score
-from pl_normkit.graph.masks import is_drawn_around_zero
+from pl_normkit.graph.gates import is_gated, is_modulated, is_noised, is_weighed, makes_gate
 from pl_normkit.graph.nodes import Kind, Node
-from pl_normkit.graph.paths import Dominators, between, goes_around, leading, main_inputs, walk_branch
+from pl_normkit.graph.paths import (
+    CHAIN_LIMIT,
+    PARTS,
+    SLICES,
+    Dominators,
+    before_views,
+    between,
+    chain_back,
+    goes_around,
+    leading,
+    main_inputs,
+    part_of,
+    walk_branch,
+)
 from pl_normkit.graph.structure import PASSING, Branch, ResidualAdd
 from pl_normkit.graph.sums import Sum, sum_of, sum_of_parts
 
-_SLICES = frozenset(("slice", "select", "narrow", "getitem", "index_select"))
-_PARTS = _SLICES | {"chunk", "split", "split_with_sizes", "tensor_split", "unbind"}
 _BENDING = frozenset(("gap", "exp", "exp2", "expm1", "log", "log1p", "log2", "sin", "cos"))
 _LOOKUPS = frozenset(("embedding", "embedding_bag", "index", "index_select", "gather", "take_along_dim"))
 _LAYERS = (Kind.WEIGHT, Kind.ATTENTION, Kind.NORM, Kind.RESIZE, Kind.POOL, Kind.CAT, Kind.INPUT)
 _LINEAR_KINDS = (Kind.VIEW, Kind.DROPOUT, Kind.MUL, Kind.ADD)
-_SQUASHING = frozenset(("sigmoid", "hardsigmoid", "tanh", "softmax"))
 _RECURRENT = frozenset(("lstm", "gru", "rnn_tanh", "rnn_relu"))
-_CHAIN_LIMIT = 24
 _REGION_LIMIT = 40
 
 
@@ -86,7 +95,7 @@ def as_residual(found: Sum) -> ResidualAdd | None:
     if (
         not ends
         or is_score(found.operands, found.node)
-        or any(is_of(found) for is_of in (_is_recurrence, _is_weighed, _is_modulated, _is_noised))
+        or any(is_of(found) for is_of in (_is_recurrence, is_weighed, is_modulated, is_noised))
     ):
         return None
     readings = (_residual_of(found, shortcut, branches) for shortcut, branches in _readings(found, ends))
@@ -99,23 +108,11 @@ def _readings(found: Sum, ends: Sequence[Node]) -> Iterator[tuple[Branch, list[B
         sides = [walk_branch(found.split, operand) for operand in found.operands]
         shortcut = min((side for side in sides if side.end in ends), key=_shortcut_rank)
         yield shortcut, [side for side in sides if side is not shortcut]
-    chains = [(end, _chain_back(end)) for end in ends]
+    chains = [(end, chain_back(end)) for end in ends]
     for chain in chains:
         yield from _along(found, *chain, steps=slice(0, 1))
     for chain in chains:
         yield from _along(found, *chain, steps=slice(1, None))
-
-
-def _chain_back(end: Node) -> list[Node]:
-    """`end` and what lies before it on a way that could be a shortcut."""
-    chain = [end]
-    weights = [node for node in chain if node.kind is Kind.WEIGHT]
-    while len(main_inputs(chain[-1])) == 1 and len(chain) < _CHAIN_LIMIT:
-        chain.append(main_inputs(chain[-1])[0])
-        weights += [chain[-1]] if chain[-1].kind is Kind.WEIGHT else []
-        if len(weights) > 2:
-            break
-    return chain
 
 
 def _along(found: Sum, end: Node, chain: Sequence[Node], *, steps: slice) -> Iterator[tuple[Branch, list[Branch]]]:
@@ -204,7 +201,7 @@ def _only_rescales(branch: Branch) -> bool:
 def _is_step(node: Node, inside: set[Node]) -> bool:
     """Whether a product multiplies a value of `inside` by what is computed elsewhere (no graph or mask that the model was given)."""
     others = [source for source in node.inputs if source not in inside]
-    return node.kind is Kind.MATMUL and any(_before_views(other).kind is not Kind.INPUT for other in others)
+    return node.kind is Kind.MATMUL and any(before_views(other).kind is not Kind.INPUT for other in others)
 
 
 def _is_linear(side: Branch) -> bool:
@@ -219,7 +216,7 @@ def _is_linear(side: Branch) -> bool:
 def _is_low_rank(sides: Sequence[Branch]) -> bool:
     """Whether linear maps of one value are summed of which one is narrower inside than at its end."""
     narrow = (node.numel < side.end.numel for side in sides for node in side.of_kind(Kind.WEIGHT))
-    return all(map(_is_linear, sides)) and not any(node.op in _PARTS for side in sides for node in side.nodes) and any(narrow)
+    return all(map(_is_linear, sides)) and not any(node.op in PARTS for side in sides for node in side.nodes) and any(narrow)
 
 
 def _meets_another_stream(branch: Branch) -> bool:
@@ -247,7 +244,7 @@ def _ends_in(found: Sum, branch: Branch) -> bool:
     while True:
         if any(user.users for user in node.users if user not in inside):
             return False
-        if node.kind not in PASSING or node.op in _PARTS or len(node.inputs) != 1 or node.inputs[0] is branch.split:
+        if node.kind not in PASSING or node.op in PARTS or len(node.inputs) != 1 or node.inputs[0] is branch.split:
             return True
         inside, node = {node}, node.inputs[0]
 
@@ -286,14 +283,9 @@ def _returns_to_its_stream(found: Sum, branch: Branch) -> bool:
 def _reads_other_part(shortcut: Branch, branch: Branch) -> bool:
     """Whether the two start from different slices of the split, alike in size (Res2Net's hierarchy, cascaded heads)."""
     starts = [{node for node in side.nodes if side.split in node.inputs} for side in (shortcut, branch)]
-    parts = [set(map(_part, nodes)) for nodes in starts]
+    parts = [set(map(part_of, nodes)) for nodes in starts]
     are_alike = len({node.numel for nodes in starts for node in nodes}) == 1
-    return all(nodes and all(node.op in _SLICES for node in nodes) for nodes in starts) and are_alike and not parts[0] & parts[1]
-
-
-def _part(node: Node) -> tuple[Node, str, str]:
-    """What a slice takes of which value."""
-    return node.inputs[0], node.op, repr((*node.target.args[1:], *node.target.kwargs.values()))
+    return all(nodes and all(node.op in SLICES for node in nodes) for nodes in starts) and are_alike and not parts[0] & parts[1]
 
 
 def _lives_on(node: Node) -> bool:
@@ -310,7 +302,7 @@ def _is_recurrence(found: Sum) -> bool:
         return True
     sources = [{part.inputs[0]: part for part in parts} for parts in slices]
     return any(
-        _part(first[source]) != _part(second[source])
+        part_of(first[source]) != part_of(second[source])
         for index, first in enumerate(sources)
         for second in sources[index + 1 :]
         for source in first.keys() & second.keys()
@@ -324,7 +316,7 @@ def _slices_behind(end: Node) -> list[Node]:
     pending, parts = [end], []
     while pending and len(seen) < _REGION_LIMIT:
         node = pending.pop()
-        if node.op in _SLICES:
+        if node.op in SLICES:
             parts.append(node)
         elif is_pointwise(node):
             new = [source for source in node.inputs if source not in seen]
@@ -349,7 +341,7 @@ def joins_features(found: Sum) -> bool:
     makers = [_maker(operand) for operand in found.operands]
     if any(map(_is_lookup, makers)) or any(map(_is_detached, found.operands)):
         return False
-    if _is_gated(found) or _makes_gate(found.node) or _is_weighed(found) or _is_modulated(found) or _is_noised(found):
+    if is_gated(found) or makes_gate(found.node) or is_weighed(found) or is_modulated(found) or is_noised(found):
         return False
     if any(maker.kind is Kind.MATMUL for maker in makers) and not any(maker.kind in _LAYERS for maker in makers):
         return False
@@ -360,7 +352,7 @@ def joins_features(found: Sum) -> bool:
 def _maker(end: Node) -> Node:
     """The operation that made a value, seen through views, dropouts, scales and activations; of a sum, that of its last summand."""
     node = end
-    for _ in range(_CHAIN_LIMIT):
+    for _ in range(CHAIN_LIMIT):
         if node.kind not in (*PASSING, Kind.MUL, Kind.ADD, Kind.ACTIVATION) or not node.inputs:
             break
         sources = main_inputs(node)
@@ -368,78 +360,11 @@ def _maker(end: Node) -> Node:
     return node
 
 
-def _is_gated(found: Sum) -> bool:
-    """Whether one operand is scaled by what is left of the other's gate (highway networks, gated recurrent units by hand)."""
-    factors = [set(operand.inputs) if operand.kind is Kind.MUL else set() for operand in found.operands]
-    return any(
-        source in other
-        for mine in factors
-        for rest in mine
-        if rest.op in ("rsub", "sub") and len(rest.inputs) == 1
-        for source in rest.inputs
-        for other in factors
-        if other is not mine
-    )
-
-
-def _makes_gate(node: Node) -> bool:
-    """Whether a sum, squashed, scales channels or positions of something larger and does nothing else (CBAM's two statistics)."""
-    is_squashed = False
-    while len(node.users) == 1 and (node.users[0].kind in PASSING or node.users[0].op in _SQUASHING):
-        node = node.users[0]
-        is_squashed |= node.op in _SQUASHING
-    return is_squashed and all(user.kind is Kind.MUL and user.numel > node.numel for user in node.users)
-
-
-def _is_modulated(found: Sum) -> bool:
-    """Whether one operand is features times a scale, and the other a shift that is made beside the scale and apart from the features.
-
-    A gate for each channel in front of a shift of full size modulates nothing: the sum joins two maps (a global attention upsample).
-    """
-    for product in found.operands:
-        is_scaled = product.kind is Kind.MUL and all(factor.numel == product.numel for factor in product.inputs)
-        factors = [_chain_back(factor) for factor in product.inputs] if is_scaled else []
-        shifts = [_chain_back(operand) for operand in found.operands if operand is not product]
-        if len(factors) == 2 and all(_is_beside_one(shift, *factors) for shift in shifts):
-            return True
-    return False
-
-
-def _is_beside_one(shift: Sequence[Node], first: Sequence[Node], second: Sequence[Node]) -> bool:
-    meetings = [max((node.index for node in set(shift) & set(factor)), default=-1) for factor in (first, second)]
-    return meetings[0] != meetings[1] and max(meetings) < shift[0].index
-
-
-def _is_weighed(found: Sum) -> bool:
-    """Whether each operand is scaled by a part of its own of one value (contexts that a layer weighs): none is handed on."""
-    weighers = []
-    for operand in found.operands:
-        node = operand
-        while (node.kind in PASSING or node.kind is Kind.ADD) and len(node.inputs) == 1 and node.op not in _PARTS:
-            node = node.inputs[0]
-        weighers.append({_part(part) for part in map(_before_views, node.inputs) if part.op in _PARTS} if node.kind is Kind.MUL else set())
-    sources = [{part[0] for part in parts} for parts in weighers]
-    return bool(set.intersection(*sources)) and len(set.union(*weighers)) >= len(weighers)
-
-
-def _is_noised(found: Sum) -> bool:
-    """Whether an operand is noise of its own size, scaled: the sum is a sample (a variational code, noisy routing)."""
-    return any(
-        _before_views(operand).kind is Kind.MUL and is_drawn_around_zero(_before_views(operand).target) for operand in found.operands
-    )
-
-
 def _is_detached(end: Node) -> bool:
     node = end
     while node.kind is Kind.VIEW and node.op != "detach" and len(node.inputs) == 1:
         node = node.inputs[0]
     return node.op == "detach"
-
-
-def _before_views(node: Node) -> Node:
-    while node.kind is Kind.VIEW and len(node.inputs) == 1 and node.op not in _PARTS:
-        node = node.inputs[0]
-    return node
 
 
 def _adds_again(found: Sum) -> bool:

@@ -73,8 +73,9 @@ def dropout_after_average_pool(subject: Subject) -> Iterator[Observation]:
 
 
 def _average_pool_before(dropout: Node) -> Node | None:
-    """The global average pool whose output reaches the dropout through reshapes alone."""
+    """The global average pool, of several positions, whose output reaches the dropout through reshapes alone."""
     node = dropout
     while len(node.inputs) == 1 and (node is dropout or node.kind is Kind.VIEW):
         node = node.inputs[0]
-    return node if POOL_OPS.fullmatch(node.op) and node.is_global_pool else None
+    averages = POOL_OPS.fullmatch(node.op) is not None and node.is_global_pool and node.inputs[0].numel > node.numel
+    return node if averages else None

@@ -6,6 +6,7 @@ hand; that the default leaves norms, biases, positions and tokens out is common 
     roles.py           the roles
     find.py            `parameter_roles`: the role of every parameter
     operations.py      the role by the operation that reads the parameter, and where that stands
+    walks.py           ways back and forth in the graph, views left out
     core_gammas.py     which scales the derivation speaks about
     module_types.py    the role by the type of the module, where there is no graph
     peers.py           whom timm, transformers and nanoGPT decay

@@ -14,6 +14,7 @@ from itertools import pairwise
 from pl_normkit.graph import Branch, Kind, ModelGraph, Node, Norm, Read, ResidualAdd, Step
 from pl_normkit.graph.nodes import kind_of
 from pl_normkit.methods.weight_decay.roles import Role
+from pl_normkit.methods.weight_decay.walks import before_views, chain_before, first_use
 
 _PRECEDENCE = (
     Role.GAMMA_SHORTCUT,
@@ -36,6 +37,9 @@ _PRECEDENCE = (
 """Which role a parameter gets that is read in several: the special over the common, the undecayed scale over the decayed one."""
 
 
+_PRODUCTS = (Kind.MATMUL, Kind.WEIGHT)
+
+
 def read_roles(context: Context) -> dict[str, Role]:
     """The role of every parameter that the graph reads, by name."""
     graph = context.graph
@@ -44,7 +48,7 @@ def read_roles(context: Context) -> dict[str, Role]:
         for name, role in ((norm.gamma, context.gamma_role(norm)), (norm.beta, Role.BETA)):
             if name:
                 found[name].add(role)
-    named, queries = set(found), set()
+    named, queries, computed = set(found), set(), set()
     for node in graph.nodes:
         for read in node.reads:
             if read.parameter not in named:
@@ -52,8 +56,12 @@ def read_roles(context: Context) -> dict[str, Role]:
                 found[read.parameter].add(role)
                 if role is Role.TOKEN and node.kind in (Kind.WEIGHT, Kind.MATMUL, Kind.ATTENTION):
                     queries.add(read.parameter)
+                if role is Role.POSITION and any(kind_of(step.op, ()) in _PRODUCTS for step in read.path[:-1]):
+                    computed.add(read.parameter)
     for name in queries:  # what asks is also added to what the answer gives; a positional embedding never asks alone
         found[name].discard(Role.POSITION)
+    for name in computed:  # a recurrent matrix times a first state of zeros, added to the input's share
+        found[name] -= {Role.POSITION} if Role.WEIGHT in found[name] else set()
     return {name: min(roles, key=_PRECEDENCE.index) for name, roles in found.items()}
 
 
@@ -281,9 +289,9 @@ def _role_by_argument(step: Step) -> Role:
 def _role_of_lookup_by_input(read: Read, node: Node, context: Context) -> Role:
     """A table looked up by the input is an embedding; the experts a router chose are weights, and shifts where they are added."""
     if read.path[0].op in _TABLES:
-        counts_positions = any(source.op == "cumsum" for source in _chain_before(node.inputs))
+        counts_positions = any(source.op == "cumsum" for source in chain_before(node.inputs))
         return Role.POSITION if counts_positions and _has_row_for_each(read.path[0], node.shape) else Role.EMBEDDING
-    user = _first_use(node)
+    user = first_use(node)
     if user is not None and user.kind in (Kind.MATMUL, Kind.WEIGHT):
         return Role.RELATIVE_POSITION if context.joins_attention_logits(user) else Role.WEIGHT
     if user is not None and user.kind is Kind.ADD and any(_is_from_product(source) for source in user.inputs):
@@ -297,37 +305,11 @@ def _has_row_for_each(table: Step, looked_up: Sequence[int]) -> bool:
     return table.shape[0] >= positions > 1
 
 
-def _first_use(node: Node) -> Node | None:
-    """The first operation but views that reads `node`."""
-    while node.users:
-        node = node.users[0]
-        if node.kind is not Kind.VIEW:
-            return node
-    return None
-
-
-def _before_views(node: Node) -> Node:
-    while node.kind is Kind.VIEW and node.inputs:
-        node = node.inputs[0]
-    return node
-
-
 def _is_from_product(node: Node) -> bool:
     """Whether `node` is a matrix product of activations with weights, seen through views (no convolution, no linear layer)."""
-    source = _before_views(node)
+    source = before_views(node)
     is_kernel = source.kind is Kind.OTHER and any(_role_by_argument(read.path[-1]) is Role.WEIGHT for read in source.reads)
     return is_kernel or kind_of(source.op, ()) is Kind.MATMUL
-
-
-def _chain_before(inputs: Sequence[Node]) -> list[Node]:
-    """What made the indices of a lookup, back to the input."""
-    chain: list[Node] = []
-    pending = list(inputs)
-    while pending and len(chain) < 20:
-        node = pending.pop()
-        chain.append(node)
-        pending.extend(node.inputs)
-    return chain
 
 
 def _in_attention(_: Read, last: Step, node: Node, context: Context) -> Role:
@@ -348,7 +330,7 @@ def _in_sum(read: Read, last: Step, node: Node, context: Context) -> Role:
 
 def _is_split_over_heads(source: Node, shape: Sequence[int]) -> bool:
     """Whether `source` is what a layer gave, its features in as many rows and columns as `shape` has."""
-    made = _before_views(source)
+    made = before_views(source)
     return (
         made.kind is Kind.WEIGHT and made is not source and made.shape[-1:] == (math.prod(shape),) and len(made.shape) < len(source.shape)
     )
@@ -423,7 +405,7 @@ def _in_lerp(read: Read, last: Step, node: Node, context: Context) -> Role:
 
 def _in_sampling(_: Read, last: Step, node: Node, context: Context) -> Role:
     """A table read at points between its cells: positions where what is found is added to features, else a grid of features."""
-    user = _first_use(node)
+    user = first_use(node)
     is_added = user is not None and user.kind is Kind.ADD and len(user.inputs) > 1
     return Role.POSITION if is_added and last.argument == "input" else Role.EMBEDDING
 

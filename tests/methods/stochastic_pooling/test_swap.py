@@ -169,3 +169,4 @@ def test_nk106_is_silent_elsewhere_and_by_default() -> None:
     assert list(audit(swapped, x, select=["NK106"]).findings) == []
     assert list(audit(torchvision.models.mobilenet_v3_small(), x, select=["NK106"]).findings) == []
     assert not any(found.code == "NK106" for found in audit(Head(), x).findings)
+    assert list(audit(Head(), torch.randn(2, 3, 1, 1), select=["NK106"]).findings) == []  # one position: nothing is averaged

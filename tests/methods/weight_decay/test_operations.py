@@ -61,10 +61,12 @@ def _cell_written_out() -> Case:
     def forward(net: Any, x: Tensor) -> Tensor:
         h = torch.zeros(2, 8)
         for t in range(3):
-            h = torch.tanh(x[:, t] @ net.w + torch.addmm(net.b, h, net.u))
+            h = torch.tanh(x[:, t] @ net.w + torch.addmm(net.b, h, net.u)) + torch.sigmoid(h @ net.v + net.read(x[:, t]))
         return h
 
-    return Net(forward, w=p(8, 8), u=p(8, 8), b=p(8)), TOKENS, {"w": R.WEIGHT, "u": R.WEIGHT, "b": R.BIAS}
+    parts = {"w": p(8, 8), "u": p(8, 8), "v": p(8, 8), "b": p(8), "read": nn.Linear(8, 8)}
+    roles = {"w": R.WEIGHT, "u": R.WEIGHT, "v": R.WEIGHT, "b": R.BIAS, **{f"read.{leaf}": role for leaf, role in _BOTH}}
+    return Net(forward, **parts), TOKENS, roles
 
 
 @case
