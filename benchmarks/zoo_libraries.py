@@ -683,7 +683,7 @@ def read_case(case: Case, codes: list[str]) -> dict[str, Any]:
             model, inputs = build(case)
             subject = Subject(model=model.train(), example_inputs=inputs, measure=False)
             found, graph = read_findings(subject, codes)
-            if graph is None and (reason := why_not_called(model, inputs)):
+            if (graph is None or graph.unseen) and (reason := why_not_called(model, inputs)):
                 raise LeftOutError(reason)
         row |= found
         if graph is not None:

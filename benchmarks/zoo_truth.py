@@ -79,7 +79,7 @@ TRANSFORMERS: dict[Formula, str] = {
         longformer ultrabert jina_embeddings_v3 modernbert-decoder bros vilt data2vec-vision beit
         vit deit dinov2 dinov2_with_registers dinov3_vit vit_mae vit_msn ijepa videomae vivit yolos audio-spectrogram-transformer pixio
         aimv2_vision_model clip_vision_model clip_text_model siglip_vision_model siglip2_vision_model chinese_clip_vision_model pixtral
-        mlcd_vision_model internvl_vision vjepa2 glm4v_vision qwen3_vl_vision idefics3_vision smolvlm_vision
+        mlcd_vision_model internvl_vision glm4v_vision qwen3_vl_vision idefics3_vision smolvlm_vision
         rwkv xlnet patchtst tipsv2_vision_model
         decision_transformer mobilevitv3
         xlstm granitemoe_swa gte esmc aria_text qwen3_5_moe_text glm4v_text glm4v_moe_text voxtral_encoder qwen2_audio_encoder
@@ -135,6 +135,7 @@ SPECIAL: dict[str, Formula] = {
     "efficientnet": lambda c: sum(math.ceil(c.depth_coefficient * repeats) - 1 for repeats in c.num_block_repeats),
     "glpn": lambda c: 2 * sum(c.depths),
     "mobilenet_v1": lambda c: 0,
+    "vjepa2": lambda c: 2 * (c.num_hidden_layers + c.pred_num_hidden_layers),
     "hgnet_v2": lambda c: sum(c.stage_num_blocks) - len(c.stage_num_blocks),
     "patchtsmixer": lambda c: 2 * c.num_layers,
     "sam2_vision_model": lambda c: (2 * sum(c.backbone_config.blocks_per_stage) - 3, 3),  # three blocks change the width

@@ -184,9 +184,14 @@ def _shortcut_rank(side: Branch) -> tuple[int, int, int]:
 
 
 def _resizes(side: Branch) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The changes of resolution by resizing: a side that alone was resized joins levels (a decoder's long skip)."""
+    """The changes of resolution by resizing: a side that alone was resized joins levels (a decoder's long skip).
+
+    Points that are sampled for a layer to read (deformable attention) are no level.
+    """
+    last_layer = max((node.index for node in side.of_kind(Kind.WEIGHT)), default=-1)
     resizes = [node for node in side.nodes if node.kind is Kind.RESIZE or node.is_transposed_convolution]
-    return [(node.inputs[0].shape[2:], node.shape[2:]) for node in resizes]
+    levels = [node for node in resizes if not (node.op.startswith("grid_sampler") and node.index < last_layer)]
+    return [(node.inputs[0].shape[2:], node.shape[2:]) for node in levels]
 
 
 def _only_rescales(branch: Branch) -> bool:
@@ -199,9 +204,9 @@ def _only_rescales(branch: Branch) -> bool:
 
 
 def _is_step(node: Node, inside: set[Node]) -> bool:
-    """Whether a product multiplies a value of `inside` by what is computed elsewhere (no graph or mask that the model was given)."""
-    others = [source for source in node.inputs if source not in inside]
-    return node.kind is Kind.MATMUL and any(before_views(other).kind is not Kind.INPUT for other in others)
+    """Whether a product multiplies a value of `inside` by what is computed elsewhere at one position (a step of a recurrence)."""
+    others = [before_views(source) for source in node.inputs if source not in inside]
+    return node.kind is Kind.MATMUL and any(other.op in ("select", "getitem") for other in others)
 
 
 def _is_linear(side: Branch) -> bool:

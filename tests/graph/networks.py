@@ -273,3 +273,12 @@ class Written(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Any:
         return self.written(self, *inputs)
+
+
+def adds(forward: Callable[..., Any], *inputs: Tensor) -> tuple[int, int]:
+    kinds = [add.kind for add in ModelGraph.from_model(Written(forward), inputs).residual_adds]
+    return kinds.count("identity"), kinds.count("projection")
+
+
+def fusions(forward: Callable[..., Any], *inputs: Tensor) -> int:
+    return len(ModelGraph.from_model(Written(forward), inputs).fusions)
