@@ -60,7 +60,7 @@ def _scan_by_products(m: Written, x: Tensor) -> Tensor:
     """Of Mamba 2: the scan is a product with what other layers make, and D x goes around it."""
     weights = (m.q(x) @ m.k(x).mT).tril() * torch.ones(6, 6).cumsum(0).exp()
     values = m.v(x)
-    return m.out(weights @ values + values * m.norm.weight)
+    return m.out(weights @ (values * m.k(x).sigmoid()) + values * m.norm.weight)
 
 
 def test_around_a_scan_that_products_make() -> None:
