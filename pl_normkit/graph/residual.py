@@ -273,16 +273,24 @@ def _reads_what_is_left(branch: Branch) -> bool:
 def _returns_to_its_stream(found: Sum, branch: Branch) -> bool:
     """Whether a branch is added to a value that its split was made of, and the result reaches an output by other ways than the sum.
 
-    What was looked up for the values alone (value embeddings) stands beside the stream from the start.
+    What was looked up for the values alone (value embeddings) stands beside the stream from the start. Not so for two streams that take
+    turns (reversible couplings), and for one of other positions (a decoder's tokens beside its image).
     """
+    if _lives_on(found.node):
+        return False
     inside = {branch.split, *branch.nodes}
     return any(
-        source not in inside and source.numel == node.numel and goes_around(found.node, node)
+        source not in inside and source.numel == node.numel and _has_its_positions(source, found.node) and goes_around(found.node, node)
         for node in branch.nodes
         if node.kind is Kind.ADD and len(node.inputs) > 1
         for source in node.inputs
         if _is_lookup(branch.split) or (source.index < branch.split.index and _leads(source, branch.split))
     )
+
+
+def _has_its_positions(stream: Node, node: Node) -> bool:
+    is_laid_out_alike = len(stream.shape) == len(node.shape) and stream.shape[-1] == node.shape[-1]
+    return stream.shape == node.shape or not is_laid_out_alike
 
 
 def _reads_other_part(shortcut: Branch, branch: Branch) -> bool:

@@ -348,6 +348,23 @@ def _coupled(m: Written, x: Tensor) -> Tensor:
     return torch.cat([a, b], 1)
 
 
+def _coupled_layers(m: Written, x: Tensor) -> Tensor:
+    """Reformer's: both halves start as the input."""
+    a = b = m.norm(x)
+    for _ in range(2):
+        a = a + m.out(m.q(m.norm(b)).relu())
+        b = b + m.v(m.k(m.norm(a)).relu())
+    return torch.cat([a, b], -1)
+
+
+def _tokens_beside_an_image(m: Written, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The end of SAM's decoder: tokens read the image, the image the tokens, and the tokens the image once more."""
+    image, tokens = m.q(x), m.k(x[:, :2])
+    tokens = m.norm(tokens + F.scaled_dot_product_attention(tokens, image, image))
+    image = m.norm(image + m.out(F.scaled_dot_product_attention(image, tokens, tokens)))
+    return m.v(tokens + m.out(F.scaled_dot_product_attention(tokens, image, image))), image
+
+
 def _part_in_place(m: Written, x: Tensor) -> Tensor:
     x = m.norm(x).clone()
     x[:, :4] += m.q(m.norm(x[:, :4])).relu()
@@ -371,7 +388,14 @@ def _mixed_streams(m: Written, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("forward", "x", "expected"),
-    [(_joined_twice, TOKENS, (2, 0)), (_coupled, X, (2, 0)), (_part_in_place, TOKENS, (1, 0)), (_mixed_streams, TOKENS, (1, 0))],
+    [
+        (_joined_twice, TOKENS, (2, 0)),
+        (_coupled, X, (2, 0)),
+        (_part_in_place, TOKENS, (1, 0)),
+        (_mixed_streams, TOKENS, (1, 0)),
+        (_coupled_layers, TOKENS, (4, 0)),
+        (_tokens_beside_an_image, TOKENS, (3, 0)),
+    ],
 )
 def test_streams_that_hold_a_part_of_the_value(forward: Callable[..., Any], x: Tensor, expected: tuple[int, int]) -> None:
     assert adds(forward, x) == expected
