@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Kind", "Node", "Read", "Step", "kind_of"]
+__all__ = ["Kind", "Node", "Read", "Step", "kind_of", "shape_of"]
 
 import math
 import os
@@ -235,3 +235,20 @@ def _shortened(file: str, folder: str) -> str:
         if file.startswith(root + "/"):
             return file[len(root) + 1 :]
     return file
+
+
+def shape_of(target: torch.fx.Node) -> tuple[int, ...]:
+    """The shape of a call's result, with a number for each size that depends on values; () for several results."""
+    value = target.meta.get("val")
+    return tuple(map(_size, value.shape)) if isinstance(value, torch.Tensor) else ()
+
+
+_ROUTED = 4
+"""Stands for each size that depends on values (how many tokens a router gives to an expert)."""
+
+
+def _size(size: int | torch.SymInt) -> int:
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return max(int(expression.xreplace(dict.fromkeys(expression.free_symbols, _ROUTED))), 1)

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from pl_normkit.errors import TraceError
 from pl_normkit.graph.export import Arguments, call_arguments, export_model, is_from_root, place_arguments, without_root
 from pl_normkit.graph.masks import MASKING, Draw, Mask, draw_of, mask_on
-from pl_normkit.graph.nodes import LIKE_ANOTHER, SHAPE_ONLY, Kind, Node, Read, Step, kind_of
+from pl_normkit.graph.nodes import LIKE_ANOTHER, SHAPE_ONLY, Kind, Node, Read, Step, kind_of, shape_of
 from pl_normkit.graph.products import split_products
 from pl_normkit.graph.repeated import Call, find_rows, stand_ins
 
@@ -214,7 +214,7 @@ class _Reader:
         if _returns_nothing(target):
             return _Value()
         if name in SHAPE_ONLY:
-            return _Value(draw=draw_of(name, target, {}, _shape_of(target)))
+            return _Value(draw=draw_of(name, target, {}, shape_of(target)))
         if name in _CASTS and _returns_its_input(target):
             return self._values.get(target.all_input_nodes[0], _Value())
         op = name.rstrip("_") if name.endswith("_") and not name.startswith("__") else name
@@ -223,7 +223,7 @@ class _Reader:
         if inputs:
             value = _Value(self._made(target, op, inputs, reads))
         else:
-            value = _Value(reads=reads, draw=draw_of(name, target, self._draws(target), _shape_of(target)))
+            value = _Value(reads=reads, draw=draw_of(name, target, self._draws(target), shape_of(target)))
         if name.endswith("_") and not name.startswith("__"):
             self._overwrite(target, value)
         return value
@@ -262,7 +262,7 @@ class _Reader:
             value = self._values.get(operand, _Value())
             if value.node is not None:
                 inputs.setdefault(value.node, argument)
-            step = Step(op, argument, _shape_of(operand))
+            step = Step(op, argument, shape_of(operand))
             for read in value.reads:
                 path = (*read.path, step)
                 reads.setdefault((read.parameter, path[0]), Read(read.parameter, path))
@@ -286,7 +286,7 @@ class _Reader:
             yield leaf if value is None or value.node is None else value.node
 
     def _append(self, target: torch.fx.Node, op: str, kind: Kind, inputs: dict[Node, str], reads: tuple[Read, ...]) -> Node:
-        mask = mask_on(op, self._draws(target), _shape_of(target)) if op in MASKING else None
+        mask = mask_on(op, self._draws(target), shape_of(target)) if op in MASKING else None
         node = Node(
             index=len(self.nodes),
             op=op,
@@ -295,7 +295,7 @@ class _Reader:
             arguments=tuple(inputs.values()),
             reads=reads,
             module=self._first_path(_module_of(target)),
-            shape=_shape_of(target),
+            shape=shape_of(target),
             target=target,
             mask=mask,
         )
@@ -379,22 +379,6 @@ def _operands(target: torch.fx.Node) -> Iterator[tuple[str, torch.fx.Node]]:
         yield from ((name, leaf) for leaf in tree_leaves(argument) if isinstance(leaf, torch.fx.Node))
     for name, argument in target.kwargs.items():
         yield from ((name, leaf) for leaf in tree_leaves(argument) if isinstance(leaf, torch.fx.Node))
-
-
-def _shape_of(target: torch.fx.Node) -> tuple[int, ...]:
-    value = target.meta.get("val")
-    return tuple(map(_size, value.shape)) if isinstance(value, Tensor) else ()
-
-
-_ROUTED = 4
-"""Stands for each size that depends on values (how many tokens a router gives to an expert)."""
-
-
-def _size(size: int | torch.SymInt) -> int:
-    if isinstance(size, int):
-        return size
-    expression = size.node.expr
-    return max(int(expression.xreplace(dict.fromkeys(expression.free_symbols, _ROUTED))), 1)
 
 
 def _returns_nothing(target: torch.fx.Node) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pl_normkit.graph import Kind, ModelGraph, Node, Norm
+from pl_normkit.graph.nodes import shape_of
 from pl_normkit.graph.structure import PASSING
 
 Layout = Literal["channels first", "channels last"]
@@ -232,7 +233,7 @@ def _keeps_offsets(node: Node, layout: Layout) -> bool:
 
 def _is_flat(other: torch.fx.Node, node: Node, layout: Layout) -> bool:
     """Whether a constant or parameter that `node` reads does not vary over positions."""
-    return _is_filled(other) or all(size == 1 for size in _positions(_padded(_shape(other), len(node.shape)), layout))
+    return _is_filled(other) or all(size == 1 for size in _positions(_padded(shape_of(other), len(node.shape)), layout))
 
 
 def _positions(shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
@@ -252,7 +253,7 @@ def _other_operands(node: Node) -> Iterable[torch.fx.Node]:
 def _is_filled(other: torch.fx.Node) -> bool:
     """Whether a constant is one value everywhere."""
     while other.op == "call_function" and _name(other) in _ELEMENTWISE_VIEWS and other.all_input_nodes:
-        if math.prod(_shape(other.all_input_nodes[0])) == 1:
+        if math.prod(shape_of(other.all_input_nodes[0])) == 1:
             return True
         other = other.all_input_nodes[0]
     return other.op == "call_function" and _name(other) in _FILLS
@@ -260,7 +261,3 @@ def _is_filled(other: torch.fx.Node) -> bool:
 
 def _name(node: torch.fx.Node) -> str:
     return node.target._schema.name.rpartition("::")[2] if isinstance(node.target, torch._ops.OpOverload) else ""
-
-
-def _shape(node: torch.fx.Node) -> tuple[int, ...]:
-    return tuple(node.meta["val"].shape)
