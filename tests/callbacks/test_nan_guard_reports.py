@@ -38,6 +38,31 @@ class HoldsAnIterator(Module):
         return super().training_step(batch, batch_idx)
 
 
+class HidesAnIterator(Module):
+    """In a container of an object."""
+
+    def __init__(self, optimizer: Any = None) -> None:
+        super().__init__(optimizer)
+        self.helper = Reader()
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        assert next(self.helper.streams["numbers"]) == batch_idx
+        return super().training_step(batch, batch_idx)
+
+
+class Reader:
+    def __init__(self) -> None:
+        self.streams = {"numbers": iter(range(1000))}
+
+
+class Leaves(Module):
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        if getattr(self, "last_index", -1) == batch_idx:
+            raise SystemExit(0)
+        self.last_index = batch_idx
+        return super().training_step(batch, batch_idx)
+
+
 class RunsOnce(Module):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         if getattr(self, "last_index", -1) == batch_idx:
@@ -47,7 +72,7 @@ class RunsOnce(Module):
 
 
 @pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor", "ignore:Found `dataloader_iter` argument")
-@pytest.mark.parametrize("cls", [ReadsAnIterator, HoldsAnIterator, RunsOnce])
+@pytest.mark.parametrize("cls", [ReadsAnIterator, HoldsAnIterator, HidesAnIterator, Leaves, RunsOnce])
 def test_a_step_that_cannot_run_again_is_skipped_and_unknown(cls: type[Module], tmp_path: Path) -> None:
     module, guard = made(cls), NaNGuard()
     with pytest.warns(NormkitWarning, match="could not be diagnosed") as seen:

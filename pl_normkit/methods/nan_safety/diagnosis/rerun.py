@@ -23,6 +23,8 @@ from pl_normkit.methods.nan_safety.diagnosis.first_bad import Diagnosis, Record,
 from pl_normkit.methods.nan_safety.diagnosis.replay import RandomState
 from pl_normkit.preserve import preserved
 
+_LIBRARIES = {"builtins", "lightning", "pytorch_lightning", "torch"}
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -75,16 +77,20 @@ def _refuse_iterators(module: nn.Module, batches: Sequence[Batch], step: Callabl
             raise DataError("the batch is an iterator, which can be read once")
     for path, part in module.named_modules():
         for name, value in vars(part).items():
-            if hasattr(value, "__next__"):
+            if _iterators_in(value):
                 raise DataError(f"{path or 'the module'} holds the iterator {name!r}, which a second run would advance")
 
 
-def _iterators_in(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return any(_iterators_in(item) for item in value)
-    if isinstance(value, Mapping):
-        return any(_iterators_in(item) for item in value.values())
-    return hasattr(value, "__next__")
+def _iterators_in(value: Any, depth: int = 3) -> bool:
+    """Also in containers and in objects of the user's own classes; those of libraries are their own affair."""
+    if hasattr(value, "__next__"):
+        return True
+    if depth == 0 or isinstance(value, type):
+        return False
+    if isinstance(value, (list, tuple, Mapping)):
+        return any(_iterators_in(item, depth - 1) for item in (value.values() if isinstance(value, Mapping) else value))
+    is_library = type(value).__module__.partition(".")[0] in _LIBRARIES
+    return not is_library and any(_iterators_in(item, depth - 1) for item in getattr(value, "__dict__", {}).values())
 
 
 def _diagnose_one(

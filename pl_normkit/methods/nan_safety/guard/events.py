@@ -56,7 +56,7 @@ class EventLog:
             return Diagnosis("unknown", detail="not diagnosed"), None, batches[0] if batches else None
         try:
             return diagnose_batches(module, batches, context, step)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self.warn("diagnosis", 'an event could not be diagnosed; its cause is "unknown"', error)
             return Diagnosis("unknown", detail=f"the step could not be run again: {type(error).__name__}: {error}"[:300]), None, batches[0]
 
@@ -110,7 +110,7 @@ class EventLog:
         self.files += 1
         return str(path)
 
-    def warn(self, about: str, text: str, error: Exception) -> None:
+    def warn(self, about: str, text: str, error: BaseException) -> None:
         """One warning for each thing that fails."""
         if about not in self._warned:
             self._warned.add(about)
