@@ -39,6 +39,8 @@ CONTEXT, BATCH, LAYERS, WIDTH = 64, 8, 12, 64
 SETTINGS = [(3e-3, 0), (3e-3, 50), (1e-2, 0), (1e-2, 50)]
 PLACEMENTS = ["pre", "post", "post+depth_init", "deepnorm", "lns", "mix", "peri", "normformer", "hybrid", "sdd", "ngpt"]
 BERTS = ["post", "post+depth_init", "deepnorm", "post to pre"]
+STUCK, CUT = 0.97, 0.05
+"""Of the loss that letter frequencies give, above which a run is stuck; the ratio of gradients below which NK901 fires."""
 COLUMNS = [
     "model",
     "vocabulary",
@@ -215,9 +217,24 @@ def print_table(letters: float) -> None:
                 print(f"| {arm} |", " | ".join(cell(found.get(setting, [])) for setting in settings), "|")
 
 
+def print_claims(letters: float) -> None:
+    """Of the reference: each placement against pre-norm on the same windows, and what the gradients say of runs that are stuck."""
+    rows = [row for row in read() if row["model"] == "reference"]
+    bits = {(row["arm"], row["lr"], row["warmup"], row["seed"]): float(row["loss"]) / math.log(2) for row in rows}
+    for arm in PLACEMENTS[1:]:
+        pairs = [found - bits["pre", *key[1:]] for key, found in bits.items() if key[0] == arm]
+        if pairs:
+            ahead, mean = sum(difference < 0 for difference in pairs), sum(pairs) / len(pairs)
+            print(f"{arm}: ahead of pre in {ahead} of {len(pairs)} pairs of runs, {mean:+.2f} bits in the mean")
+    ends = [(float(row["loss"]) < STUCK * letters, float(row["gradients_end"]) < CUT) for row in rows if row["gradients_end"]]
+    for learned, name in ((False, "stuck"), (True, "other")):
+        low = [is_low for has_learned, is_low in ends if has_learned is learned]
+        print(f"gradients of first over last blocks below {CUT} at the end: {sum(low)} of {len(low)} {name} runs")
+
+
 def _loss(rows: list[dict[str, str]], letters: float) -> str:
     losses = [float(row["loss"]) for row in rows]
-    stuck = sum(not loss < 0.97 * letters for loss in losses)
+    stuck = sum(not loss < STUCK * letters for loss in losses)
     return (interval(losses) if losses else "-") + (f", {stuck} of {len(losses)} stuck" if stuck else "")
 
 
@@ -245,6 +262,7 @@ def main() -> None:
     alone = float(-(letters / letters.sum()).log()[probe[1]].mean())
     if options.table:
         print_table(alone)
+        print_claims(alone)
         return
     if options.fresh or not OUT.is_file():
         OUT.write_text(",".join(COLUMNS) + "\n", encoding="utf-8")

@@ -134,6 +134,7 @@ class _Watch(L.Callback):
             self.trial.curve.append((trainer.global_step, values))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.counting.close()  # a batch that another callback refused has no end
         if self.task is not None:
             self.trial.progress.remove_task(self.task)
             self.task = None

@@ -154,7 +154,8 @@ def part_of(node: Node) -> tuple[Node, str, str]:
     return node.inputs[0], node.op, repr((*node.target.args[1:], *node.target.kwargs.values()))
 
 
-def before_views(node: Node) -> Node:
-    while node.kind is Kind.VIEW and len(node.inputs) == 1 and node.op not in PARTS:
+def before_views(node: Node, *, through_parts: bool = False) -> Node:
+    """What `node` shows in another shape; also what it is a part of, where asked."""
+    while node.kind is Kind.VIEW and len(node.inputs) == 1 and (through_parts or node.op not in PARTS):
         node = node.inputs[0]
     return node

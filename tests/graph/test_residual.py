@@ -362,7 +362,7 @@ def _tokens_beside_an_image(m: Written, x: Tensor) -> tuple[Tensor, Tensor]:
     image, tokens = m.q(x), m.k(x[:, :2])
     tokens = m.norm(tokens + F.scaled_dot_product_attention(tokens, image, image))
     image = m.norm(image + m.out(F.scaled_dot_product_attention(image, tokens, tokens)))
-    return m.v(tokens + m.out(F.scaled_dot_product_attention(tokens, image, image))), image
+    return m.v(tokens + m.out(F.scaled_dot_product_attention(tokens, image, image))), m.q(image)
 
 
 def _part_in_place(m: Written, x: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from pl_normkit.graph import Attention, Kind, ModelGraph, Node, ResidualAdd
+from pl_normkit.graph.paths import before_views
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,13 @@ def read_layers(graph: ModelGraph) -> list[Layer]:
     nested = {add.node for add in adds if any(add.node in branch for other in adds if other is not add for branch in other.branches)}
     attending = {attention.node for attention in graph.attentions}
     norms = {norm.module for norm in graph.norms}
-    splits = norms & {_before_views(add.split).module for add in adds}
+    origins = {add: before_views(add.split, through_parts=True).module for add in adds}
+    splits = norms.intersection(origins.values())
     return [
         Layer(
             add,
             any(node in attending for branch in add.branches for node in branch.nodes),
-            _one_norm_reads(add.node, norms) and bool(splits & {add.node.users[0].module, _before_views(add.split).module}),
+            _one_norm_reads(add.node, norms) and bool(splits & {add.node.users[0].module, origins[add]}),
             math.prod(_factors(add.shortcut.nodes)),
         )
         for add in adds
@@ -83,7 +85,7 @@ def attends_without_norm(graph: ModelGraph, attention: Attention) -> bool:
     """
     norms = {norm.node for norm in graph.norms}
     layers = [add for add in graph.residual_adds if any(branch.of_kind(Kind.WEIGHT) for branch in add.branches)]
-    sums = {add.node for add in layers[1:] if _before_views(add.split) not in norms}
+    sums = {add.node for add in layers[1:] if before_views(add.split, through_parts=True) not in norms}
     norm_modules = {norm.module for norm in graph.norms if norm.module}
     seen: set[Node] = set()
     waiting = list(attention.node.inputs[:2] if attention.fused else attention.node.inputs)
@@ -100,12 +102,6 @@ def attends_without_norm(graph: ModelGraph, attention: Attention) -> bool:
         else:
             waiting.extend(node.inputs)
     return reached
-
-
-def _before_views(node: Node) -> Node:
-    while node.kind is Kind.VIEW and len(node.inputs) == 1:
-        node = node.inputs[0]
-    return node
 
 
 def gain_of(node: Node, model: nn.Module) -> float | None:

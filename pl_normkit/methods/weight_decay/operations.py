@@ -13,8 +13,9 @@ from itertools import pairwise
 
 from pl_normkit.graph import Branch, Kind, ModelGraph, Node, Norm, Read, ResidualAdd, Step
 from pl_normkit.graph.nodes import kind_of
+from pl_normkit.graph.paths import before_views
 from pl_normkit.methods.weight_decay.roles import Role
-from pl_normkit.methods.weight_decay.walks import before_views, chain_before, first_use
+from pl_normkit.methods.weight_decay.walks import chain_before, first_use
 
 _PRECEDENCE = (
     Role.GAMMA_SHORTCUT,
@@ -307,7 +308,7 @@ def _has_row_for_each(table: Step, looked_up: Sequence[int]) -> bool:
 
 def _is_from_product(node: Node) -> bool:
     """Whether `node` is a matrix product of activations with weights, seen through views (no convolution, no linear layer)."""
-    source = before_views(node)
+    source = before_views(node, through_parts=True)
     is_kernel = source.kind is Kind.OTHER and any(_role_by_argument(read.path[-1]) is Role.WEIGHT for read in source.reads)
     return is_kernel or kind_of(source.op, ()) is Kind.MATMUL
 
@@ -330,7 +331,7 @@ def _in_sum(read: Read, last: Step, node: Node, context: Context) -> Role:
 
 def _is_split_over_heads(source: Node, shape: Sequence[int]) -> bool:
     """Whether `source` is what a layer gave, its features in as many rows and columns as `shape` has."""
-    made = before_views(source)
+    made = before_views(source, through_parts=True)
     return (
         made.kind is Kind.WEIGHT and made is not source and made.shape[-1:] == (math.prod(shape),) and len(made.shape) < len(source.shape)
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["before_views", "chain_before", "first_use"]
+__all__ = ["chain_before", "first_use"]
 
 from collections.abc import Sequence
 
@@ -16,12 +16,6 @@ def first_use(node: Node) -> Node | None:
         if node.kind is not Kind.VIEW:
             return node
     return None
-
-
-def before_views(node: Node) -> Node:
-    while node.kind is Kind.VIEW and node.inputs:
-        node = node.inputs[0]
-    return node
 
 
 def chain_before(inputs: Sequence[Node]) -> list[Node]:
