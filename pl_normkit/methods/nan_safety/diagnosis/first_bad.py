@@ -23,7 +23,6 @@ from pl_normkit.preserve import preserved
 
 RECORD = "pl_normkit.record"
 FILLS = {"masked_fill", "masked_fill_", "full", "full_like", "where", "fill_", "new_full"}
-FILLS |= {"__setitem__", "index_fill", "index_fill_", "index_put", "index_put_"}
 FILLS |= {"tensor", "as_tensor", "scalar_tensor", "new_tensor"}
 
 

@@ -182,12 +182,6 @@ def test_a_broken_file_is_refused(content: bytes, tmp_path: Path) -> None:
         replay(tmp_path / "missing.pt")
 
 
-def assigned(h: Tensor) -> Tensor:
-    h = h.clone()
-    h[MASKED_ROW.repeat(1, 2)] = -math.inf
-    return h.softmax(-1)
-
-
 def attend(h: Tensor, **masks: Any) -> Tensor:
     torch.manual_seed(0)
     return nn.MultiheadAttention(4, 2, batch_first=True)(h[None], h[None], h[None], need_weights=True, **masks)[0][0]
@@ -204,7 +198,6 @@ MASKED_ROW = torch.tensor([[True, True], [False, False]])
         lambda h: torch.log_softmax(h + torch.full((2, 1), -math.inf), 1),
         lambda h: F.log_softmax(h.where(~MASKED_ROW.repeat(1, 2), torch.tensor(-math.inf)), dim=-1),
         lambda h: attend(h, key_padding_mask=torch.ones(1, 2, dtype=torch.bool)),
-        assigned,
         lambda h: attend(h, attn_mask=MASKED_ROW),
         lambda h: attend(h, attn_mask=torch.zeros(2, 2).masked_fill(MASKED_ROW, -math.inf)),
     ],
